@@ -1,0 +1,41 @@
+"""Nonlinearity-aware LoRA for PyTorch Lightning.
+
+The public names are imported on first use, so that ``import na_lora_lightning`` stays cheap.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "NALoRALightningModule": "na_lora_lightning.module",
+    "InstructionDataModule": "na_lora_lightning.data",
+    "GateImportanceCallback": "na_lora_lightning.callbacks.gate_importance",
+    "StepScaleCallback": "na_lora_lightning.callbacks.step_scale",
+    "FitSummaryCallback": "na_lora_lightning.callbacks.fit_summary",
+    "discover_gates": "na_lora_lightning.core.discovery",
+}
+
+__all__ = [*_EXPORTS, "__version__"]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from na_lora_lightning.callbacks.fit_summary import FitSummaryCallback
+    from na_lora_lightning.callbacks.gate_importance import GateImportanceCallback
+    from na_lora_lightning.callbacks.step_scale import StepScaleCallback
+    from na_lora_lightning.core.discovery import discover_gates
+    from na_lora_lightning.data import InstructionDataModule
+    from na_lora_lightning.module import NALoRALightningModule
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,25 @@
+"""Errors that a user can cause and mend.
+
+Each message is one sentence that names the thing, the reason and the remedy. The command line prints it
+without a traceback and exits with status 2.
+"""
+
+
+class NALoRAError(ValueError):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigurationError(NALoRAError):
+    """An option has a value that cannot work, alone or together with another."""
+
+
+class DiscoveryError(NALoRAError):
+    """The gates of a model, or the LoRA rows that belong to them, cannot be determined."""
+
+
+class DataError(NALoRAError):
+    """A data set, or one record of it, cannot be used."""
+
+
+class UpdateError(NALoRAError):
+    """The update of a gate's LoRA rows cannot be reached (optimizer, strategy, or frozen parameters)."""
