@@ -1,0 +1,358 @@
+"""Self-gated activations: value φ, selection weight ρ, their derivatives, and local effective homogeneity E.
+
+A self-gated activation is φ(z) = z·ρ(z), where ρ is its *selection weight*. Its local effective homogeneity
+(degree in Euler's sense) is E(z) = z·φ'(z)/φ(z) = 1 + z·ρ'(z)/ρ(z): E = 1 where a small change of z acts as
+under a linear map, and E far from 1 where it moves the selection.
+
+SiLU, QuickGELU and the tanh form of GELU share one shape, ρ(z) = sigmoid(a(z)), for which
+ρ' = ρ(1−ρ)·a' and E = 1 + z·a'·(1−ρ); that form stays accurate where ρ itself underflows.
+Any other element-wise function is differentiated by autograd (:class:`ElementwiseActivation`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor, nn
+
+_GRID_LIMIT = 12.0
+_SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
+
+
+class ActivationValues:
+    """Values of one activation at given pre-activations, each computed at most once.
+
+    Attributes:
+        pre_activation: z, any shape, floating point.
+    """
+
+    def __init__(self, activation: Activation, pre_activation: Tensor) -> None:
+        self._activation = activation
+        self.pre_activation = pre_activation
+
+    @cached_property
+    def selection(self) -> Tensor:
+        """ρ(z), the shape of z."""
+        return self._activation.selection(self.pre_activation)
+
+    @cached_property
+    def output(self) -> Tensor:
+        """φ(z) = z·ρ(z), the shape of z."""
+        return self._activation.output(self.pre_activation, self.selection)
+
+    @cached_property
+    def selection_derivative(self) -> Tensor:
+        """ρ'(z), the shape of z."""
+        return self._activation.selection_derivative(self.pre_activation, self.selection)
+
+    @cached_property
+    def output_derivative(self) -> Tensor:
+        """φ'(z) = ρ(z) + z·ρ'(z), the shape of z."""
+        return self._activation.output_derivative(self.pre_activation, self.selection, self)
+
+    @cached_property
+    def homogeneity(self) -> Tensor:
+        """E(z), the shape of z; 1 by convention where φ vanishes together with its derivative."""
+        return self._activation.homogeneity(self.pre_activation, self.selection)
+
+
+class Activation(ABC):
+    """An element-wise activation, described by its selection weight.
+
+    Attributes:
+        name: Name used in tables and logs; equal names mean equal functions.
+        self_gated: Whether φ(z) = z·ρ(z) with a non-negative, non-decreasing ρ. Where it is not, only φ' is
+            meaningful and the step scale is 1.
+    """
+
+    name: str
+    self_gated: bool = True
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r})"
+
+    def evaluate(self, pre_activation: Tensor) -> ActivationValues:
+        """Returns lazily computed values at ``pre_activation`` (any shape, float32 or float64)."""
+        return ActivationValues(self, pre_activation)
+
+    @abstractmethod
+    def selection(self, z: Tensor) -> Tensor:
+        """ρ(z)."""
+
+    @abstractmethod
+    def selection_derivative(self, z: Tensor, selection: Tensor) -> Tensor:
+        """ρ'(z), given ρ(z)."""
+
+    @abstractmethod
+    def homogeneity(self, z: Tensor, selection: Tensor) -> Tensor:
+        """E(z), given ρ(z)."""
+
+    def output(self, z: Tensor, selection: Tensor) -> Tensor:
+        """φ(z), given ρ(z)."""
+        return z * selection
+
+    def output_derivative(self, z: Tensor, selection: Tensor, values: ActivationValues) -> Tensor:
+        """φ'(z) = ρ(z) + z·ρ'(z)."""
+        return torch.addcmul(selection, z, values.selection_derivative)
+
+    @cached_property
+    def has_constant_selection(self) -> bool:
+        """Whether ρ' vanishes almost everywhere (ReLU, LeakyReLU), so that |ρ'| ranks nothing."""
+        return bool(self.evaluate(_grid()).selection_derivative.abs().max() < 1e-6)
+
+    @cached_property
+    def has_constant_homogeneity(self) -> bool:
+        """Whether E is constant on the support of φ (ReLU, ReLU², identity): no partition is meaningful."""
+        values = self.evaluate(_grid())
+        supported = values.homogeneity[values.output.abs() > 1e-9]
+        return bool(supported.max() - supported.min() < 1e-3) if supported.numel() else True
+
+
+def _grid(points: int = 4000, limit: float = _GRID_LIMIT) -> Tensor:
+    """Float64 points in [−limit, limit] that avoid 0, where ρ = φ/z is not defined by division."""
+    return torch.linspace(-limit, limit, points, dtype=torch.float64)
+
+
+class SigmoidGated(Activation):
+    """φ(z) = z·sigmoid(a(z)) with a(z) = slope·(z + cubic·z³).
+
+    SiLU has slope 1 and cubic 0; QuickGELU slope 1.702; the tanh form of GELU slope 2·√(2/π) and cubic
+    0.044715, because ½(1 + tanh v) = sigmoid(2v).
+    """
+
+    def __init__(self, name: str, slope: float, cubic: float = 0.0) -> None:
+        self.name = name
+        self.slope = slope
+        self.cubic = cubic
+
+    def _logit(self, z: Tensor) -> Tensor:
+        if self.cubic:
+            return self.slope * (z + self.cubic * z**3)
+        return z if self.slope == 1.0 else self.slope * z
+
+    def _times_logit_derivative(self, factor: Tensor, z: Tensor) -> Tensor:
+        if self.cubic:
+            return factor * (self.slope + 3.0 * self.slope * self.cubic * z * z)
+        return factor if self.slope == 1.0 else self.slope * factor
+
+    def selection(self, z: Tensor) -> Tensor:
+        """ρ(z) = sigmoid(a(z))."""
+        return torch.sigmoid(self._logit(z))
+
+    def selection_derivative(self, z: Tensor, selection: Tensor) -> Tensor:
+        """ρ'(z) = ρ(1−ρ)·a'(z)."""
+        return self._times_logit_derivative(torch.addcmul(selection, selection, selection, value=-1.0), z)
+
+    def homogeneity(self, z: Tensor, selection: Tensor) -> Tensor:
+        """E(z) = 1 + z·a'(z)·(1−ρ)."""
+        return 1.0 + self._times_logit_derivative(z * (1.0 - selection), z)
+
+
+class GaussianGated(Activation):
+    """GELU in its exact form: φ(z) = z·Φ(z), with Φ the standard normal distribution function."""
+
+    name = "gelu"
+
+    @staticmethod
+    def _density(z: Tensor) -> Tensor:
+        return torch.exp(-0.5 * z * z) * (1.0 / math.sqrt(2.0 * math.pi))
+
+    def selection(self, z: Tensor) -> Tensor:
+        """ρ(z) = Φ(z)."""
+        return torch.special.ndtr(z)
+
+    def selection_derivative(self, z: Tensor, selection: Tensor) -> Tensor:
+        """ρ'(z), the standard normal density."""
+        return self._density(z)
+
+    def homogeneity(self, z: Tensor, selection: Tensor) -> Tensor:
+        """E(z) = 1 + z·pdf(z)/Φ(z), through log Φ so that the far negative tail stays finite."""
+        log_ratio = -0.5 * z * z - 0.5 * math.log(2.0 * math.pi) - torch.special.log_ndtr(z)
+        return 1.0 + z * torch.exp(log_ratio)
+
+
+class RectifiedPower(Activation):
+    """φ(z) = max(z, 0)^power: ReLU (power 1, ρ = 1[z>0]) and ReLU² (power 2, ρ = max(z, 0))."""
+
+    def __init__(self, name: str, power: int) -> None:
+        self.name = name
+        self.power = power
+
+    def selection(self, z: Tensor) -> Tensor:
+        """ρ(z) = max(z, 0)^(power−1), and 1[z>0] for power 1."""
+        return (z > 0).to(z.dtype) if self.power == 1 else z.clamp(min=0.0) ** (self.power - 1)
+
+    def selection_derivative(self, z: Tensor, selection: Tensor) -> Tensor:
+        """ρ'(z), 0 at the kink."""
+        if self.power == 1:
+            return torch.zeros_like(z)
+        return (self.power - 1) * z.clamp(min=0.0) ** (self.power - 2) * (z > 0)
+
+    def homogeneity(self, z: Tensor, selection: Tensor) -> Tensor:
+        """E(z) = power on the support, 1 by convention off it."""
+        return torch.where(z > 0, float(self.power), 1.0).to(z.dtype)
+
+
+class ElementwiseActivation(Activation):
+    """Any element-wise function, with φ' from autograd, ρ = φ/z, ρ' = (φ' − ρ)/z and E = z·φ'/φ.
+
+    Args:
+        name: Name for tables and logs.
+        function: The element-wise φ, differentiable, any shape to the same shape.
+        self_gated: Whether φ is of the form z·ρ(z); found numerically when None.
+    """
+
+    def __init__(self, name: str, function: Callable[[Tensor], Tensor], self_gated: bool | None = None) -> None:
+        self.name = name
+        self._function = function
+        self.self_gated = self._looks_self_gated() if self_gated is None else self_gated
+
+    def _looks_self_gated(self) -> bool:
+        """φ(0) = 0 and φ(z)/z non-negative, non-decreasing and not constant."""
+        z = _grid().to(torch.float32)
+        with torch.no_grad():
+            at_zero = self._function(torch.zeros(1))
+            ratio = self._function(z) / z
+        rises = bool((ratio.diff() >= -1e-4).all()) and bool(ratio[-1] - ratio[0] > 1e-3)
+        return bool(at_zero.abs().max() < 1e-6) and bool((ratio >= -1e-6).all()) and rises
+
+    def _value_and_derivative(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = z.detach().clone().requires_grad_(True)
+            value = self._function(leaf)
+            (derivative,) = torch.autograd.grad(value.sum(), leaf)
+        return value.detach(), derivative.detach()
+
+    def output(self, z: Tensor, selection: Tensor) -> Tensor:
+        """φ(z)."""
+        with torch.no_grad():
+            return self._function(z)
+
+    def selection(self, z: Tensor) -> Tensor:
+        """ρ(z) = φ(z)/z, continued by φ'(0) at zero."""
+        value, derivative = self._value_and_derivative(z)
+        near_zero = z.abs() < 1e-4
+        return torch.where(near_zero, derivative, value / torch.where(near_zero, 1.0, z))
+
+    def output_derivative(self, z: Tensor, selection: Tensor, values: ActivationValues) -> Tensor:
+        """φ'(z) by autograd."""
+        return self._value_and_derivative(z)[1]
+
+    def selection_derivative(self, z: Tensor, selection: Tensor) -> Tensor:
+        """ρ'(z) = (φ'(z) − ρ(z))/z; near zero at the nearest point where the quotient is accurate."""
+        # The quotient cancels near zero; ρ' is smooth there, so it is read a little further out.
+        step = 1e-2 if z.dtype != torch.float64 else 1e-4
+        moved = torch.where(z.abs() < step, torch.where(z < 0, -step, step).to(z.dtype), z)
+        value, derivative = self._value_and_derivative(moved)
+        return (derivative - value / moved) / moved
+
+    def homogeneity(self, z: Tensor, selection: Tensor) -> Tensor:
+        """E(z) = z·φ'(z)/φ(z), 1 by convention where φ = 0."""
+        value, derivative = self._value_and_derivative(z)
+        silent = value == 0
+        return torch.where(silent, 1.0, z * derivative / torch.where(silent, 1.0, value))
+
+
+SILU = SigmoidGated("silu", slope=1.0)
+GELU = GaussianGated()
+GELU_TANH = SigmoidGated("gelu_tanh", slope=2.0 * _SQRT_2_OVER_PI, cubic=0.044715)
+QUICK_GELU = SigmoidGated("quick_gelu", slope=1.702)
+RELU = RectifiedPower("relu", power=1)
+RELU_SQUARED = RectifiedPower("relu_squared", power=2)
+
+KNOWN_ACTIVATIONS: tuple[Activation, ...] = (SILU, GELU, GELU_TANH, QUICK_GELU, RELU, RELU_SQUARED)
+
+
+def is_elementwise(function: Callable[[Tensor], Tensor]) -> bool:
+    """Whether ``function`` maps each element by itself: same shape, and the same on a part as on the whole.
+
+    The identity (and so dropout in evaluation mode) is not counted as an activation.
+    """
+    z = _grid(64).to(torch.float32)
+    try:
+        with torch.no_grad():
+            # Clones, because the function may work in place.
+            whole, part, row = function(z.clone()), function(z[::3].clone()), function(z.clone().view(8, 8))
+    except Exception:  # A module that cannot take a plain vector is not an element-wise activation.
+        return False
+    if not (isinstance(whole, Tensor) and whole.shape == z.shape and isinstance(part, Tensor)):
+        return False
+    same = torch.allclose(whole[::3], part, atol=1e-6) and torch.allclose(whole.view(8, 8), row, atol=1e-6)
+    return same and not torch.allclose(whole, z)
+
+
+def activation_of(module: nn.Module) -> Activation | None:
+    """Identifies the activation that ``module`` computes, by its values rather than by its class name.
+
+    Args:
+        module: A module without children. It is evaluated on a small CPU grid (a copy is moved if it holds
+            parameters elsewhere).
+
+    Returns:
+        One of the closed forms where the values agree to 1e-5, an :class:`ElementwiseActivation` for any other
+        element-wise module, or None where the module is not element-wise, or is the identity.
+    """
+    learnable = any(True for _ in module.parameters())
+    if learnable:
+        # Parameters live on the model's device and change in training: never self-gated by assumption.
+        return None if not is_elementwise(module) else ElementwiseActivation(_snake(module), module, self_gated=False)
+    if not is_elementwise(module):
+        return None
+    z = _grid(512).to(torch.float32)
+    with torch.no_grad():
+        values = module(z.clone())
+    for known in KNOWN_ACTIVATIONS:
+        if torch.allclose(known.evaluate(z).output, values, atol=1e-5, rtol=1e-5):
+            return known
+    return ElementwiseActivation(_snake(module), module)
+
+
+def _snake(module: nn.Module) -> str:
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(module).__name__).lower()
+    return re.sub(r"_?activation$", "", name) or name
+
+
+@lru_cache(maxsize=64)
+def regime_boundaries(activation: Activation, tau: float, limit: float = 40.0) -> dict[str, tuple[float, ...]]:
+    """Finds where the coarse homogeneity partition of an activation changes, from E itself.
+
+    Args:
+        activation: A self-gated activation.
+        tau: Half-width of the homogeneous regime, |E − 1| ≤ tau; positive.
+        limit: Roots are searched in [−limit, limit].
+
+    Returns:
+        ``{"zero": roots of E = 0, "lower": roots of E = 1 − tau, "upper": roots of E = 1 + tau}``, each
+        ascending, accurate to 1e-9. Below the root of E = 0 a channel is suppressed.
+    """
+
+    def homogeneity(point: float | Tensor) -> Tensor:
+        z = torch.as_tensor(point, dtype=torch.float64)
+        return activation.evaluate(z.reshape(-1)).homogeneity
+
+    def roots(level: float) -> tuple[float, ...]:
+        z = torch.linspace(-limit, limit, 16001, dtype=torch.float64) + 1e-7
+        gap = homogeneity(z) - level
+        crossings = torch.nonzero(torch.sign(gap[:-1]) * torch.sign(gap[1:]) < 0).flatten().tolist()
+        found = []
+        for index in crossings:
+            low, high = float(z[index]), float(z[index + 1])
+            low_sign = float(gap[index])
+            for _ in range(60):
+                middle = 0.5 * (low + high)
+                value = float(homogeneity(middle)) - level
+                if value * low_sign > 0:
+                    low = middle
+                else:
+                    high = middle
+            found.append(0.5 * (low + high))
+        return tuple(found)
+
+    if activation.has_constant_homogeneity:
+        return {"zero": (), "lower": (), "upper": ()}
+    return {"zero": roots(0.0), "lower": roots(1.0 - tau), "upper": roots(1.0 + tau)}

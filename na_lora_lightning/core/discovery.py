@@ -1,0 +1,160 @@
+"""Finds the gates of a model with LoRA, from what its forward pass does rather than from its architecture's name.
+
+A gate is an element-wise activation whose input comes from a linear layer and whose output, alone (*plain*) or
+times another branch (*gated*), is consumed by a linear layer. Its LoRA rows are found by
+:mod:`na_lora_lightning.core.row_probe`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from na_lora_lightning.core.activations import Activation, activation_of
+from na_lora_lightning.core.lora_layers import active_adapters, is_lora_layer, require_lora
+from na_lora_lightning.core.row_probe import probe_rows, storage_rows
+from na_lora_lightning.core.sites import GateMap, GateSite, LeftOut
+from na_lora_lightning.core.tracing import ActivationCall, LinearCall, Trace, reachable, trace_forward
+from na_lora_lightning.errors import DiscoveryError
+
+_PROBE_TOKENS = 4
+
+
+def root_of(model: nn.Module) -> nn.Module:
+    """The model whose forward is always called: inside a ``PeftModel`` its base model, else the model itself."""
+    base = getattr(model, "get_base_model", None)
+    return base() if callable(base) else model
+
+
+def default_inputs(root: nn.Module) -> dict[str, Any]:
+    """A few tokens for the probe.
+
+    Args:
+        root: A Hugging Face language model (its config has a vocabulary size).
+
+    Returns:
+        Keyword arguments for its forward: ``input_ids`` and ``attention_mask``, ``[1, 4]``, int64.
+
+    Raises:
+        DiscoveryError: The model is of another kind, so the caller must give inputs.
+    """
+    config = getattr(root, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    vocabulary = getattr(text_config, "vocab_size", None)
+    if not isinstance(vocabulary, int):
+        raise DiscoveryError(
+            f"{type(root).__name__} has no vocabulary size in its config, so no probe input can be made for it; pass "
+            "example_inputs, a dictionary of keyword arguments for one small forward pass."
+        )
+    device = next(root.parameters()).device
+    tokens = torch.arange(1, _PROBE_TOKENS + 1, device=device).remainder(vocabulary)[None]
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
+
+
+def discover_gates(model: nn.Module, example_inputs: Mapping[str, Any] | None = None) -> GateMap:
+    """Finds every gate of a model and its rows in ``lora_B``.
+
+    Args:
+        model: A PEFT model, or any module that holds PEFT LoRA layers, in any dtype, on any device.
+        example_inputs: Keyword arguments for one small forward pass of the model (of the base model inside a
+            ``PeftModel``); made from the vocabulary when None.
+
+    Returns:
+        The gate sites in the order of the forward pass, and what was left out and why. Call
+        :meth:`GateMap.require` to turn an empty or partial result into an error.
+
+    Raises:
+        DiscoveryError: The model holds no LoRA layer, no probe input can be made, or two ways of mapping the
+            rows disagree.
+    """
+    require_lora(model)
+    root = root_of(model)
+    inputs = default_inputs(root) if example_inputs is None else example_inputs
+    trace = trace_forward(root, inputs)
+    calls: dict[nn.Module, list[ActivationCall]] = defaultdict(list)
+    for call in trace.activation_calls:
+        calls[call.module].append(call)
+
+    found = GateMap()
+    activations: dict[tuple[type, str], Activation | None] = {}
+    for module, module_calls in calls.items():
+        key = (type(module), repr(module))
+        if key not in activations or any(True for _ in module.parameters()):
+            activations[key] = activation_of(module)
+        activation = activations[key]
+        if activation is None:
+            continue
+        result = _classify(module_calls, activation, trace)
+        if isinstance(result, GateSite):
+            found.sites.append(result)
+        elif result is not None:
+            found.left_out.append(result)
+    return found
+
+
+def _classify(calls: list[ActivationCall], activation: Activation, trace: Trace) -> GateSite | LeftOut | None:
+    """Decides what one activation module is."""
+    call = calls[0]
+
+    def left_out(reason: str, **details: Any) -> LeftOut:
+        return LeftOut(call.name, activation.name, reason, **details)
+
+    linear_of_leaf = trace.linear_of_leaf()
+    leaves, _, _ = reachable(call.pre_activation.grad_fn)
+    producers = [linear_of_leaf[id(leaf)] for leaf in leaves if id(leaf) in linear_of_leaf]
+    consumer, kind = _consumer(call, trace)
+    if not producers or consumer is None:
+        return left_out("it does not stand between two linear layers")
+    if len(calls) > 1:
+        return left_out(f"it is called {len(calls)} times in one forward pass, by different layers")
+    names = tuple(producer.name for producer in producers)
+    with_lora = [p for p in producers if is_lora_layer(p.module) and active_adapters(p.module)]
+    if not with_lora:
+        return left_out(f"{', '.join(names)} has no LoRA", gate_without_lora=True, producers=names)
+    for producer in with_lora:
+        mapped = _map_rows(call, producer)
+        if mapped is not None:
+            rows, found_by = mapped
+            return GateSite(
+                name=call.name,
+                kind=kind,
+                activation=activation,
+                activation_module=call.module,
+                lora_layer_name=producer.name,
+                lora_layer=producer.module,
+                rows=rows,
+                output_layer_name=consumer.name,
+                output_layer=consumer.module,
+                found_by=found_by,
+            )
+    return left_out(f"its channels do not correspond one to one to outputs of {', '.join(names)}")
+
+
+def _consumer(call: ActivationCall, trace: Trace) -> tuple[LinearCall | None, Literal["gated", "plain"]]:
+    """The linear layer that takes the activation's output, and whether another branch multiplies it first."""
+    node = call.output.grad_fn
+    for linear in trace.linear_calls:
+        other_leaves, passed, met = reachable(linear.input_node, stop=node)
+        if met:
+            gated = bool(other_leaves) and any(name.startswith("MulBackward") for name in passed)
+            return linear, "gated" if gated else "plain"
+    return None, "plain"
+
+
+def _map_rows(call: ActivationCall, producer: LinearCall) -> tuple[Tensor, Literal["probe", "storage"]] | None:
+    adapter = active_adapters(producer.module)[0]
+    lora_b = producer.module.lora_B[adapter].weight  # type: ignore[index,union-attr]
+    probed = probe_rows(call.pre_activation, lora_b) if lora_b.requires_grad else None  # type: ignore[arg-type]
+    stored = storage_rows(call.pre_activation, producer.output)
+    if probed is not None and stored is not None and not torch.equal(probed, stored):
+        raise DiscoveryError(
+            f"two ways of mapping the gate {call.name!r} to rows of {producer.name!r} disagree, so its mask could hit "
+            "the wrong channels; please report the model type, and exclude this layer from the LoRA targets."
+        )
+    if probed is not None:
+        return probed, "probe"
+    return None if stored is None else (stored, "storage")

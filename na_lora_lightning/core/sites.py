@@ -1,0 +1,158 @@
+"""What discovery finds: gate sites, their LoRA rows, and what was left out and why."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from na_lora_lightning.core.activations import Activation
+from na_lora_lightning.core.lora_layers import LoRARows, active_adapters, lora_rows
+from na_lora_lightning.errors import DiscoveryError
+
+_NAMES_IN_ERROR = 4
+
+
+@dataclass(eq=False)
+class GateSite:
+    """One place where an activation gates channels, with the LoRA rows that make its pre-activation.
+
+    Attributes:
+        name: Qualified name of the activation module, from the root model.
+        kind: ``"gated"`` for h = φ(g) ⊙ u, ``"plain"`` for h = φ(g).
+        activation: The activation φ.
+        activation_module: Module whose first positional input is the pre-activation g', ``[..., channels]``.
+        lora_layer_name: Qualified name of the LoRA layer that makes g'.
+        lora_layer: That PEFT layer.
+        rows: Row of ``lora_B`` for each channel, ``[channels]``, int64.
+        output_layer_name: Linear layer that consumes h, where one was seen.
+        output_layer: That module, used by the diagnostics alone.
+        found_by: ``"probe"`` (vector-Jacobian product) or ``"storage"`` (shared memory).
+    """
+
+    name: str
+    kind: Literal["gated", "plain"]
+    activation: Activation
+    activation_module: nn.Module
+    lora_layer_name: str
+    lora_layer: nn.Module
+    rows: Tensor
+    output_layer_name: str | None = None
+    output_layer: nn.Module | None = None
+    found_by: Literal["probe", "storage"] = "probe"
+
+    @property
+    def channels(self) -> int:
+        """Number of gate channels."""
+        return int(self.rows.numel())
+
+    @property
+    def layer(self) -> int | None:
+        """Index of the block that holds the site: the first number in its name."""
+        match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", self.name)
+        return int(match.group(1)) if match else None
+
+    @property
+    def label(self) -> str:
+        """Short name for logs, ``layer_03``, or the full name where no block index is found."""
+        return self.name.replace(".", "_") if self.layer is None else f"layer_{self.layer:02d}"
+
+    @property
+    def row_slice(self) -> slice | None:
+        """The rows as a slice where they are evenly spaced and ascending, else None."""
+        first, last = int(self.rows[0]), int(self.rows[-1])
+        step = 1 if self.channels == 1 else (last - first) // (self.channels - 1)
+        if step < 1 or not torch.equal(self.rows, torch.arange(first, last + 1, step)):
+            return None
+        return slice(first, last + 1, step)
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the active adapters of the LoRA layer."""
+        return active_adapters(self.lora_layer)
+
+    def parameters(self) -> list[LoRARows]:
+        """Parameters of the active adapters that have one row per output of the LoRA layer."""
+        return lora_rows(self.lora_layer, self.lora_layer_name)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """An activation that is not adapted.
+
+    Attributes:
+        name: Qualified name of the activation module.
+        activation: Name of the activation.
+        reason: Why it was left out.
+        gate_without_lora: Whether it is a feed-forward gate whose producing layer has no LoRA.
+        producers: Names of the linear layers that make its pre-activation.
+    """
+
+    name: str
+    activation: str
+    reason: str
+    gate_without_lora: bool = False
+    producers: tuple[str, ...] = ()
+
+
+@dataclass
+class GateMap:
+    """All gate sites of a model, in the order of the forward pass."""
+
+    sites: list[GateSite] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[GateSite]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    @property
+    def channels(self) -> int:
+        """Total number of gate channels."""
+        return sum(site.channels for site in self.sites)
+
+    def require(self, allow_gates_without_lora: bool = False) -> GateMap:
+        """Checks that there is something to adapt, and that no gate was missed by the LoRA targets.
+
+        Args:
+            allow_gates_without_lora: Accept a model in which some gates carry LoRA and others do not.
+
+        Returns:
+            This map.
+
+        Raises:
+            DiscoveryError: No gate was found, no gate has LoRA, or only some have and that is not allowed.
+        """
+        bare = [entry for entry in self.left_out if entry.gate_without_lora]
+        if not self.sites and bare:
+            producers = sorted({name.rsplit(".", 1)[-1] for entry in bare for name in entry.producers})
+            raise DiscoveryError(
+                f"none of the model's {len(bare)} gates has LoRA ({_some(entry.name for entry in bare)}), so there is "
+                f"nothing to adapt by their responsiveness; add {' or '.join(map(repr, producers))} to the LoRA "
+                "target modules, or train without the NA-LoRA callbacks."
+            )
+        if not self.sites:
+            seen = f" (left out: {_some(f'{e.name}: {e.reason}' for e in self.left_out)})" if self.left_out else ""
+            raise DiscoveryError(
+                f"no feed-forward gate was found in the model{seen}; NA-LoRA needs an activation between a LoRA layer "
+                "and a linear layer, so train this model without the NA-LoRA callbacks."
+            )
+        if bare and not allow_gates_without_lora:
+            raise DiscoveryError(
+                f"{len(bare)} of {len(bare) + len(self.sites)} gates have no LoRA ({_some(e.name for e in bare)}); "
+                "extend the LoRA target modules to the layers before them, or set allow_gates_without_lora=True to "
+                "leave those gates as they are."
+            )
+        return self
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - _NAMES_IN_ERROR} more" if len(names) > _NAMES_IN_ERROR else ""
+    return ", ".join(names[:_NAMES_IN_ERROR]) + more

@@ -1,0 +1,241 @@
+"""Gate statistics of an optimizer step, from one observer shared by all mechanisms.
+
+The observer hooks the activation modules. In each training forward pass it adds, per gate channel, sums over the
+real tokens to a buffer that is laid out flat over all sites; micro-batches accumulate, and processes add their
+buffers, so that a mean over them is the mean over all tokens of the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from na_lora_lightning.core.activations import ActivationValues
+from na_lora_lightning.core.sites import GateSite
+from na_lora_lightning.core.token_selection import TokenSelection, token_mask_of_call
+from na_lora_lightning.errors import ConfigurationError, DiscoveryError
+
+
+Listener = Callable[[int, GateSite, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class ObserverOptions:
+    """What the observer looks at.
+
+    Attributes:
+        max_tokens: Tokens looked at per site and forward pass at most, evenly spread and shifted from pass to
+            pass; None looks at all. A bound on the cost.
+        exclude_prompt: Leave out positions that predict no target, which needs labels in the forward call.
+        allow_silent_sites: Go on when a site never fires in the first step (a fused or replaced feed-forward
+            block), leaving its rows unmasked.
+    """
+
+    max_tokens: int | None = 256
+    exclude_prompt: bool = False
+    allow_silent_sites: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ConfigurationError(
+                f"max_tokens is {self.max_tokens}, and no statistics come from fewer than one token; give a positive "
+                "number, or null for all tokens."
+            )
+
+
+class Layout:
+    """Places of the sites' columns in a flat buffer.
+
+    Attributes:
+        sizes: Columns of each site.
+        slices: Where each site's columns lie.
+        total: Number of columns.
+        site_of_column: Site index of each column, ``[total]``, int64.
+    """
+
+    def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
+        self.sizes = tuple(sizes)
+        ends = torch.tensor(self.sizes).cumsum(0).tolist() if self.sizes else []
+        self.slices = tuple(slice(end - size, end) for size, end in zip(self.sizes, ends, strict=True))
+        self.total = sum(self.sizes)
+        counts = torch.tensor(self.sizes, device=device)
+        self.site_of_column = torch.arange(len(self.sizes), device=device).repeat_interleave(counts)
+
+    def spread(self, per_site: Tensor) -> Tensor:
+        """Repeats ``[..., sites]`` to ``[..., total]``."""
+        return per_site.index_select(-1, self.site_of_column)
+
+
+class Collector(Protocol):
+    """What a mechanism wants to have summed over tokens.
+
+    Attributes:
+        components: Number of values per column.
+    """
+
+    components: int
+
+    def columns(self, site: GateSite) -> int:
+        """Columns that a site takes: its channels, or 1 for sums over them."""
+
+    def collect(self, values: ActivationValues, token_weight: Tensor) -> Tensor:
+        """Sums over tokens, ``[components, columns]``.
+
+        Args:
+            values: Activation values at ``[tokens, channels]``, float32.
+            token_weight: ``[tokens]``, 1 for tokens that count.
+        """
+
+
+@dataclass
+class StepStatistics:
+    """Sums of one optimizer step over all its tokens.
+
+    Attributes:
+        sums: ``[components, total columns]`` float32.
+        tokens: Number of tokens seen by each site, ``[sites]`` float32.
+    """
+
+    sums: Tensor
+    tokens: Tensor
+
+
+class GateObserver:
+    """Hooks on the model that sum gate statistics over the tokens of an optimizer step.
+
+    Args:
+        root: The model whose call carries the padding mask.
+        sites: Gate sites inside it.
+        options: What to look at.
+    """
+
+    def __init__(self, root: nn.Module, sites: Sequence[GateSite], options: ObserverOptions) -> None:
+        self._root = root
+        self.sites = list(sites)
+        self.options = options
+        self.selection: TokenSelection | None = None
+        self.forward_passes = 0
+        self._collectors: dict[str, Collector] = {}
+        self._layouts: dict[str, Layout] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._tokens: Tensor | None = None
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._listeners: list[Listener] = []
+
+    @property
+    def device(self) -> torch.device:
+        """Where the sums are kept: with the LoRA rows of the first site."""
+        return self.sites[0].parameters()[0].parameter.device
+
+    def add(self, name: str, collector: Collector) -> Layout:
+        """Registers a collector and returns the layout of its sums."""
+        layout = Layout([collector.columns(site) for site in self.sites], self.device)
+        self._collectors[name] = collector
+        self._layouts[name] = layout
+        self._sums[name] = torch.zeros(collector.components, layout.total, device=self.device)
+        return layout
+
+    def listen(self, listener: Listener) -> None:
+        """Calls ``listener(site index, site, z, token weight)`` in each recorded pass, after z was summed up."""
+        self._listeners.append(listener)
+
+    def attach(self) -> None:
+        """Registers the hooks."""
+        self._tokens = torch.zeros(len(self.sites), device=self.device)
+        self._handles.append(self._root.register_forward_pre_hook(self._begin, with_kwargs=True))
+        self._handles.append(self._root.register_forward_hook(self._end, always_call=True))
+        for index, site in enumerate(self.sites):
+            hook = self._make_hook(index, site)
+            self._handles.append(site.activation_module.register_forward_pre_hook(hook))
+
+    def detach(self) -> None:
+        """Removes the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.selection = None
+
+    def reset(self) -> None:
+        """Forgets what was seen since the last step."""
+        for sums in self._sums.values():
+            sums.zero_()
+        if self._tokens is not None:
+            self._tokens.zero_()
+
+    def finish_step(self, reduce: Callable[[Tensor], None] | None) -> dict[str, StepStatistics]:
+        """Hands over the sums of the step and starts the next.
+
+        Args:
+            reduce: Adds a tensor over all processes in place, or None for one process.
+
+        Returns:
+            A copy of the sums for each collector.
+        """
+        assert self._tokens is not None, "attach() comes first"
+        if reduce is not None:
+            reduce(self._tokens)
+            for sums in self._sums.values():
+                reduce(sums)
+        tokens = self._tokens.clone()
+        statistics = {name: StepStatistics(sums.clone(), tokens) for name, sums in self._sums.items()}
+        self.reset()
+        return statistics
+
+    def require_fired(self, tokens: Tensor) -> None:
+        """Checks that every site fired; synchronises, so for the first step alone.
+
+        Raises:
+            DiscoveryError: A site saw no token.
+        """
+        silent = [site.name for site, seen in zip(self.sites, tokens.tolist(), strict=True) if seen == 0]
+        if silent and not self.options.allow_silent_sites:
+            raise DiscoveryError(
+                f"the gates {', '.join(silent[:4])}{' …' if len(silent) > 4 else ''} saw no token in the first training "
+                "step, probably because a fused or patched feed-forward block bypasses the activation module; turn the "
+                "patch off, or set allow_silent_sites=True to train those gates unmasked."
+            )
+
+    def _begin(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Evaluation runs without gradients; a recomputed forward runs inside the backward pass.
+        if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
+            self.selection = None
+            return
+        mask = token_mask_of_call(root, args, kwargs, self.options.exclude_prompt)
+        self.selection = TokenSelection(mask, self.options.max_tokens, offset=self.forward_passes)
+        self.forward_passes += 1
+
+    def _end(self, root: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.selection = None
+
+    def _make_hook(self, index: int, site: GateSite) -> Callable[..., None]:
+        slices = {name: layout.slices[index] for name, layout in self._layouts.items()}
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            selection = self.selection
+            # A checkpointed block is run again inside the backward pass, after its first run was counted.
+            if selection is None or torch._C._current_graph_task_id() != -1:
+                return
+            with torch.no_grad():
+                self._record(index, site, slices, selection, args[0])
+
+        return hook
+
+    def _record(
+        self, index: int, site: GateSite, slices: dict[str, slice], selection: TokenSelection, pre_activation: Tensor
+    ) -> None:
+        assert self._tokens is not None
+        weight = selection.weights(pre_activation)
+        looked_at = selection.rows(pre_activation, site.name).float()
+        if selection.has_mask:
+            # Padding may hold anything, NaN included, which a weight of zero would not silence.
+            looked_at = looked_at.masked_fill(weight[:, None] == 0, 0.0)
+        values = site.activation.evaluate(looked_at)
+        for name, collector in self._collectors.items():
+            self._sums[name][:, slices[name]] += collector.collect(values, weight).to(self._sums[name].device)
+        self._tokens[index] += weight.sum()
+        for listener in self._listeners:
+            listener(index, site, looked_at, weight)

@@ -1,0 +1,273 @@
+"""Mechanism two: an activation-specific scale of the LoRA step, from a coarse partition by effective homogeneity.
+
+A pre-activation is *suppressed* (E < 0), *homogeneous* (|E−1| ≤ τ) or *transitional* (otherwise). With p_R the
+share of the observed mass in regime R, an exponential moving average over optimizer steps, and g_R the mean of
+|E−1| within R::
+
+    η = Σ_R p_R · c_R,      c_R = 1 / (1 + g_R), clipped to [η_min, 1]
+
+Mass is counted by |φ|, so that silent tokens do not dominate, in p_R and in g_R alike. Where the partition is not
+meaningful (E constant on the support of φ, or fewer than two regimes with 5 % of the mass at the site), η = 1.
+
+The abstract of arXiv 2606.31717 names an activation-specific step-scaling rule for a meaningful coarse
+effective-homogeneity partition; the formulas are this project's reconstruction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from na_lora_lightning.core.activations import ActivationValues
+from na_lora_lightning.core.importance import moving_average
+from na_lora_lightning.core.sites import GateSite
+from na_lora_lightning.core.statistics import Layout, StepStatistics
+from na_lora_lightning.errors import ConfigurationError
+
+REGIMES = ("suppressed", "transitional", "homogeneous")
+_MEANINGFUL_SHARE = 0.05
+
+Granularity = Literal["activation", "site", "channel"]
+
+
+@dataclass(frozen=True)
+class StepScaleOptions:
+    """Options of the step scale.
+
+    Attributes:
+        granularity: One scale per ``"activation"``, per ``"site"`` or per gate ``"channel"``.
+        tau: τ, half-width of the homogeneous regime |E−1| ≤ τ, in (0, 1).
+        eta_min: Lowest c_R, in (0, 1].
+        normalize: Divide the scales by their mean over what encloses them (all gate channels of the model for
+            activations, the sites of one activation for sites, the channels of one site for channels), so that
+            steps are redistributed and not made smaller.
+        beta: β of the moving average of the regime shares, in [0, 1).
+    """
+
+    granularity: Granularity = "activation"
+    tau: float = 0.1
+    eta_min: float = 0.1
+    normalize: bool = False
+    beta: float = 0.9
+
+    def __post_init__(self) -> None:
+        if self.granularity not in get_args(Granularity):
+            raise ConfigurationError(
+                f"granularity is {self.granularity!r}, which does not exist; choose one of "
+                f"{', '.join(get_args(Granularity))}."
+            )
+        if not 0.0 < self.tau < 1.0:
+            raise ConfigurationError(
+                f"tau is {self.tau}, and it is the half-width of the homogeneous regime around E = 1; give a number "
+                "between 0 and 1, such as 0.1."
+            )
+        if not 0.0 < self.eta_min <= 1.0:
+            raise ConfigurationError(
+                f"eta_min is {self.eta_min}, and it is the smallest step scale; give a number above 0 and at most 1."
+            )
+        if not 0.0 <= self.beta < 1.0:
+            raise ConfigurationError(
+                f"beta is {self.beta}, and a moving average needs a number from 0 (no memory) to below 1; 0.9 is usual."
+            )
+
+    def check_activations(self, sites: Sequence[GateSite]) -> None:
+        """Checks that the scale can differ from 1 anywhere.
+
+        Raises:
+            ConfigurationError: It is exactly 1 by construction, so that training would be vanilla LoRA.
+        """
+        names = {site.activation.name for site in sites if has_partition(site)}
+        if not names:
+            raise ConfigurationError(
+                f"the step scale is exactly 1 for {', '.join(sorted({s.activation.name for s in sites}))}, whose "
+                "effective homogeneity has no meaningful partition; remove StepScaleCallback from this model."
+            )
+        if self.normalize and self.granularity == "activation" and len(names) == 1:
+            raise ConfigurationError(
+                f"normalize with granularity 'activation' makes the step scale exactly 1, because {names.pop()} is the "
+                "only activation; use granularity 'site' or 'channel', or normalize=False."
+            )
+
+
+def has_partition(site: GateSite) -> bool:
+    """Whether the site's activation is self-gated with an E that varies on its support."""
+    return site.activation.self_gated and not site.activation.has_constant_homogeneity
+
+
+class RegimeCollector:
+    """Sums, per regime, the mass |φ| and the mass times |E−1|.
+
+    Args:
+        tau: τ.
+        per_channel: One column per channel instead of one per site.
+    """
+
+    components = 2 * len(REGIMES)
+
+    def __init__(self, tau: float, per_channel: bool) -> None:
+        self._tau = tau
+        self._per_channel = per_channel
+
+    def columns(self, site: GateSite) -> int:
+        """The site's channels, or one column for all."""
+        return site.channels if self._per_channel else 1
+
+    def collect(self, values: ActivationValues, token_weight: Tensor) -> Tensor:
+        """``[6, columns]``: mass of the three regimes, then mass·|E−1| of the three."""
+        homogeneity = values.homogeneity
+        gap = (homogeneity - 1.0).abs()
+        mass = values.output.abs()
+        gap_mass = mass * gap
+        suppressed = homogeneity < 0.0
+        homogeneous = gap <= self._tau
+        regimes = (suppressed, ~(suppressed | homogeneous), homogeneous)
+        sums = torch.stack(
+            [token_weight @ torch.where(regime, amount, 0.0) for amount in (mass, gap_mass) for regime in regimes]
+        )
+        return sums if self._per_channel else sums.sum(dim=1, keepdim=True)
+
+
+def scale_of_shares(shares: Tensor, gap_shares: Tensor, eta_min: float) -> Tensor:
+    """η from regime shares.
+
+    Args:
+        shares: p_R, ``[3, groups]``, non-negative, summing to one over regimes.
+        gap_shares: p_R·g_R, ``[3, groups]``.
+        eta_min: Lowest c_R.
+
+    Returns:
+        η, ``[groups]``, in [eta_min, 1].
+    """
+    mean_gap = gap_shares / shares.clamp(min=1e-12)
+    factor = (1.0 / (1.0 + mean_gap)).clamp(min=eta_min, max=1.0)
+    return (shares * factor).sum(dim=0)
+
+
+def is_meaningful(shares: Tensor) -> Tensor:
+    """Whether at least two regimes hold 5 % of the mass; ``[3, groups]`` to ``[groups]``, boolean."""
+    return (shares >= _MEANINGFUL_SHARE).sum(dim=0) >= 2
+
+
+class StepScale:
+    """Keeps regime shares and the step scale that follows from them.
+
+    Args:
+        options: Options.
+        sites: Gate sites.
+        layout: Layout of the collector's columns (sites, or channels for granularity ``"channel"``).
+
+    Attributes:
+        steps: Optimizer steps seen.
+        scale: η per column of the layout.
+    """
+
+    _STATE = ("_group_average", "_site_average", "_weight", "scale")
+
+    def __init__(self, options: StepScaleOptions, sites: Sequence[GateSite], layout: Layout) -> None:
+        self.options = options
+        self.layout = layout
+        self.steps = 0
+        device = layout.site_of_column.device
+        self.activations = sorted({site.activation.name for site in sites})
+        self._activation_of_site = torch.tensor(
+            [self.activations.index(site.activation.name) for site in sites], device=device
+        )
+        self._channels = torch.tensor([float(site.channels) for site in sites], device=device)
+        self._partitioned = torch.tensor([has_partition(site) for site in sites], device=device)
+        groups = len(self.activations) if options.granularity == "activation" else layout.total
+        self._group_average = torch.zeros(2 * len(REGIMES), groups, device=device)
+        self._site_average = torch.zeros(len(REGIMES), len(sites), device=device)
+        self._weight = torch.zeros((), device=device)
+        self.scale = torch.ones(layout.total, device=device)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether a scale is in force, so that an update must be changed."""
+        return self.steps > 0
+
+    @property
+    def site_shares(self) -> Tensor:
+        """p_R of each site, ``[3, sites]``."""
+        return self._site_average / self._weight.clamp(min=1e-12)
+
+    def update(self, statistics: StepStatistics) -> None:
+        """Takes in one optimizer step and sets the scale."""
+        self.steps += 1
+        per_site = self._sum_columns(statistics.sums)
+        grouped = self._group(statistics.sums, per_site)
+        self._group_average = self._average(self._group_average, grouped)
+        self._site_average = self._average(self._site_average, per_site[: len(REGIMES)])
+        one = torch.ones_like(self._weight)
+        self._weight = moving_average(self._weight, one, one.bool(), self.options.beta)
+        self.scale = self._scale()
+
+    def _average(self, average: Tensor, sums: Tensor) -> Tensor:
+        """Moves the average towards the shares of this step; a column without mass keeps its shares."""
+        mass = sums[: len(REGIMES)].sum(dim=0)
+        seen = mass > 0
+        kept = average / self._weight.clamp(min=1e-12)
+        shares = torch.where(seen, sums / torch.where(seen, mass, 1.0), kept)
+        return moving_average(average, shares, torch.ones_like(average, dtype=torch.bool), self.options.beta)
+
+    def _sum_columns(self, sums: Tensor) -> Tensor:
+        """``[6, columns]`` to ``[6, sites]``."""
+        if self.layout.total == len(self.layout.sizes):
+            return sums
+        return torch.stack([sums[:, columns].sum(dim=1) for columns in self.layout.slices], dim=1)
+
+    def _group(self, sums: Tensor, per_site: Tensor) -> Tensor:
+        if self.options.granularity != "activation":
+            return sums
+        members = torch.nn.functional.one_hot(self._activation_of_site, len(self.activations))
+        return per_site @ members.to(per_site)
+
+    def _scale(self) -> Tensor:
+        shares = self._group_average / self._weight.clamp(min=1e-12)
+        per_group = scale_of_shares(shares[: len(REGIMES)], shares[len(REGIMES) :], self.options.eta_min)
+        if self.options.granularity == "activation":
+            per_group = per_group[self._activation_of_site]
+        scaled_sites = self._partitioned & is_meaningful(self.site_shares)
+        scaled = self.layout.spread(scaled_sites)
+        if self.options.normalize:
+            per_group = self._normalized(per_group, scaled)
+        return torch.where(scaled, per_group, torch.ones_like(per_group))
+
+    def _normalized(self, scale: Tensor, scaled: Tensor) -> Tensor:
+        """Divides by the mean over the enclosing span, columns of unscaled sites left out."""
+        columns = self.layout.site_of_column
+        if self.options.granularity == "activation":
+            span = torch.zeros_like(columns)
+        elif self.options.granularity == "site":
+            span = self._activation_of_site
+        else:
+            span = columns
+        count = len(self.layout.sizes)
+        members = torch.nn.functional.one_hot(span, count).to(scale)
+        # A column stands for all channels of its site, unless it is a channel itself.
+        amount = torch.ones_like(scale) if self.options.granularity == "channel" else self._channels
+        amount = amount * scaled
+        mean = ((scale * amount) @ members) / (amount @ members).clamp(min=1e-12)
+        return scale / mean[span].clamp(min=1e-12)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values that restore this object exactly."""
+        return {"steps": self.steps, **{name.lstrip("_"): getattr(self, name).clone() for name in self._STATE}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned.
+
+        Raises:
+            ConfigurationError: The state belongs to other gates or another granularity.
+        """
+        if state["scale"].shape != self.scale.shape or state["group_average"].shape != self._group_average.shape:
+            raise ConfigurationError(
+                f"the checkpoint holds {state['scale'].numel()} step scales and this run has {self.scale.numel()}; "
+                "resume with the model, LoRA targets and granularity of the checkpoint."
+            )
+        self.steps = int(state["steps"])
+        for name in self._STATE:
+            setattr(self, name, state[name.lstrip("_")].to(getattr(self, name)))

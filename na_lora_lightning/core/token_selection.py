@@ -1,0 +1,135 @@
+"""Which tokens of a forward pass count: real ones, and, to bound the cost, a spread-out sample of them.
+
+Everything here is computed on the device without synchronising with it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from na_lora_lightning.errors import DataError
+
+
+class TokenSelection:
+    """Token weights of one forward pass, matched to pre-activations by shape.
+
+    Args:
+        token_mask: ``[batch, length]``, true for tokens that count, or None where every token does.
+        sample: Tokens looked at per site and forward pass at most, or None for all.
+        offset: Shifts the sample from one forward pass to the next.
+    """
+
+    def __init__(self, token_mask: Tensor | None, sample: int | None, offset: int) -> None:
+        self._mask = token_mask
+        self._sample = sample
+        self._offset = offset
+        self._positions: dict[tuple[int, torch.device], Tensor] = {}
+        self._weights: dict[tuple[int, torch.device], Tensor] = {}
+
+    def _index(self, tokens: int, device: torch.device) -> Tensor | None:
+        """Evenly spread positions in ``range(tokens)``, or None to take all."""
+        if self._sample is None or tokens <= self._sample:
+            return None
+        key = (tokens, device)
+        if key not in self._positions:
+            spread = torch.arange(self._sample, device=device) * tokens // self._sample
+            self._positions[key] = (spread + self._offset) % tokens
+        return self._positions[key]
+
+    def rows(self, values: Tensor, name: str) -> Tensor:
+        """The looked-at tokens of ``values``.
+
+        Args:
+            values: ``[batch, length, channels]`` or ``[tokens, channels]``.
+            name: Site, for the message.
+
+        Returns:
+            ``[looked-at tokens, channels]`` in the dtype of ``values``, without a graph.
+
+        Raises:
+            DataError: The padding mask cannot be matched to the shape.
+        """
+        self._check(values, name)
+        flat = values.detach().reshape(-1, values.shape[-1])
+        index = self._index(flat.shape[0], flat.device)
+        return flat if index is None else flat.index_select(0, index)
+
+    def weights(self, values: Tensor) -> Tensor:
+        """1 for each looked-at token that counts and 0 for the others, ``[looked-at tokens]``, float32."""
+        tokens = values.numel() // values.shape[-1]
+        key = (tokens, values.device)
+        if key not in self._weights:
+            index = self._index(tokens, values.device)
+            if self._mask is None:
+                count = tokens if index is None else index.numel()
+                weights = torch.ones(count, device=values.device)
+            else:
+                weights = self._mask.reshape(-1).to(values.device, torch.float32)
+                weights = weights if index is None else weights.index_select(0, index)
+            self._weights[key] = weights
+        return self._weights[key]
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether some tokens may not count."""
+        return self._mask is not None
+
+    def _check(self, values: Tensor, name: str) -> None:
+        if self._mask is None:
+            return
+        leading = tuple(values.shape[:-1])
+        if leading == tuple(self._mask.shape) or leading == (self._mask.numel(),):
+            return
+        raise DataError(
+            f"the padding mask of shape {tuple(self._mask.shape)} cannot be matched to the tokens of the gate {name!r}, "
+            f"whose pre-activation has shape {tuple(values.shape)}, so padding would enter the statistics; train with "
+            "unpadded batches (no attention_mask), or exclude this layer from the LoRA targets."
+        )
+
+
+def token_mask_of_call(
+    root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], targets_only: bool
+) -> Tensor | None:
+    """Reads from a call of the model which tokens count.
+
+    Args:
+        root: The model that is called.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+        targets_only: Count only positions that predict a target (the next label is not −100), and so leave out
+            the prompt.
+
+    Returns:
+        ``[batch, length]`` boolean, or None where every token counts.
+
+    Raises:
+        DataError: The attention mask is not ``[batch, length]``, or targets are asked for and no labels are given.
+    """
+    if args:
+        names = list(inspect.signature(root.forward).parameters)
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    mask = kwargs.get("attention_mask")
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise DataError(
+                f"the attention mask has shape {shape}, from which padding cannot be told; pass a mask of shape "
+                "[batch, length] with 1 for real tokens."
+            )
+        mask = mask.bool()
+    if not targets_only:
+        return mask
+    labels = kwargs.get("labels")
+    if not isinstance(labels, Tensor):
+        raise DataError(
+            "exclude_prompt needs labels in the model's forward call to tell prompt from completion; pass labels to "
+            "the model, or set exclude_prompt=False."
+        )
+    targets = torch.zeros_like(labels, dtype=torch.bool)
+    targets[:, :-1] = labels[:, 1:] != -100
+    return targets if mask is None else targets & mask

@@ -1,0 +1,94 @@
+"""Tiny models shared by the tests; nothing here needs a hub, a GPU, or more than milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+VOCABULARY = 64
+HIDDEN = 16
+GATE_CHANNELS = 24
+LAYERS = 2
+
+LLAMA_TARGETS = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+GPT2_TARGETS = ["c_attn", "c_fc", "mlp.c_proj"]
+
+
+def tiny_llama(seed: int = 0, layers: int = LAYERS, activation: str = "silu") -> LlamaForCausalLM:
+    """A two-layer Llama with 24 SiLU gate channels a layer."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=GATE_CHANNELS,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        hidden_act=activation,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    return LlamaForCausalLM(config)
+
+
+def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
+    """A two-layer GPT-2 with 64 tanh-GELU channels a layer in ``Conv1D`` layers, without dropout."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=HIDDEN,
+        n_layer=LAYERS,
+        n_head=2,
+        n_positions=64,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def with_lora(model: nn.Module, targets: list[str] | str, seed: int = 1, **options: object) -> PeftModel:
+    """Wraps ``model`` with rank-4 LoRA and gives B a non-zero start, so that the adapter does something."""
+    torch.manual_seed(seed)
+    settings: dict[str, object] = {"r": 4, "lora_alpha": 8, "target_modules": targets, "task_type": "CAUSAL_LM"}
+    settings.update(options)
+    settings.setdefault("fan_in_fan_out", isinstance(model, GPT2LMHeadModel))
+    peft_model = get_peft_model(model, LoraConfig(**settings))  # type: ignore[arg-type]
+    for name, parameter in peft_model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05)
+    return peft_model.train()
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def make_peft_model(request: pytest.FixtureRequest) -> Callable[..., PeftModel]:
+    """A factory of a fresh, identical PEFT model at each call: Llama-like, then GPT-2-like."""
+
+    def make(**options: object) -> PeftModel:
+        if request.param == "llama":
+            return with_lora(tiny_llama(), LLAMA_TARGETS, **options)
+        return with_lora(tiny_gpt2(), GPT2_TARGETS, **options)
+
+    return make
+
+
+def random_batch(seed: int, batch: int = 3, length: int = 7, padded: bool = True) -> dict[str, torch.Tensor]:
+    """Token ids with right padding of random length; labels are -100 on the padding."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(2, VOCABULARY, (batch, length), generator=generator)
+    mask = torch.ones_like(tokens)
+    if padded:
+        lengths = torch.randint(2, length + 1, (batch,), generator=generator)
+        mask = (torch.arange(length)[None] < lengths[:, None]).long()
+    labels = tokens.masked_fill(mask == 0, -100)
+    return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
