@@ -1,0 +1,1 @@
+"""The method in pure torch: it knows nothing of Lightning."""

@@ -135,14 +135,14 @@ class GateController:
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise UpdateError(
-                f"no optimizer holds {', '.join(missing[:3])}{more}, so the update of these gates cannot be masked; give "
-                "the optimizer all trainable LoRA parameters, and use a strategy that keeps the model's own parameters "
+                f"no optimizer holds {', '.join(missing[:3])}{more}, so the update of these gates cannot be masked; "
+                "give the optimizer all trainable LoRA parameters, and use a strategy that keeps the model's own parameters "
                 "(not DeepSpeed)."
             )
         if len(holders) > 1:
             raise UpdateError(
-                f"the gates' LoRA rows are spread over {len(holders)} optimizers, whose steps have no common moment for "
-                "one mask; put all LoRA parameters into one optimizer (parameter groups are fine)."
+                f"the gates' LoRA rows are spread over {len(holders)} optimizers, whose steps have no common moment "
+                "for one mask; put all LoRA parameters into one optimizer (parameter groups are fine)."
             )
         return next(iter(holders.values()))
 

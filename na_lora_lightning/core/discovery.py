@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from na_lora_lightning.core.activations import Activation, activation_of
-from na_lora_lightning.core.lora_layers import active_adapters, is_lora_layer, require_lora
+from na_lora_lightning.core.lora_layers import active_adapters, is_lora_layer, lora_b, require_lora
 from na_lora_lightning.core.row_probe import probe_rows, storage_rows
 from na_lora_lightning.core.sites import GateMap, GateSite, LeftOut
 from na_lora_lightning.core.tracing import ActivationCall, LinearCall, Trace, reachable, trace_forward
@@ -43,7 +43,8 @@ def default_inputs(root: nn.Module) -> dict[str, Any]:
         DiscoveryError: The model is of another kind, so the caller must give inputs.
     """
     config = getattr(root, "config", None)
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    get_text_config = getattr(config, "get_text_config", None)
+    text_config = get_text_config() if callable(get_text_config) else config
     vocabulary = getattr(text_config, "vocab_size", None)
     if not isinstance(vocabulary, int):
         raise DiscoveryError(
@@ -147,8 +148,8 @@ def _consumer(call: ActivationCall, trace: Trace) -> tuple[LinearCall | None, Li
 
 def _map_rows(call: ActivationCall, producer: LinearCall) -> tuple[Tensor, Literal["probe", "storage"]] | None:
     adapter = active_adapters(producer.module)[0]
-    lora_b = producer.module.lora_B[adapter].weight  # type: ignore[index,union-attr]
-    probed = probe_rows(call.pre_activation, lora_b) if lora_b.requires_grad else None  # type: ignore[arg-type]
+    weight: Tensor = lora_b(producer.module, adapter).weight  # type: ignore[assignment]
+    probed = probe_rows(call.pre_activation, weight) if weight.requires_grad else None
     stored = storage_rows(call.pre_activation, producer.output)
     if probed is not None and stored is not None and not torch.equal(probed, stored):
         raise DiscoveryError(

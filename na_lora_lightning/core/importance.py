@@ -32,22 +32,15 @@ Control = Literal["none", "random", "reversed"]
 
 
 @dataclass(frozen=True)
-class ImportanceOptions:
-    """Options of the temporal-importance mask; each is an ablation.
+class ImportanceVariant:
+    """The rarer choices of the temporal-importance mask; each is an ablation or a control.
 
     Attributes:
-        keep_fraction: k, the fraction of gate channels whose rows are updated, in (0, 1].
-        beta: β of the exponential moving average, in [0, 1).
-        criterion: ``"selection_derivative"`` |ρ'|, ``"output_derivative"`` |φ'|, ``"homogeneity_gap"`` |E−1|, or
-            ``"output_derivative_change"``, the change of mean |φ'| from one step to the next.
         signed: Average the criterion with its sign instead of its magnitude.
         selection: ``"top_k"`` keeps the k·d_ff most important channels, ``"threshold"`` those of at least
             ``threshold`` times the mean importance, ``"soft"`` weights each channel by its importance over the
-            mean (weights of mean 1, none zero).
+            mean (weights of mean 1).
         threshold: Multiple of the mean importance for ``selection="threshold"``, positive.
-        scope: Rank and average ``"site"`` by site, or over all sites together (``"global"``).
-        warmup_steps: Optimizer steps before the first mask; all rows are updated until then.
-        refresh_every: Optimizer steps between two masks, at least 1.
         keep_fraction_start: Keep fraction at the end of the warm-up, from which it moves in a straight line to
             ``keep_fraction``; None for a constant one.
         keep_fraction_steps: Optimizer steps that this takes.
@@ -58,20 +51,36 @@ class ImportanceOptions:
         seed: Seed of the random control.
     """
 
-    keep_fraction: float = 0.5
-    beta: float = 0.9
-    criterion: Criterion = "selection_derivative"
     signed: bool = False
     selection: Selection = "top_k"
     threshold: float = 0.5
-    scope: Scope = "site"
-    warmup_steps: int = 10
-    refresh_every: int = 10
     keep_fraction_start: float | None = None
     keep_fraction_steps: int = 0
     mask_gradient_to_a: bool = False
     control: Control = "none"
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class ImportanceOptions(ImportanceVariant):
+    """All options of the temporal-importance mask.
+
+    Attributes:
+        keep_fraction: k, the fraction of gate channels whose rows are updated, in (0, 1].
+        beta: β of the exponential moving average, in [0, 1).
+        criterion: ``"selection_derivative"`` |ρ'|, ``"output_derivative"`` |φ'|, ``"homogeneity_gap"`` |E−1|, or
+            ``"output_derivative_change"``, the change of mean |φ'| from one step to the next.
+        scope: Rank and average ``"site"`` by site, or over all sites together (``"global"``).
+        warmup_steps: Optimizer steps before the first mask; all rows are updated until then.
+        refresh_every: Optimizer steps between two masks, at least 1.
+    """
+
+    keep_fraction: float = 0.5
+    beta: float = 0.9
+    criterion: Criterion = "selection_derivative"
+    scope: Scope = "site"
+    warmup_steps: int = 10
+    refresh_every: int = 10
 
     def __post_init__(self) -> None:
         for name in ("keep_fraction", "keep_fraction_start"):
@@ -227,10 +236,10 @@ class TemporalImportance:
         steps: Optimizer steps seen.
         responsiveness: r of the last step, ``[channels of all sites]``.
         weights: m, ``[channels of all sites]``; ones during the warm-up.
-        churn: Fraction of channels whose weight changed between zero and non-zero at the last refresh, ``[]``.
+        changed: 1 for channels whose weight changed between zero and non-zero at the last refresh, shaped alike.
     """
 
-    _STATE = ("_average", "_average_weight", "_previous", "_seen", "responsiveness", "weights", "churn")
+    _STATE = ("_average", "_average_weight", "_previous", "_seen", "responsiveness", "weights", "changed")
 
     def __init__(self, options: ImportanceOptions, layout: Layout) -> None:
         self.options = options
@@ -243,7 +252,7 @@ class TemporalImportance:
         self._seen = torch.zeros(len(layout.sizes), dtype=torch.bool, device=device)
         self.responsiveness = torch.zeros(layout.total, device=device)
         self.weights = torch.ones(layout.total, device=device)
-        self.churn = torch.zeros((), device=device)
+        self.changed = torch.zeros(layout.total, device=device)
 
     @property
     def is_active(self) -> bool:
@@ -288,12 +297,15 @@ class TemporalImportance:
         # A site that has seen no token has no ranking: its rows stay as vanilla LoRA trains them.
         unseen = self.layout.spread(self._average_weight) == 0
         new = torch.where(unseen, torch.ones_like(new), new)
-        self.churn = ((new > 0) != (self.weights > 0)).float().mean()
+        self.changed = ((new > 0) != (self.weights > 0)).float()
         self.weights = new
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values that restore this object exactly."""
-        return {"steps": self.steps, **{name.lstrip("_"): getattr(self, name).clone() for name in self._STATE}}
+        return {
+            "steps": self.steps,
+            **{name.lstrip("_"): getattr(self, name).clone() for name in self._STATE},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned.

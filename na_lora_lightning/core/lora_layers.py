@@ -41,6 +41,11 @@ def active_adapters(layer: nn.Module) -> list[str]:
     return [name for name in getattr(layer, "active_adapters", []) if name in layer.lora_B]  # type: ignore[operator]
 
 
+def lora_b(layer: nn.Module, adapter: str) -> nn.Module:
+    """The module whose weight is B, ``[out_features, r]``."""
+    return layer.lora_B[adapter]  # type: ignore[index, return-value]
+
+
 def scaling(layer: nn.Module, adapter: str) -> float:
     """The factor s in δ = s·B·A·x."""
     return float(layer.scaling[adapter])  # type: ignore[index]
@@ -61,10 +66,10 @@ def lora_rows(layer: nn.Module, layer_name: str) -> list[LoRARows]:
     """
     found: list[LoRARows] = []
     for adapter in active_adapters(layer):
-        lora_b = layer.lora_B[adapter]  # type: ignore[index]
+        matrix_b = lora_b(layer, adapter)
         candidates: list[tuple[str, Tensor | None]] = [
-            (f"{layer_name}.lora_B.{adapter}.weight", getattr(lora_b, "weight", None)),
-            (f"{layer_name}.lora_B.{adapter}.bias", getattr(lora_b, "bias", None)),
+            (f"{layer_name}.lora_B.{adapter}.weight", getattr(matrix_b, "weight", None)),
+            (f"{layer_name}.lora_B.{adapter}.bias", getattr(matrix_b, "bias", None)),
         ]
         magnitudes = getattr(layer, "lora_magnitude_vector", {})
         if adapter in magnitudes:

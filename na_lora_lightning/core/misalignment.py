@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from na_lora_lightning.core.lora_layers import scaling
+from na_lora_lightning.core.lora_layers import lora_b, scaling
 from na_lora_lightning.core.sites import GateSite
 from na_lora_lightning.core.statistics import GateObserver
 
@@ -71,8 +71,7 @@ class MisalignmentMeter:
             else:
                 for adapter in site.adapters:
                     keeper = self._make_keeper(self._delta, index, site, scaling(site.lora_layer, adapter))
-                    lora_b = site.lora_layer.lora_B[adapter]  # type: ignore[index]
-                    self._handles.append(lora_b.register_forward_hook(keeper))
+                    self._handles.append(lora_b(site.lora_layer, adapter).register_forward_hook(keeper))
             if site.kind == "gated" and site.output_layer is not None:
                 self._handles.append(site.output_layer.register_forward_pre_hook(self._make_output_hook(index)))
 

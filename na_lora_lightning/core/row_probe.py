@@ -29,7 +29,10 @@ def probe_rows(pre_activation: Tensor, lora_b: Tensor) -> Tensor | None:
         Rows, ``[channels]``, int64 on the CPU; None where the rows and channels are not one to one.
     """
     channels = pre_activation.shape[-1]
-    full = pre_activation.dtype in (torch.float32, torch.float64) and lora_b.dtype in (torch.float32, torch.float64)
+    full = pre_activation.dtype in (torch.float32, torch.float64) and lora_b.dtype in (
+        torch.float32,
+        torch.float64,
+    )
     base = _FULL_PRECISION_BASE if full else _LOW_PRECISION_BASE
 
     def gradient(weight: Tensor) -> Tensor | None:
@@ -63,7 +66,7 @@ def probe_rows(pre_activation: Tensor, lora_b: Tensor) -> Tensor | None:
         channel_of_row += (rounded.long() - 1) * place
         place *= base
 
-    rows = torch.nonzero(touched).flatten()
+    (rows,) = touched.nonzero(as_tuple=True)
     order = channel_of_row.argsort()
     if not torch.equal(channel_of_row[order], index):
         return None

@@ -113,6 +113,15 @@ class GateMap:
         return len(self.sites)
 
     @property
+    def labels(self) -> list[str]:
+        """One label per site for logs: ``layer_03`` where that is unique, else the full name."""
+        short = [site.label for site in self.sites]
+        return [
+            label if short.count(label) == 1 else site.name.replace(".", "_")
+            for label, site in zip(short, self.sites, strict=True)
+        ]
+
+    @property
     def channels(self) -> int:
         """Total number of gate channels."""
         return sum(site.channels for site in self.sites)

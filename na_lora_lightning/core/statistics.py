@@ -19,7 +19,6 @@ from na_lora_lightning.core.sites import GateSite
 from na_lora_lightning.core.token_selection import TokenSelection, token_mask_of_call
 from na_lora_lightning.errors import ConfigurationError, DiscoveryError
 
-
 Listener = Callable[[int, GateSite, Tensor, Tensor], None]
 
 
@@ -195,8 +194,8 @@ class GateObserver:
         if silent and not self.options.allow_silent_sites:
             raise DiscoveryError(
                 f"the gates {', '.join(silent[:4])}{' …' if len(silent) > 4 else ''} saw no token in the first training "
-                "step, probably because a fused or patched feed-forward block bypasses the activation module; turn the "
-                "patch off, or set allow_silent_sites=True to train those gates unmasked."
+                "step, probably because a fused or patched feed-forward block bypasses the activation module; turn "
+                "the patch off, or set allow_silent_sites=True to train those gates unmasked."
             )
 
     def _begin(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -225,7 +224,12 @@ class GateObserver:
         return hook
 
     def _record(
-        self, index: int, site: GateSite, slices: dict[str, slice], selection: TokenSelection, pre_activation: Tensor
+        self,
+        index: int,
+        site: GateSite,
+        slices: dict[str, slice],
+        selection: TokenSelection,
+        pre_activation: Tensor,
     ) -> None:
         assert self._tokens is not None
         weight = selection.weights(pre_activation)

@@ -255,7 +255,10 @@ class StepScale:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values that restore this object exactly."""
-        return {"steps": self.steps, **{name.lstrip("_"): getattr(self, name).clone() for name in self._STATE}}
+        return {
+            "steps": self.steps,
+            **{name.lstrip("_"): getattr(self, name).clone() for name in self._STATE},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned.

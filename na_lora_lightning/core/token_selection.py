@@ -86,7 +86,7 @@ class TokenSelection:
         if leading == tuple(self._mask.shape) or leading == (self._mask.numel(),):
             return
         raise DataError(
-            f"the padding mask of shape {tuple(self._mask.shape)} cannot be matched to the tokens of the gate {name!r}, "
+            f"the padding mask of shape {tuple(self._mask.shape)} cannot be matched to the gate {name!r}, "
             f"whose pre-activation has shape {tuple(values.shape)}, so padding would enter the statistics; train with "
             "unpadded batches (no attention_mask), or exclude this layer from the LoRA targets."
         )

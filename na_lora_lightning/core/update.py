@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from na_lora_lightning.core.lora_layers import lora_b
 from na_lora_lightning.core.sites import GateSite
 from na_lora_lightning.core.statistics import Layout
 
@@ -91,8 +92,8 @@ class GradientMask:
         """Registers the hooks."""
         for site, channels in self._sites:
             for adapter in site.adapters:
-                lora_b = site.lora_layer.lora_B[adapter]  # type: ignore[index]
-                self._handles.append(lora_b.register_full_backward_hook(self._make_hook(site, channels)))
+                hook = self._make_hook(site, channels)
+                self._handles.append(lora_b(site.lora_layer, adapter).register_full_backward_hook(hook))
 
     def detach(self) -> None:
         """Removes the hooks."""

@@ -1,0 +1,108 @@
+"""Callback of mechanism one: the derivative-based temporal-importance mask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from na_lora_lightning.callbacks import monitor
+from na_lora_lightning.callbacks.gate_callback import GateCallback
+from na_lora_lightning.core.controller import GateController
+from na_lora_lightning.core.importance import (
+    Criterion,
+    ImportanceOptions,
+    ImportanceVariant,
+    Scope,
+    TemporalImportance,
+)
+from na_lora_lightning.core.statistics import ObserverOptions
+from na_lora_lightning.errors import ConfigurationError
+
+
+class GateImportanceCallback(GateCallback):
+    """Lets only the LoRA rows of responsive gate channels move.
+
+    At each optimizer step the mean responsiveness of every gate channel over the step's real tokens enters a moving
+    average, its temporal importance. After a warm-up the rows of ``lora_B`` that make the most important channels
+    take the optimizer's step, and the others stay where they are. The forward pass, the loss, the gradients, the
+    optimizer's state and the learning-rate schedule are not touched. With ``keep_fraction=1.0`` training is bitwise
+    that of plain LoRA and the callback only watches.
+
+    Logged on logging steps, by layer and by activation: ``gate_responsiveness``, ``gate_mask_density``,
+    ``gate_mask_churn``, ``selection_misalignment`` and ``selection_share``.
+
+    Args:
+        keep_fraction: Fraction of gate channels whose rows are updated, in (0, 1].
+        beta: β of the moving average, in [0, 1).
+        criterion: What responsiveness is: ``"selection_derivative"`` |ρ'|, ``"output_derivative"`` |φ'|,
+            ``"homogeneity_gap"`` |E−1|, or ``"output_derivative_change"``.
+        scope: Rank channels ``"site"`` by site or over the whole model (``"global"``).
+        warmup_steps: Optimizer steps before the first mask.
+        refresh_every: Optimizer steps between two masks.
+        variant: Rarer choices and controls, see
+            :class:`~na_lora_lightning.core.importance.ImportanceVariant`.
+        observer: What the statistics look at.
+        histogram_every_n_steps: Optimizer steps between two histograms of channel responsiveness, 0 for none.
+        allow_gates_without_lora: Accept that some gates have no LoRA instead of stopping with their names.
+        example_inputs: Keyword arguments of one small forward pass, for models without a vocabulary.
+
+    Raises:
+        ConfigurationError: An argument is out of range.
+
+    Example::
+
+        trainer = Trainer(callbacks=[GateImportanceCallback(keep_fraction=0.5)])
+        trainer.fit(lightning_module_with_a_peft_model_inside)
+    """
+
+    def __init__(
+        self,
+        keep_fraction: float = 0.5,
+        beta: float = 0.9,
+        criterion: Criterion = "selection_derivative",
+        scope: Scope = "site",
+        warmup_steps: int = 10,
+        refresh_every: int = 10,
+        variant: ImportanceVariant = ImportanceVariant(),
+        observer: ObserverOptions = ObserverOptions(),
+        histogram_every_n_steps: int = 100,
+        allow_gates_without_lora: bool = False,
+        example_inputs: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(observer, allow_gates_without_lora, example_inputs)
+        self.options = ImportanceOptions(
+            keep_fraction=keep_fraction,
+            beta=beta,
+            criterion=criterion,
+            scope=scope,
+            warmup_steps=warmup_steps,
+            refresh_every=refresh_every,
+            **asdict(variant),
+        )
+        if histogram_every_n_steps < 0:
+            raise ConfigurationError(
+                f"histogram_every_n_steps is {histogram_every_n_steps}, and it counts optimizer steps; give 0 for no "
+                "histograms or a positive number."
+            )
+        self._histogram_every_n_steps = histogram_every_n_steps
+
+    def _set_mechanism(self, controller: GateController) -> TemporalImportance:
+        return controller.set_importance(self.options)
+
+    def _log(self, trainer: Trainer, controller: GateController, step: int) -> None:
+        assert controller.importance is not None
+        metrics = monitor.importance_metrics(controller.importance)
+        monitor.write(trainer, monitor.by_layer_and_activation(controller, metrics), step)
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        """Logs the step, and the histograms when they are due."""
+        super().on_train_batch_end(trainer, *args, **kwargs)
+        every = self._histogram_every_n_steps
+        if not every or trainer.fit_loop._should_accumulate() or self._step_to_log % every:
+            return
+        assert self.controller is not None
+        assert self.controller.importance is not None
+        monitor.write_histograms(trainer, self.controller.importance, self.controller.gates.labels, self._step_to_log)

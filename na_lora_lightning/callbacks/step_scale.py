@@ -1,0 +1,70 @@
+"""Callback of mechanism two: the activation-specific step scale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from na_lora_lightning.callbacks import monitor
+from na_lora_lightning.callbacks.gate_callback import GateCallback
+from na_lora_lightning.core.controller import GateController
+from na_lora_lightning.core.statistics import ObserverOptions
+from na_lora_lightning.core.step_scale import Granularity, StepScale, StepScaleOptions
+
+
+class StepScaleCallback(GateCallback):
+    """Shortens the LoRA steps of gate layers where their activation is far from homogeneous.
+
+    The observed pre-activations are parted into suppressed, transitional and homogeneous by the effective
+    homogeneity E; the step of the gate rows is scaled by η = Σ_R p_R·c_R with c_R = 1/(1 + mean |E−1| in R). Where
+    the partition is not meaningful η is exactly 1. Works alone or beside
+    :class:`~na_lora_lightning.callbacks.gate_importance.GateImportanceCallback`, in either order.
+
+    Logged on logging steps, by layer and by activation: ``gate_regime_suppressed``, ``gate_regime_transitional``,
+    ``gate_regime_homogeneous``, ``gate_step_scale``, ``selection_misalignment`` and ``selection_share``.
+
+    Args:
+        granularity: One scale per ``"activation"``, per ``"site"`` or per gate ``"channel"``.
+        tau: τ, half-width of the homogeneous regime |E−1| ≤ τ, in (0, 1).
+        eta_min: Lowest c_R, in (0, 1].
+        normalize: Divide the scales by their mean over what encloses them, so that steps are redistributed and not
+            made smaller.
+        beta: β of the moving average of the regime shares, in [0, 1).
+        observer: What the statistics look at.
+        allow_gates_without_lora: Accept that some gates have no LoRA instead of stopping with their names.
+        example_inputs: Keyword arguments of one small forward pass, for models without a vocabulary.
+
+    Raises:
+        ConfigurationError: An argument is out of range.
+
+    Example::
+
+        trainer = Trainer(callbacks=[StepScaleCallback(granularity="channel", normalize=True)])
+        trainer.fit(lightning_module_with_a_peft_model_inside)
+    """
+
+    def __init__(
+        self,
+        granularity: Granularity = "activation",
+        tau: float = 0.1,
+        eta_min: float = 0.1,
+        normalize: bool = False,
+        beta: float = 0.9,
+        observer: ObserverOptions = ObserverOptions(),
+        allow_gates_without_lora: bool = False,
+        example_inputs: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(observer, allow_gates_without_lora, example_inputs)
+        self.options = StepScaleOptions(
+            granularity=granularity, tau=tau, eta_min=eta_min, normalize=normalize, beta=beta
+        )
+
+    def _set_mechanism(self, controller: GateController) -> StepScale:
+        return controller.set_step_scale(self.options)
+
+    def _log(self, trainer: Trainer, controller: GateController, step: int) -> None:
+        assert controller.step_scale is not None
+        metrics = monitor.step_scale_metrics(controller.step_scale)
+        monitor.write(trainer, monitor.by_layer_and_activation(controller, metrics), step)
