@@ -60,7 +60,12 @@ def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
 def with_lora(model: nn.Module, targets: list[str] | str, seed: int = 1, **options: object) -> PeftModel:
     """Wraps ``model`` with rank-4 LoRA and gives B a non-zero start, so that the adapter does something."""
     torch.manual_seed(seed)
-    settings: dict[str, object] = {"r": 4, "lora_alpha": 8, "target_modules": targets, "task_type": "CAUSAL_LM"}
+    settings: dict[str, object] = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": targets,
+        "task_type": "CAUSAL_LM",
+    }
     settings.update(options)
     settings.setdefault("fan_in_fan_out", isinstance(model, GPT2LMHeadModel))
     peft_model = get_peft_model(model, LoraConfig(**settings))  # type: ignore[arg-type]
@@ -92,3 +97,12 @@ def random_batch(seed: int, batch: int = 3, length: int = 7, padded: bool = True
         mask = (torch.arange(length)[None] < lengths[:, None]).long()
     labels = tokens.masked_fill(mask == 0, -100)
     return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+
+
+def enable_checkpointing(model: PeftModel, use_reentrant: bool = False) -> None:
+    """Turns gradient checkpointing on, under the name that this transformers version has for it."""
+    base = model.get_base_model()
+    name = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
+    enable = getattr(base, f"{name}_checkpointing_enable")
+    enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": use_reentrant}})
+    base.enable_input_require_grads()

@@ -28,7 +28,8 @@ def selection(name: str, z: float) -> float:
     if name == "gelu":
         return normal_cdf(z)
     if name == "gelu_tanh":
-        return 0.5 * (1 + math.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+        # ½(1 + tanh v) in the form that does not cancel for very negative v.
+        return sigmoid(2 * math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))
     if name == "relu":
         return float(z > 0)
     assert name == "relu_squared"
@@ -45,7 +46,7 @@ def selection_derivative(name: str, z: float) -> float:
         return math.exp(-z * z / 2) / SQRT_2_PI
     if name == "gelu_tanh":
         inner = math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)
-        return 0.5 * (1 - math.tanh(inner) ** 2) * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * z * z)
+        return 2 * sigmoid(2 * inner) * sigmoid(-2 * inner) * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * z * z)
     if name == "relu":
         return 0.0
     assert name == "relu_squared"

@@ -41,7 +41,7 @@ def find_peft_model(pl_module: nn.Module) -> nn.Module:
     peft_models = [m for m in pl_module.modules() if hasattr(m, "peft_config") and hasattr(m, "get_base_model")]
     if len(peft_models) > 1:
         raise ConfigurationError(
-            f"{type(pl_module).__name__} holds {len(peft_models)} PEFT models, and it is unclear whose gates are meant; "
+            f"{type(pl_module).__name__} holds {len(peft_models)} PEFT models, so whose gates are meant is unclear; "
             "keep one of them as a registered submodule."
         )
     if peft_models:

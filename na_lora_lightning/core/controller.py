@@ -136,8 +136,8 @@ class GateController:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise UpdateError(
                 f"no optimizer holds {', '.join(missing[:3])}{more}, so the update of these gates cannot be masked; "
-                "give the optimizer all trainable LoRA parameters, and use a strategy that keeps the model's own parameters "
-                "(not DeepSpeed)."
+                "give the optimizer all trainable LoRA parameters, and use a strategy that keeps the model's own "
+                "parameters (not DeepSpeed)."
             )
         if len(holders) > 1:
             raise UpdateError(

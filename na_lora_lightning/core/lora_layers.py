@@ -41,6 +41,11 @@ def active_adapters(layer: nn.Module) -> list[str]:
     return [name for name in getattr(layer, "active_adapters", []) if name in layer.lora_B]  # type: ignore[operator]
 
 
+def lora_a(layer: nn.Module, adapter: str) -> nn.Module:
+    """The module whose weight is A, ``[r, in_features]``."""
+    return layer.lora_A[adapter]  # type: ignore[index, return-value]
+
+
 def lora_b(layer: nn.Module, adapter: str) -> nn.Module:
     """The module whose weight is B, ``[out_features, r]``."""
     return layer.lora_B[adapter]  # type: ignore[index, return-value]

@@ -88,7 +88,7 @@ def storage_rows(pre_activation: Tensor, layer_output: Tensor | None) -> Tensor 
     if pre_activation.untyped_storage().data_ptr() != layer_output.untyped_storage().data_ptr():
         return None
     out_features = layer_output.shape[-1]
-    first = (pre_activation.storage_offset() - layer_output.storage_offset()) % out_features
+    first = int(pre_activation.storage_offset() - layer_output.storage_offset()) % int(out_features)
     step = pre_activation.stride(-1)
-    rows = first + step * torch.arange(pre_activation.shape[-1])
+    rows = torch.arange(pre_activation.shape[-1]) * step + first
     return rows if int(rows[-1]) < out_features else None

@@ -193,9 +193,9 @@ class GateObserver:
         silent = [site.name for site, seen in zip(self.sites, tokens.tolist(), strict=True) if seen == 0]
         if silent and not self.options.allow_silent_sites:
             raise DiscoveryError(
-                f"the gates {', '.join(silent[:4])}{' …' if len(silent) > 4 else ''} saw no token in the first training "
-                "step, probably because a fused or patched feed-forward block bypasses the activation module; turn "
-                "the patch off, or set allow_silent_sites=True to train those gates unmasked."
+                f"the gates {', '.join(silent[:4])}{' …' if len(silent) > 4 else ''} saw no token in the first "
+                "training step, probably because a fused or patched feed-forward block bypasses the activation module; "
+                "turn the patch off, or set allow_silent_sites=True to train those gates unmasked."
             )
 
     def _begin(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

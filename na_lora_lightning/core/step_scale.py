@@ -144,7 +144,8 @@ def scale_of_shares(shares: Tensor, gap_shares: Tensor, eta_min: float) -> Tenso
     """
     mean_gap = gap_shares / shares.clamp(min=1e-12)
     factor = (1.0 / (1.0 + mean_gap)).clamp(min=eta_min, max=1.0)
-    return (shares * factor).sum(dim=0)
+    # Written as a reduction from 1, so that factors of exactly 1 give exactly 1.
+    return 1.0 - (shares * (1.0 - factor)).sum(dim=0)
 
 
 def is_meaningful(shares: Tensor) -> Tensor:

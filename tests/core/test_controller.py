@@ -1,0 +1,567 @@
+"""The whole method against the slow reference, and the invariants that need no trainer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import reference
+import torch
+from conftest import enable_checkpointing, random_batch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from na_lora_lightning.core.controller import GateController
+from na_lora_lightning.core.discovery import discover_gates
+from na_lora_lightning.core.importance import Criterion, ImportanceOptions
+from na_lora_lightning.core.statistics import ObserverOptions
+from na_lora_lightning.core.step_scale import Granularity, StepScaleOptions
+from na_lora_lightning.errors import ConfigurationError, DataError, DiscoveryError, UpdateError
+
+ALL_TOKENS = ObserverOptions(max_tokens=None)
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+}
+
+
+class TwoBlocks(nn.Module):
+    """Two gated blocks with different activations and widths, whose pre-activations are kept for the reference."""
+
+    def __init__(self, first: str, second: str, widths: tuple[int, int]) -> None:
+        super().__init__()
+        self.gate_0, self.up_0, self.down_0 = nn.Linear(6, widths[0]), nn.Linear(6, widths[0]), nn.Linear(widths[0], 6)
+        self.gate_1, self.up_1, self.down_1 = nn.Linear(6, widths[1]), nn.Linear(6, widths[1]), nn.Linear(widths[1], 6)
+        self.act_0, self.act_1 = MODULES[first](), MODULES[second]()
+        self.names = (first, second)
+        self.kept: tuple[list[Tensor], list[Tensor]] = ([], [])
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        for index in range(2):
+            gate = getattr(self, f"gate_{index}")(x)
+            real = gate.reshape(-1, gate.shape[-1])
+            if attention_mask is not None:
+                real = real[attention_mask.reshape(-1).bool()]
+            if self.training:
+                self.kept[index].append(real.detach())
+            hidden = getattr(self, f"act_{index}")(gate) * getattr(self, f"up_{index}")(x)
+            x = x + getattr(self, f"down_{index}")(hidden)
+        return x
+
+
+def two_blocks(first: str, second: str, widths: tuple[int, int], seed: int) -> PeftModel:
+    torch.manual_seed(seed)
+    blocks = TwoBlocks(first, second, widths)
+    for name, parameter in blocks.named_parameters():
+        # Pre-activations of a few units, so that all regimes occur.
+        nn.init.normal_(parameter, std=0.1 if "down" in name else 0.9)
+    model = get_peft_model(blocks, LoraConfig(r=3, lora_alpha=6, target_modules=["gate_0", "up_0", "gate_1"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2)
+    return model.train()
+
+
+@dataclass
+class Oracle:
+    """Recomputes weights from kept pre-activations with :mod:`reference`, one optimizer step at a time."""
+
+    importance: ImportanceOptions
+    scale: StepScaleOptions
+    names: tuple[str, str]
+    history: tuple[list[list[float]], list[list[float]]] = field(default_factory=lambda: ([], []))
+    previous: list[list[float] | None] = field(default_factory=lambda: [None, None])
+    masks: list[list[float] | None] = field(default_factory=lambda: [None, None])
+    group_history: dict[str, list[tuple[list[float], list[float]]]] = field(default_factory=dict)
+    site_history: tuple[list[list[float]], list[list[float]]] = field(default_factory=lambda: ([], []))
+
+    def _average(self, series: list[list[float]], beta: float) -> list[float]:
+        return [reference.corrected_average([row[i] for row in series], beta) for i in range(len(series[0]))]
+
+    def _masks(self, step: int, tokens: list[list[list[float]]]) -> None:
+        options = self.importance
+        for site, name in enumerate(self.names):
+            value = reference.responsiveness(options.criterion, name, tokens[site], options.signed)
+            if options.criterion == "output_derivative_change":
+                last, self.previous[site] = self.previous[site], value
+                if last is None:
+                    continue
+                value = [abs(a - b) for a, b in zip(value, last, strict=True)]
+            self.history[site].append(value)
+        if not options.refreshes_at(step):
+            return
+        scores = [self._average(h, options.beta) if h else [] for h in self.history]
+        if not scores[0]:
+            return
+        spans = [[0], [1]] if options.scope == "site" else [[0, 1]]
+        for span in spans:
+            joined = [value for site in span for value in scores[site]]
+            kept = reference.top_k(joined, options.keep_fraction)
+            ranked = sorted(joined, reverse=True)
+            count = int(sum(kept))
+            if count < len(ranked):
+                assume(ranked[count - 1] - ranked[count] > 2e-6)
+            for site in span:
+                self.masks[site], kept = kept[: len(scores[site])], kept[len(scores[site]) :]
+
+    def _groups(self, tokens: list[list[list[float]]]) -> dict[str, tuple[str, list[float]]]:
+        """Values of each scale group: by activation, by site, or by channel."""
+        groups: dict[str, tuple[str, list[float]]] = {}
+        for site, name in enumerate(self.names):
+            for channel in range(len(tokens[site][0])):
+                granularity = self.scale.granularity
+                key = (
+                    name if granularity == "activation" else f"{site}" if granularity == "site" else f"{site}/{channel}"
+                )
+                groups.setdefault(key, (name, []))[1].extend(token[channel] for token in tokens[site])
+        return groups
+
+    def weights(self, step: int, tokens: list[list[list[float]]]) -> list[list[float]]:
+        self._masks(step, tokens)
+        options = self.scale
+        for key, (name, values) in self._groups(tokens).items():
+            self.group_history.setdefault(key, []).append(reference.regime_shares(name, values, options.tau))
+        etas: list[list[float]] = []
+        meaningful: list[bool] = []
+        for site, name in enumerate(self.names):
+            flat = [value for token in tokens[site] for value in token]
+            self.site_history[site].append(reference.regime_shares(name, flat, options.tau)[0])
+            shares = self._average(self.site_history[site], options.beta)
+            assume(all(abs(share - 0.05) > 1e-5 for share in shares))
+            meaningful.append(reference.is_meaningful(shares))
+            row = []
+            for channel in range(len(tokens[site][0])):
+                granularity = options.granularity
+                key = (
+                    name if granularity == "activation" else f"{site}" if granularity == "site" else f"{site}/{channel}"
+                )
+                history = self.group_history[key]
+                shares = self._average([h[0] for h in history], options.beta)
+                gaps = self._average([h[1] for h in history], options.beta)
+                row.append(reference.step_scale(shares, gaps, options.eta_min))
+            etas.append(row)
+        if options.normalize:
+            etas = self._normalized(etas, meaningful)
+        result = []
+        for site in range(2):
+            eta = etas[site] if meaningful[site] else [1.0] * len(etas[site])
+            mask = self.masks[site] or [1.0] * len(eta)
+            result.append([m * e for m, e in zip(mask, eta, strict=True)])
+        return result
+
+    def _normalized(self, etas: list[list[float]], meaningful: list[bool]) -> list[list[float]]:
+        def spans(site: int) -> list[int]:
+            if self.scale.granularity == "activation":
+                return [0, 1]
+            if self.scale.granularity == "site":
+                return [other for other in range(2) if self.names[other] == self.names[site]]
+            return [site]
+
+        normalized = []
+        for site in range(2):
+            enclosing = [value for other in spans(site) if meaningful[other] for value in etas[other]]
+            mean = sum(enclosing) / len(enclosing) if enclosing else 1.0
+            normalized.append([value / mean for value in etas[site]])
+        return normalized
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**20),
+    activations=st.sampled_from([("silu", "gelu"), ("gelu_tanh", "silu"), ("silu", "silu")]),
+    widths=st.tuples(st.integers(2, 9), st.integers(2, 9)),
+    criterion=st.sampled_from(
+        ["selection_derivative", "output_derivative", "homogeneity_gap", "output_derivative_change"]
+    ),
+    keep_fraction=st.floats(0.05, 1.0),
+    scope=st.sampled_from(["site", "global"]),
+    granularity=st.sampled_from(["activation", "site", "channel"]),
+    normalize=st.booleans(),
+    accumulation=st.integers(1, 3),
+    padded=st.booleans(),
+    warmup=st.integers(0, 2),
+    refresh_every=st.integers(1, 3),
+)
+def test_weights_and_updates_equal_the_reference(
+    seed: int,
+    activations: tuple[str, str],
+    widths: tuple[int, int],
+    criterion: Criterion,
+    keep_fraction: float,
+    scope: str,
+    granularity: Granularity,
+    normalize: bool,
+    accumulation: int,
+    padded: bool,
+    warmup: int,
+    refresh_every: int,
+) -> None:
+    assume(not (normalize and granularity == "activation" and activations[0] == activations[1]))
+    importance = ImportanceOptions(
+        keep_fraction=keep_fraction,
+        criterion=criterion,
+        scope=scope,  # type: ignore[arg-type]
+        warmup_steps=warmup,
+        refresh_every=refresh_every,
+    )
+    scale = StepScaleOptions(granularity=granularity, normalize=normalize)
+    model = two_blocks(*activations, widths, seed)
+    blocks = model.get_base_model()
+    gates = discover_gates(model, {"x": torch.randn(1, 3, 6)}).require()
+    controller = GateController(model, gates, ALL_TOKENS)
+    controller.set_importance(importance)
+    controller.set_step_scale(scale)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)
+    controller.attach([optimizer])
+    oracle = Oracle(importance, scale, activations)
+    generator = torch.Generator().manual_seed(seed)
+
+    for step in range(1, 5):
+        for kept in blocks.kept:
+            kept.clear()
+        optimizer.zero_grad()
+        for _ in range(accumulation):
+            batch, length = 2, 4
+            x = torch.randn(batch, length, 6, generator=generator)
+            mask = None
+            if padded:
+                lengths = torch.randint(1, length + 1, (batch, 1), generator=generator)
+                mask = (torch.arange(length) < lengths).long()
+                x = x.masked_fill(mask[..., None] == 0, 100.0)
+            model(x=x, attention_mask=mask).square().mean().backward()
+        twin, twin_optimizer = copy.deepcopy((list(model.parameters()), optimizer.state_dict()))
+        for own, other in zip(model.parameters(), twin, strict=True):
+            other.grad = None if own.grad is None else own.grad.clone()
+        plain = torch.optim.AdamW(twin, lr=0.05, weight_decay=0.1)
+        plain.load_state_dict(twin_optimizer)
+        names = [name for name, _ in model.named_parameters()]
+        before = {name: value.detach().clone() for name, value in model.named_parameters()}
+        optimizer.step()
+        plain.step()
+        after = dict(zip(names, twin, strict=True))
+
+        tokens = [torch.cat(kept).tolist() for kept in blocks.kept]
+        expected = oracle.weights(step, tokens)
+        found = controller.weights.split(list(widths))
+        for site in range(2):
+            assert found[site].tolist() == pytest.approx(expected[site], abs=1e-5, rel=1e-5)
+        for name, parameter in model.named_parameters():
+            gate = next((i for i in range(2) if f"gate_{i}.lora_B" in name), None)
+            if gate is None:
+                assert torch.equal(parameter, after[name]), name
+            else:
+                rows = reference.update_rows(before[name].tolist(), after[name].tolist(), expected[gate])
+                assert torch.allclose(parameter, torch.tensor(rows), atol=1e-6), name
+
+
+def train(
+    model: PeftModel,
+    steps: int,
+    importance: ImportanceOptions | None = None,
+    scale: StepScaleOptions | None = None,
+    accumulation: int = 1,
+    on_step: Callable[[int], None] | None = None,
+) -> tuple[list[float], GateController | None]:
+    """A plain loop over random batches: losses, and the controller if any mechanism was set."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    controller = None
+    if importance is not None or scale is not None:
+        controller = GateController(model, discover_gates(model).require(), ALL_TOKENS)
+        if importance is not None:
+            controller.set_importance(importance)
+        if scale is not None:
+            controller.set_step_scale(scale)
+        controller.attach([optimizer])
+        controller.meter.enabled = True
+    losses = []
+    for step in range(steps):
+        for micro in range(accumulation):
+            loss = model(**random_batch(100 * step + micro)).loss / accumulation
+            loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+        if on_step is not None:
+            on_step(step)
+    if controller is not None:
+        controller.detach()
+    return losses, controller
+
+
+def state(model: PeftModel) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items() if "lora" in name}
+
+
+def test_keeping_all_rows_is_bitwise_plain_lora(make_peft_model: Callable[..., PeftModel]) -> None:
+    plain, watched = make_peft_model(), make_peft_model()
+    plain_losses, _ = train(plain, steps=6)
+    options = ImportanceOptions(keep_fraction=1.0, warmup_steps=0, refresh_every=1)
+    watched_losses, _ = train(watched, steps=6, importance=options, scale=StepScaleOptions(eta_min=1.0))
+    assert plain_losses == watched_losses
+    expected = state(plain)
+    assert all(torch.equal(value, expected[name]) for name, value in state(watched).items())
+
+
+def test_a_masked_row_does_not_move_under_momentum_and_weight_decay(make_peft_model: Callable[..., PeftModel]) -> None:
+    model = make_peft_model()
+    options = ImportanceOptions(keep_fraction=0.3, warmup_steps=2, refresh_every=2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.5)
+    controller = GateController(model, discover_gates(model).require(), ALL_TOKENS)
+    controller.set_importance(options)
+    controller.attach([optimizer])
+    masked_seen = 0
+    for step in range(8):
+        model(**random_batch(step)).loss.backward()
+        before = {site.name: site.parameters()[0].parameter.detach().clone() for site in controller.gates}
+        optimizer.step()
+        optimizer.zero_grad()
+        for site, weights in zip(
+            controller.gates, controller.weights.split([s.channels for s in controller.gates]), strict=True
+        ):
+            parameter = site.parameters()[0].parameter
+            moved = (parameter != before[site.name]).any(dim=1)[site.rows]
+            assert torch.equal(moved, weights > 0)
+            masked_seen += int((weights == 0).sum())
+            if step >= 2:
+                assert int((weights > 0).sum()) == max(1, int(0.3 * site.channels + 0.5))
+    assert masked_seen > 0
+
+
+def test_forward_and_loss_are_bitwise_unchanged(make_peft_model: Callable[..., PeftModel]) -> None:
+    model = make_peft_model()
+    batch = random_batch(0)
+    plain = model(**batch)
+    controller = GateController(model, discover_gates(model).require())
+    controller.set_importance(ImportanceOptions(mask_gradient_to_a=True))
+    controller.set_step_scale(StepScaleOptions())
+    controller.attach([torch.optim.SGD(model.parameters(), lr=0.1)])
+    controller.meter.enabled = True
+    watched = model(**batch)
+    assert torch.equal(plain.logits, watched.logits)
+    assert torch.equal(plain.loss, watched.loss)
+    controller.detach()
+    assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_does_not_count_twice(
+    make_peft_model: Callable[..., PeftModel], use_reentrant: bool
+) -> None:
+    plain, checkpointed = make_peft_model(), make_peft_model()
+    enable_checkpointing(checkpointed, use_reentrant)
+    options = ImportanceOptions(warmup_steps=0, refresh_every=1)
+    _, first = train(plain, 3, importance=options, scale=StepScaleOptions())
+    _, second = train(checkpointed, 3, importance=options, scale=StepScaleOptions())
+    assert first is not None
+    assert second is not None
+    assert torch.equal(first.importance.importance, second.importance.importance)  # type: ignore[union-attr]
+    assert torch.equal(first.weights, second.weights)
+    expected = state(plain)
+    assert all(torch.equal(value, expected[name]) for name, value in state(checkpointed).items())
+
+
+def test_evaluation_passes_are_not_counted(make_peft_model: Callable[..., PeftModel]) -> None:
+    options = ImportanceOptions(warmup_steps=0, refresh_every=1)
+    plain, interrupted = make_peft_model(), make_peft_model()
+
+    def evaluate(step: int) -> None:
+        with torch.no_grad():
+            interrupted(**random_batch(step + 1000))
+        interrupted.generate(input_ids=torch.tensor([[3, 4]]), max_new_tokens=2, do_sample=False)
+
+    _, first = train(plain, 3, importance=options)
+    _, second = train(interrupted, 3, importance=options, on_step=evaluate)
+    assert first is not None
+    assert second is not None
+    assert torch.equal(first.importance.importance, second.importance.importance)  # type: ignore[union-attr]
+
+
+def test_a_skipped_step_counts_nothing(make_peft_model: Callable[..., PeftModel]) -> None:
+    model = make_peft_model()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    controller = GateController(model, discover_gates(model).require(), ALL_TOKENS)
+    importance = controller.set_importance(ImportanceOptions(warmup_steps=0, refresh_every=1))
+    controller.attach([optimizer])
+    model(**random_batch(0)).loss.backward()
+    controller.discard_unstepped()
+    assert importance.steps == 0
+    optimizer.zero_grad()
+    model(**random_batch(1)).loss.backward()
+    optimizer.step()
+    controller.discard_unstepped()
+    found = importance.responsiveness.clone()
+    controller.detach()
+
+    twin = make_peft_model()
+    _, expected = train(twin, 0, importance=ImportanceOptions(warmup_steps=0, refresh_every=1))
+    assert expected is not None
+    expected.attach([torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], lr=0.1)])
+    twin(**random_batch(1)).loss.backward()
+    expected._after_step(None, None, None)  # type: ignore[arg-type]
+    assert torch.equal(found, expected.importance.responsiveness)  # type: ignore[union-attr]
+
+
+def test_masked_gradient_to_a_is_the_gradient_of_the_kept_channels(make_peft_model: Callable[..., PeftModel]) -> None:
+    model = make_peft_model()
+    controller = GateController(model, discover_gates(model).require(), ALL_TOKENS)
+    controller.set_importance(ImportanceOptions(keep_fraction=0.4, warmup_steps=0, mask_gradient_to_a=True))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    controller.attach([optimizer])
+    model(**random_batch(0)).loss.backward()
+    unmasked = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    optimizer.step()
+    optimizer.zero_grad()
+    model(**random_batch(0)).loss.backward()
+    changed = []
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not torch.equal(parameter.grad, unmasked[name]):
+            changed.append(name)
+    assert changed == [f"base_model.model.{site.lora_layer_name}.lora_A.default.weight" for site in controller.gates]
+
+    masked = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    parts = controller.weights.split([site.channels for site in controller.gates])
+    for site, weights in zip(controller.gates, parts, strict=True):
+        cotangents: list[Tensor] = []
+        inputs: list[Tensor] = []
+        matrix_a, matrix_b = (getattr(site.lora_layer, name)["default"] for name in ("lora_A", "lora_B"))
+        found = masked[f"base_model.model.{site.lora_layer_name}.lora_A.default.weight"]
+        keep = matrix_b.register_full_backward_hook(lambda m, gi, go, to=cotangents: to.append(go[0].detach()))
+        keep_input = matrix_a.register_forward_pre_hook(lambda m, args, to=inputs: to.append(args[0].detach()))
+        model(**random_batch(0)).loss.backward()
+        by_hand = ((cotangents[0] * weights) @ matrix_b.weight).flatten(0, 1).T @ inputs[0].flatten(0, 1)
+        assert torch.allclose(found, by_hand, atol=1e-6)
+        keep.remove()
+        keep_input.remove()
+
+
+def test_misalignment_splits_the_change_exactly(make_peft_model: Callable[..., PeftModel]) -> None:
+    model = make_peft_model()
+    kept: dict[str, list[Tensor]] = {}
+    gates = discover_gates(model).require()
+    controller = GateController(model, gates, ALL_TOKENS)
+    controller.set_importance(ImportanceOptions())
+    controller.attach([torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)])
+    controller.meter.enabled = True
+    batch = random_batch(3)
+    real = batch["attention_mask"].bool()
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda module, args, *output: kept.setdefault(name, []).append(args[0].detach()[real].double())
+
+    handles = [s.activation_module.register_forward_pre_hook(keep(f"{s.name}/z")) for s in gates]
+    handles += [s.output_layer.register_forward_pre_hook(keep(f"{s.name}/h")) for s in gates]  # type: ignore[union-attr]
+    handles += [s.lora_layer.register_forward_pre_hook(keep(f"{s.name}/x")) for s in gates]
+    model(**batch).loss.backward()
+    controller._after_step(None, None, None)  # type: ignore[arg-type]
+    assert controller.misalignment is not None
+    moved, squared_norms = controller.misalignment
+    for index, site in enumerate(gates):
+        z, h, x = (kept[f"{site.name}/{part}"][0] for part in "zhx")
+        lora_a, lora_b = (getattr(site.lora_layer, n)["default"].weight.double() for n in ("lora_A", "lora_B"))
+        delta = 2.0 * x @ lora_a.T @ lora_b.T
+        before, after = (site.activation.evaluate(v).selection for v in (z - delta, z))
+        assert moved[index].item() == pytest.approx((after - before).abs().mean().item(), rel=1e-4)
+        other = h / (z * after) if site.kind == "gated" else torch.ones_like(h)
+        feature, selected = before * delta * other, (after - before) * z * other
+        whole = (z * after - (z - delta) * before) * other
+        assert torch.allclose(feature + selected, whole, atol=1e-6)
+        expected = [feature.square().sum().item(), selected.square().sum().item()]
+        assert squared_norms[:, index].tolist() == pytest.approx(expected, rel=1e-3)
+    for handle in handles:
+        handle.remove()
+
+
+def test_token_sampling_is_bounded_and_close(make_peft_model: Callable[..., PeftModel]) -> None:
+    model = make_peft_model()
+    gates = discover_gates(model).require()
+    batch = random_batch(0, batch=16, length=32, padded=False)
+    found = []
+    for limit in (None, 128):
+        controller = GateController(model, gates, ObserverOptions(max_tokens=limit))
+        importance = controller.set_importance(ImportanceOptions())
+        controller.attach([torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)])
+        model(**batch)
+        tokens = controller.observer._tokens.tolist()  # type: ignore[union-attr]
+        assert tokens == [float(limit or 16 * 32)] * 2
+        controller._after_step(None, None, None)  # type: ignore[arg-type]
+        controller.detach()
+        found.append(importance.responsiveness.clone())
+    assert torch.allclose(found[0], found[1], rtol=0.2)
+
+
+def test_prompt_tokens_can_be_left_out(make_peft_model: Callable[..., PeftModel]) -> None:
+    model = make_peft_model()
+    gates = discover_gates(model).require()
+    controller = GateController(model, gates, ObserverOptions(max_tokens=None, exclude_prompt=True))
+    controller.set_importance(ImportanceOptions())
+    controller.attach([torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)])
+    batch = random_batch(0, padded=False)
+    batch["labels"][:, :4] = -100
+    model(**batch)
+    # Labels 4, 5 and 6 are targets; positions 3, 4 and 5 predict them.
+    assert controller.observer._tokens.tolist() == [9.0, 9.0]  # type: ignore[union-attr]
+    with pytest.raises(DataError, match="needs labels"):
+        model(input_ids=batch["input_ids"])
+
+
+def test_a_mask_that_cannot_be_matched_is_refused(make_peft_model: Callable[..., PeftModel]) -> None:
+    model = make_peft_model()
+    controller = GateController(model, discover_gates(model).require())
+    controller.set_importance(ImportanceOptions())
+    controller.attach([torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)])
+    four_dimensional = torch.zeros(1, 1, 3, 3)
+    with pytest.raises(DataError, match=r"attention mask has shape \(1, 1, 3, 3\)"):
+        model(input_ids=torch.tensor([[3, 4, 5]]), attention_mask=four_dimensional)
+    # Two cached positions before three new ones: the mask is longer than the tokens.
+    cache = model(input_ids=torch.tensor([[3, 4]]), use_cache=True).past_key_values
+    mask = torch.ones(1, 5, dtype=torch.long)
+    with pytest.raises(DataError, match=r"padding mask of shape \(1, 5\) cannot be matched"):
+        model(input_ids=torch.tensor([[5, 6, 7]]), attention_mask=mask, past_key_values=cache)
+
+
+def test_silent_sites_are_an_error_that_names_them(make_peft_model: Callable[..., PeftModel]) -> None:
+    model = make_peft_model()
+    gates = discover_gates(model).require()
+    for allow in (False, True):
+        controller = GateController(model, gates, ObserverOptions(allow_silent_sites=allow))
+        controller.set_importance(ImportanceOptions(warmup_steps=0))
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        controller.attach([optimizer])
+        # As a fused kernel would: the activation module is no longer called.
+        bypassed = gates.sites[0].activation_module
+        controller.observer._handles[2].remove()
+        model(**random_batch(0)).loss.backward()
+        if allow:
+            optimizer.step()
+            assert bool((controller.weights[: gates.sites[0].channels] == 1).all())
+        else:
+            with pytest.raises(DiscoveryError, match=f"the gates {gates.sites[0].name} saw no token"):
+                optimizer.step()
+        controller.detach()
+        assert not bypassed._forward_pre_hooks
+
+
+def test_unreachable_rows_are_refused(make_peft_model: Callable[..., PeftModel]) -> None:
+    model = make_peft_model()
+    gates = discover_gates(model).require()
+    controller = GateController(model, gates)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with pytest.raises(ConfigurationError, match="no mechanism is set"):
+        controller.attach([torch.optim.SGD(parameters, lr=0.1)])
+    controller.set_importance(ImportanceOptions())
+    with pytest.raises(ConfigurationError, match="set twice"):
+        controller.set_importance(ImportanceOptions())
+    rows = [site.parameters()[0].parameter for site in gates]
+    others = [p for p in parameters if all(p is not r for r in rows)]
+    with pytest.raises(UpdateError, match=r"no optimizer holds .*lora_B\.default\.weight"):
+        controller.attach([torch.optim.SGD(others, lr=0.1)])
+    with pytest.raises(UpdateError, match="spread over 2 optimizers"):
+        controller.attach([torch.optim.SGD(rows[:1], lr=0.1), torch.optim.SGD(rows[1:], lr=0.1)])
+    rows[0].requires_grad_(False)
+    with pytest.raises(UpdateError, match="has no trainable parameter"):
+        gates.sites[0].parameters()

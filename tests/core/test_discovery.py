@@ -1,0 +1,195 @@
+"""Discovery: each found row is checked by perturbing it and watching which channel changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import (
+    GATE_CHANNELS,
+    GPT2_TARGETS,
+    LLAMA_TARGETS,
+    enable_checkpointing,
+    random_batch,
+    tiny_gpt2,
+    tiny_llama,
+    with_lora,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from na_lora_lightning.core.discovery import default_inputs, discover_gates, root_of
+from na_lora_lightning.core.row_probe import probe_rows, storage_rows
+from na_lora_lightning.errors import DiscoveryError
+
+
+def pre_activation(model: nn.Module, module: nn.Module) -> torch.Tensor:
+    """The input of an activation module in one forward pass."""
+    seen: list[torch.Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[3, 5, 7]]))
+    handle.remove()
+    return seen[0].float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_perturbed_row_changes_exactly_its_channel(
+    make_peft_model: Callable[..., PeftModel], dtype: torch.dtype
+) -> None:
+    model = make_peft_model().to(dtype).eval()
+    gates = discover_gates(model).require()
+    assert len(gates) == 2
+    for site in gates:
+        before = pre_activation(model, site.activation_module)
+        (rows,) = site.parameters()
+        for channel in (0, 1, site.channels // 2, site.channels - 1):
+            with torch.no_grad():
+                rows.parameter[site.rows[channel]] += 1.0
+            change = (pre_activation(model, site.activation_module) - before).abs().amax(dim=(0, 1))
+            assert torch.nonzero(change).flatten().tolist() == [channel]
+            with torch.no_grad():
+                rows.parameter[site.rows[channel]] -= 1.0
+            before = pre_activation(model, site.activation_module)
+
+
+def test_llama_sites_are_gated_and_gpt2_sites_plain() -> None:
+    llama = discover_gates(with_lora(tiny_llama(), LLAMA_TARGETS))
+    first = llama.sites[0]
+    assert (first.name, first.kind, first.activation.name) == ("model.layers.0.mlp.act_fn", "gated", "silu")
+    assert first.lora_layer_name == "model.layers.0.mlp.gate_proj"
+    assert first.output_layer_name == "model.layers.0.mlp.down_proj"
+    assert first.row_slice == slice(0, GATE_CHANNELS, 1)
+    assert (llama.channels, llama.labels) == (2 * GATE_CHANNELS, ["layer_00", "layer_01"])
+
+    gpt2 = discover_gates(with_lora(tiny_gpt2(), GPT2_TARGETS))
+    assert [(s.kind, s.activation.name, s.lora_layer_name, s.output_layer_name) for s in gpt2] == [
+        ("plain", "gelu_tanh", f"transformer.h.{i}.mlp.c_fc", f"transformer.h.{i}.mlp.c_proj") for i in range(2)
+    ]
+
+
+class FusedBlock(nn.Module):
+    """A gated feed-forward block with one fused layer, cut in halves or interleaved."""
+
+    def __init__(self, interleaved: bool) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(8, 24)
+        self.down_proj = nn.Linear(12, 8)
+        self.act = nn.SiLU()
+        self.interleaved = interleaved
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        fused = self.gate_up_proj(x)
+        if self.interleaved:
+            gate, up = fused[..., 1::2], fused[..., ::2]
+        else:
+            gate, up = fused.chunk(2, dim=-1)
+        return self.down_proj(self.act(gate.clamp(max=7.0)) * up)
+
+
+@pytest.mark.parametrize(("interleaved", "rows"), [(False, slice(0, 12, 1)), (True, slice(1, 24, 2))])
+def test_fused_layers_give_the_gate_rows_alone(interleaved: bool, rows: slice) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(FusedBlock(interleaved), LoraConfig(r=2, target_modules=["gate_up_proj"]))
+    gates = discover_gates(model, example_inputs={"x": torch.randn(1, 3, 8)}).require()
+    (site,) = gates.sites
+    assert site.row_slice == rows
+    assert site.kind == "gated"
+
+
+@settings(max_examples=40)
+@given(
+    channels=st.integers(1, 300),
+    extra=st.integers(0, 40),
+    seed=st.integers(0, 2**20),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_probe_inverts_any_selection_of_rows(channels: int, extra: int, seed: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(channels + extra, generator=generator)[:channels]
+    lora_b = torch.zeros(channels + extra, 3, dtype=dtype, requires_grad=True)
+    inner = torch.randn(5, 3, generator=generator).to(dtype)
+    z = (inner @ lora_b.T)[..., rows] * 0.5
+    found = probe_rows(z, lora_b)
+    assert found is not None
+    assert torch.equal(found, rows)
+
+
+def test_probe_refuses_what_is_not_one_to_one() -> None:
+    lora_b = torch.zeros(6, 2, requires_grad=True)
+    output = torch.randn(4, 2) @ lora_b.T
+    assert probe_rows(output[..., :3] + output[..., 3:], lora_b) is None
+    assert probe_rows(output.cumsum(-1), lora_b) is None
+
+
+def test_storage_match_sees_views_and_refuses_copies() -> None:
+    output = torch.randn(2, 3, 8)
+    assert storage_rows(output[..., 4:], output).tolist() == [4, 5, 6, 7]  # type: ignore[union-attr]
+    assert storage_rows(output[..., 1::2], output).tolist() == [1, 3, 5, 7]  # type: ignore[union-attr]
+    assert storage_rows(output.clone(), output) is None
+
+
+def test_discovery_leaves_the_model_as_it_was(make_peft_model: Callable[..., PeftModel]) -> None:
+    model = make_peft_model(lora_dropout=0.5)
+    root_of(model).get_submodule("model.layers.0" if hasattr(root_of(model), "model") else "transformer.h.0").eval()
+    modes = [module.training for module in model.modules()]
+    random_state = torch.get_rng_state()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    discover_gates(model)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_no_lora_on_gates_names_them_and_the_remedy() -> None:
+    gates = discover_gates(with_lora(tiny_llama(), ["q_proj", "up_proj"]))
+    with pytest.raises(DiscoveryError, match=r"none of the model's 2 gates has LoRA .*act_fn.*add 'gate_proj'"):
+        gates.require()
+
+
+def test_some_gates_without_lora_are_an_error_unless_allowed() -> None:
+    gates = discover_gates(with_lora(tiny_llama(), ["gate_proj"], layers_to_transform=[1]))
+    with pytest.raises(DiscoveryError, match=r"1 of 2 gates have no LoRA \(model\.layers\.0\.mlp\.act_fn\)"):
+        gates.require()
+    assert len(gates.require(allow_gates_without_lora=True)) == 1
+
+
+def test_a_model_without_gates_is_refused() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x))
+
+    model = get_peft_model(Plain(), LoraConfig(r=2, target_modules=["first"]))
+    with pytest.raises(DiscoveryError, match="no feed-forward gate was found"):
+        discover_gates(model, {"x": torch.randn(1, 4)}).require()
+    with pytest.raises(DiscoveryError, match="pass example_inputs"):
+        default_inputs(root_of(model))
+
+
+def test_a_model_without_lora_is_refused() -> None:
+    with pytest.raises(DiscoveryError, match="LlamaForCausalLM holds no LoRA layer"):
+        discover_gates(tiny_llama())
+
+
+def test_one_activation_shared_by_two_layers_is_left_out_with_the_reason() -> None:
+    llama = tiny_llama()
+    llama.model.layers[1].mlp.act_fn = llama.model.layers[0].mlp.act_fn
+    gates = discover_gates(with_lora(llama, LLAMA_TARGETS))
+    assert len(gates) == 0
+    assert "called 2 times" in gates.left_out[0].reason
+
+
+def test_discovery_runs_beside_gradient_checkpointing() -> None:
+    model = with_lora(tiny_llama(), LLAMA_TARGETS)
+    enable_checkpointing(model)
+    assert len(discover_gates(model)) == 2
+    model(**random_batch(0)).loss.backward()

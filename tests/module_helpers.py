@@ -1,0 +1,138 @@
+"""Tiny models with tokenizers on disk, and batches, for the tests of the module and the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.utils.data import DataLoader
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+VOCABULARY = 64
+END = 1
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Characters as tokens: two specials, then 62 printable characters from the space on."""
+    vocabulary = {"<pad>": 0, "<end>": END, **{chr(32 + index): 2 + index for index in range(VOCABULARY - 2)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", unk_token="?")
+
+
+def tiny_model(kind: str, seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    special = {"bos_token_id": END, "eos_token_id": END, "pad_token_id": 0}
+    if kind == "gpt2":
+        return GPT2LMHeadModel(
+            GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=64, **special)
+        )
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            **special,
+        )
+    )
+
+
+def saved_model(folder: Path, kind: str = "llama", seed: int = 0) -> str:
+    """Writes a model with its tokenizer, and returns the folder."""
+    tiny_model(kind, seed).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def record(seed: int, prompt_length: int, answer_length: int) -> dict[str, list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(2, VOCABULARY, (prompt_length + answer_length,), generator=generator).tolist()
+    return {"prompt": tokens[:prompt_length], "answer": tokens[prompt_length:]}
+
+
+def make_batch(records: list[dict[str, list[int]]]) -> dict[str, Any]:
+    """Pads records as the data module does."""
+    tokenizer = tiny_tokenizer()
+    rows = [entry["prompt"] + entry["answer"] for entry in records]
+    length = max(map(len, rows))
+    prompt_length = max(len(entry["prompt"]) for entry in records)
+
+    def right(values: list[int], padding: int) -> list[int]:
+        return values + [padding] * (length - len(values))
+
+    def left(values: list[int], padding: int) -> list[int]:
+        return [padding] * (prompt_length - len(values)) + values
+
+    return {
+        "input_ids": torch.tensor([right(row, 0) for row in rows]),
+        "attention_mask": torch.tensor([right([1] * len(row), 0) for row in rows]),
+        "labels": torch.tensor(
+            [right([-100] * len(entry["prompt"]) + entry["answer"], -100) for entry in records]
+        ),
+        "prompt_input_ids": torch.tensor([left(entry["prompt"], 0) for entry in records]),
+        "prompt_attention_mask": torch.tensor([left([1] * len(entry["prompt"]), 0) for entry in records]),
+        "prompts": [tokenizer.decode(entry["prompt"]) for entry in records],
+        "references": [tokenizer.decode(entry["answer"]) for entry in records],
+    }
+
+
+class Batches(LightningDataModule):
+    """Serves fixed batches in order."""
+
+    def __init__(self, train: list[dict[str, Any]], validation: list[dict[str, Any]] | None = None) -> None:
+        super().__init__()
+        self.train, self.validation = train, validation or []
+        self.tokenizer = tiny_tokenizer()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.train, batch_size=None)  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.validation, batch_size=None)  # type: ignore[arg-type]
+
+    test_dataloader = predict_dataloader = val_dataloader
+
+
+def some_batches(count: int = 3, rows: int = 2, seed: int = 0) -> list[dict[str, Any]]:
+    """Batches of records whose lengths, and so whose numbers of targets, differ."""
+    return [
+        make_batch([record(seed + 10 * index + row, 3 + row, 2 + (index + row) % 4) for row in range(rows)])
+        for index in range(count)
+    ]
+
+
+def quiet_trainer(folder: Path, **options: Any) -> Trainer:
+    settings: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
+        "max_epochs": 1,
+        "default_root_dir": folder,
+    }
+    return Trainer(**{**settings, **options})
+
+
+def write_records(path: Path, count: int = 8) -> str:
+    lines = [json.dumps({"prompt": f"{index}+1=", "completion": f"{index + 1}"}) for index in range(count)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
