@@ -10,6 +10,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+# More threads make operations this small slower, and much slower on a busy machine.
+torch.set_num_threads(1)
+
 VOCABULARY = 64
 HIDDEN = 16
 GATE_CHANNELS = 24

@@ -124,6 +124,8 @@ class GateCallback(Callback, ABC):
         self._logs_this_step = trainer._logger_connector.should_update_logs and bool(trainer.loggers)
         self._step_to_log = trainer.fit_loop.epoch_loop._batches_that_stepped
         self.controller.meter.enabled = self._logs_this_step
+        # Modules that compute the loss themselves call the model without labels.
+        self.controller.observer.labels = batch.get("labels") if isinstance(batch, Mapping) else None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -110,6 +110,11 @@ class GateObserver:
         root: The model whose call carries the padding mask.
         sites: Gate sites inside it.
         options: What to look at.
+
+    Attributes:
+        labels: Labels of the coming forward passes, ``[batch, length]``, for models that are called without them.
+        selection: Tokens of the recorded forward pass under way, or None outside of one.
+        forward_passes: Recorded forward passes so far.
     """
 
     def __init__(self, root: nn.Module, sites: Sequence[GateSite], options: ObserverOptions) -> None:
@@ -118,6 +123,7 @@ class GateObserver:
         self.options = options
         self.selection: TokenSelection | None = None
         self.forward_passes = 0
+        self.labels: Tensor | None = None
         self._collectors: dict[str, Collector] = {}
         self._layouts: dict[str, Layout] = {}
         self._sums: dict[str, Tensor] = {}
@@ -203,7 +209,7 @@ class GateObserver:
         if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
             self.selection = None
             return
-        mask = token_mask_of_call(root, args, kwargs, self.options.exclude_prompt)
+        mask = token_mask_of_call(root, args, kwargs, self.options.exclude_prompt, self.labels)
         self.selection = TokenSelection(mask, self.options.max_tokens, offset=self.forward_passes)
         self.forward_passes += 1
 

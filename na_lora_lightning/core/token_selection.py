@@ -93,7 +93,11 @@ class TokenSelection:
 
 
 def token_mask_of_call(
-    root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], targets_only: bool
+    root: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    targets_only: bool,
+    labels: Tensor | None = None,
 ) -> Tensor | None:
     """Reads from a call of the model which tokens count.
 
@@ -103,6 +107,7 @@ def token_mask_of_call(
         kwargs: Keyword arguments of the call.
         targets_only: Count only positions that predict a target (the next label is not −100), and so leave out
             the prompt.
+        labels: Used where the call has none, ``[batch, length]``.
 
     Returns:
         ``[batch, length]`` boolean, or None where every token counts.
@@ -124,7 +129,7 @@ def token_mask_of_call(
         mask = mask.bool()
     if not targets_only:
         return mask
-    labels = kwargs.get("labels")
+    labels = kwargs.get("labels", labels)
     if not isinstance(labels, Tensor):
         raise DataError(
             "exclude_prompt needs labels in the model's forward call to tell prompt from completion; pass labels to "
