@@ -56,9 +56,14 @@ class ActivationValues:
         return self._activation.output_derivative(self.pre_activation, self.selection, self)
 
     @cached_property
+    def homogeneity_gap(self) -> Tensor:
+        """E(z) − 1, the shape of z; 0 by convention where φ vanishes together with its derivative."""
+        return self._activation.homogeneity_gap(self.pre_activation, self)
+
+    @property
     def homogeneity(self) -> Tensor:
-        """E(z), the shape of z; 1 by convention where φ vanishes together with its derivative."""
-        return self._activation.homogeneity(self.pre_activation, self.selection)
+        """E(z), the shape of z."""
+        return 1.0 + self.homogeneity_gap
 
 
 class Activation(ABC):
@@ -89,8 +94,8 @@ class Activation(ABC):
         """ρ'(z), given ρ(z)."""
 
     @abstractmethod
-    def homogeneity(self, z: Tensor, selection: Tensor) -> Tensor:
-        """E(z), given ρ(z)."""
+    def homogeneity_gap(self, z: Tensor, values: ActivationValues) -> Tensor:
+        """E(z) − 1."""
 
     def output(self, z: Tensor, selection: Tensor) -> Tensor:
         """φ(z), given ρ(z)."""
@@ -148,9 +153,9 @@ class SigmoidGated(Activation):
         """ρ'(z) = ρ(1−ρ)·a'(z)."""
         return self._times_logit_derivative(torch.addcmul(selection, selection, selection, value=-1.0), z)
 
-    def homogeneity(self, z: Tensor, selection: Tensor) -> Tensor:
-        """E(z) = 1 + z·a'(z)·(1−ρ)."""
-        return 1.0 + self._times_logit_derivative(z * (1.0 - selection), z)
+    def homogeneity_gap(self, z: Tensor, values: ActivationValues) -> Tensor:
+        """E(z) − 1 = z·a'(z)·(1−ρ) = (z − φ)·a'(z)."""
+        return self._times_logit_derivative(z - values.output, z)
 
 
 class GaussianGated(Activation):
@@ -170,10 +175,10 @@ class GaussianGated(Activation):
         """ρ'(z), the standard normal density."""
         return self._density(z)
 
-    def homogeneity(self, z: Tensor, selection: Tensor) -> Tensor:
-        """E(z) = 1 + z·pdf(z)/Φ(z), through log Φ so that the far negative tail stays finite."""
+    def homogeneity_gap(self, z: Tensor, values: ActivationValues) -> Tensor:
+        """E(z) − 1 = z·pdf(z)/Φ(z), through log Φ so that the far negative tail stays finite."""
         log_ratio = -0.5 * z * z - 0.5 * math.log(2.0 * math.pi) - torch.special.log_ndtr(z)
-        return 1.0 + z * torch.exp(log_ratio)
+        return z * torch.exp(log_ratio)
 
 
 class RectifiedPower(Activation):
@@ -193,9 +198,9 @@ class RectifiedPower(Activation):
             return torch.zeros_like(z)
         return (self.power - 1) * z.clamp(min=0.0) ** (self.power - 2) * (z > 0)
 
-    def homogeneity(self, z: Tensor, selection: Tensor) -> Tensor:
-        """E(z) = power on the support, 1 by convention off it."""
-        return torch.where(z > 0, float(self.power), 1.0).to(z.dtype)
+    def homogeneity_gap(self, z: Tensor, values: ActivationValues) -> Tensor:
+        """E(z) − 1 = power − 1 on the support, 0 by convention off it."""
+        return (self.power - 1.0) * (z > 0).to(z.dtype)
 
 
 class ElementwiseActivation(Activation):
@@ -251,11 +256,11 @@ class ElementwiseActivation(Activation):
         value, derivative = self._value_and_derivative(moved)
         return (derivative - value / moved) / moved
 
-    def homogeneity(self, z: Tensor, selection: Tensor) -> Tensor:
-        """E(z) = z·φ'(z)/φ(z), 1 by convention where φ = 0."""
+    def homogeneity_gap(self, z: Tensor, values: ActivationValues) -> Tensor:
+        """E(z) − 1 = z·φ'(z)/φ(z) − 1, 0 by convention where φ = 0."""
         value, derivative = self._value_and_derivative(z)
         silent = value == 0
-        return torch.where(silent, 1.0, z * derivative / torch.where(silent, 1.0, value))
+        return torch.where(silent, 0.0, z * derivative / torch.where(silent, 1.0, value) - 1.0)
 
 
 SILU = SigmoidGated("silu", slope=1.0)

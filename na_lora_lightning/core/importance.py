@@ -171,7 +171,7 @@ class ResponsivenessCollector:
         if self._criterion == "selection_derivative":
             each = values.selection_derivative
         elif self._criterion == "homogeneity_gap":
-            each = values.homogeneity - 1.0
+            each = values.homogeneity_gap
         else:
             each = values.output_derivative
         return (token_weight @ (each if self._signed else each.abs()))[None]

@@ -159,11 +159,8 @@ class MisalignmentMeter:
 
     @torch.no_grad()
     def _add(self, index: int, site: GateSite, moved: Tensor, weight: Tensor, other_branch: Tensor | None) -> None:
-        # As for the pre-activation, padding may hold anything.
-        padding = weight[:, None] == 0
-        change, feature, selected = selection_terms(site, moved, self._delta.pop(index).masked_fill(padding, 0.0))
+        change, feature, selected = selection_terms(site, moved, self._delta.pop(index))
         if other_branch is not None:
-            other_branch = other_branch.masked_fill(padding, 0.0)
             feature, selected = feature * other_branch, selected * other_branch
         totals = [weight @ part.sum(dim=1) for part in (change, feature.square(), selected.square())]
         self.sums[:, index] += torch.stack([*totals, weight.sum() * moved.shape[-1]]).to(self.sums.device)

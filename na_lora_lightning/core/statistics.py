@@ -19,6 +19,8 @@ from na_lora_lightning.core.sites import GateSite
 from na_lora_lightning.core.token_selection import TokenSelection, token_mask_of_call
 from na_lora_lightning.errors import ConfigurationError, DiscoveryError
 
+_CPU_CHUNK_ELEMENTS = 64 * 1536
+
 Listener = Callable[[int, GateSite, Tensor, Tensor], None]
 
 
@@ -34,7 +36,7 @@ class ObserverOptions:
             block), leaving its rows unmasked.
     """
 
-    max_tokens: int | None = 256
+    max_tokens: int | None = 128
     exclude_prompt: bool = False
     allow_silent_sites: bool = False
 
@@ -240,12 +242,18 @@ class GateObserver:
         assert self._tokens is not None
         weight = selection.weights(pre_activation)
         looked_at = selection.rows(pre_activation, site.name).float()
-        if selection.has_mask:
-            # Padding may hold anything, NaN included, which a weight of zero would not silence.
-            looked_at = looked_at.masked_fill(weight[:, None] == 0, 0.0)
-        values = site.activation.evaluate(looked_at)
-        for name, collector in self._collectors.items():
-            self._sums[name][:, slices[name]] += collector.collect(values, weight).to(self._sums[name].device)
+        chunk = self._tokens_per_chunk(looked_at)
+        for some, some_weight in zip(looked_at.split(chunk), weight.split(chunk), strict=True):
+            values = site.activation.evaluate(some)
+            for name, collector in self._collectors.items():
+                collected = collector.collect(values, some_weight)
+                self._sums[name][:, slices[name]] += collected.to(self._sums[name].device)
         self._tokens[index] += weight.sum()
         for listener in self._listeners:
             listener(index, site, looked_at, weight)
+
+    @staticmethod
+    def _tokens_per_chunk(looked_at: Tensor) -> int:
+        """Tokens evaluated at once: on a CPU few enough that intermediate values stay in its cache."""
+        tokens, channels = looked_at.shape
+        return max(1, _CPU_CHUNK_ELEMENTS // channels) if looked_at.device.type == "cpu" else max(1, tokens)

@@ -118,17 +118,23 @@ class RegimeCollector:
 
     def collect(self, values: ActivationValues, token_weight: Tensor) -> Tensor:
         """``[6, columns]``: mass of the three regimes, then mass·|E−1| of the three."""
-        homogeneity = values.homogeneity
-        gap = (homogeneity - 1.0).abs()
+        signed_gap = values.homogeneity_gap
+        gap = signed_gap.abs()
         mass = values.output.abs()
-        gap_mass = mass * gap
-        suppressed = homogeneity < 0.0
-        homogeneous = gap <= self._tau
-        regimes = (suppressed, ~(suppressed | homogeneous), homogeneous)
-        sums = torch.stack(
-            [token_weight @ torch.where(regime, amount, 0.0) for amount in (mass, gap_mass) for regime in regimes]
-        )
-        return sums if self._per_channel else sums.sum(dim=1, keepdim=True)
+        # Indicators as numbers: products are several times faster than a choice by booleans on a CPU.
+        suppressed = torch.lt(signed_gap, -1.0, out=torch.empty_like(mass))
+        homogeneous = torch.le(gap, self._tau, out=torch.empty_like(mass))
+        parts: list[Tensor] = []
+        for amount in (mass, mass * gap):
+            whole = self._sum(amount, token_weight)
+            low = self._sum(suppressed * amount, token_weight)
+            high = self._sum(homogeneous * amount, token_weight)
+            parts += [low, (whole - low - high).clamp_(min=0.0), high]
+        return torch.stack(parts)
+
+    def _sum(self, amount: Tensor, token_weight: Tensor) -> Tensor:
+        per_channel = token_weight @ amount
+        return per_channel if self._per_channel else per_channel.sum()[None]
 
 
 def scale_of_shares(shares: Tensor, gap_shares: Tensor, eta_min: float) -> Tensor:

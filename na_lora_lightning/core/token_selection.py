@@ -28,18 +28,27 @@ class TokenSelection:
         self._mask = token_mask
         self._sample = sample
         self._offset = offset
-        self._positions: dict[tuple[int, torch.device], Tensor] = {}
-        self._weights: dict[tuple[int, torch.device], Tensor] = {}
+        self._chosen: dict[tuple[int, torch.device], tuple[Tensor | None, Tensor]] = {}
 
-    def _index(self, tokens: int, device: torch.device) -> Tensor | None:
-        """Evenly spread positions in ``range(tokens)``, or None to take all."""
-        if self._sample is None or tokens <= self._sample:
-            return None
+    def _choose(self, tokens: int, device: torch.device) -> tuple[Tensor | None, Tensor]:
+        """Positions to look at in ``range(tokens)``, None for all, and their weights."""
         key = (tokens, device)
-        if key not in self._positions:
-            spread = torch.arange(self._sample, device=device) * tokens // self._sample
-            self._positions[key] = (spread + self._offset) % tokens
-        return self._positions[key]
+        if key not in self._chosen:
+            positions = None
+            if self._sample is not None and tokens > self._sample:
+                spread = torch.arange(self._sample, device=device) * tokens // self._sample
+                positions = (spread + self._offset) % tokens
+            if self._mask is None:
+                weights = torch.ones(tokens if positions is None else positions.numel(), device=device)
+            else:
+                real = self._mask.reshape(-1).to(device, torch.float32)
+                positions = torch.arange(tokens, device=device) if positions is None else positions
+                weights = real.index_select(0, positions)
+                # Padding may hold anything, NaN included, which a weight of zero would not silence: look at some
+                # real token in its place.
+                positions = torch.where(weights > 0, positions, real.argmax())
+            self._chosen[key] = (positions, weights)
+        return self._chosen[key]
 
     def rows(self, values: Tensor, name: str) -> Tensor:
         """The looked-at tokens of ``values``.
@@ -49,35 +58,20 @@ class TokenSelection:
             name: Site, for the message.
 
         Returns:
-            ``[looked-at tokens, channels]`` in the dtype of ``values``, without a graph.
+            ``[looked-at tokens, channels]`` in the dtype of ``values``, without a graph; a padded token is replaced
+            by a real one.
 
         Raises:
             DataError: The padding mask cannot be matched to the shape.
         """
         self._check(values, name)
         flat = values.detach().reshape(-1, values.shape[-1])
-        index = self._index(flat.shape[0], flat.device)
-        return flat if index is None else flat.index_select(0, index)
+        positions, _ = self._choose(flat.shape[0], flat.device)
+        return flat if positions is None else flat.index_select(0, positions)
 
     def weights(self, values: Tensor) -> Tensor:
         """1 for each looked-at token that counts and 0 for the others, ``[looked-at tokens]``, float32."""
-        tokens = values.numel() // values.shape[-1]
-        key = (tokens, values.device)
-        if key not in self._weights:
-            index = self._index(tokens, values.device)
-            if self._mask is None:
-                count = tokens if index is None else index.numel()
-                weights = torch.ones(count, device=values.device)
-            else:
-                weights = self._mask.reshape(-1).to(values.device, torch.float32)
-                weights = weights if index is None else weights.index_select(0, index)
-            self._weights[key] = weights
-        return self._weights[key]
-
-    @property
-    def has_mask(self) -> bool:
-        """Whether some tokens may not count."""
-        return self._mask is not None
+        return self._choose(values.numel() // values.shape[-1], values.device)[1]
 
     def _check(self, values: Tensor, name: str) -> None:
         if self._mask is None:
