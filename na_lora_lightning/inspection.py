@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from na_lora_lightning.core.sites import GateMap, GateSite
 
@@ -77,7 +77,8 @@ def as_tables(gates: GateMap) -> list[Table]:
 
     found = Table(title=f"{len(gates)} gate sites, {gates.channels} gate channels", title_justify="left")
     for column in ("layer", "activation", "kind", "channels", "LoRA layer", "rows of lora_B", "rank"):
-        found.add_column(column, justify="right" if column in ("layer", "channels", "rank") else "left")
+        justify: Literal["right", "left"] = "right" if column in ("layer", "channels", "rank") else "left"
+        found.add_column(column, justify=justify, overflow="fold")
     for site in as_dictionary(gates)["sites"]:
         layer = "" if site["layer"] is None else str(site["layer"])
         ranks = ", ".join(str(rank) for rank in site["rank"].values())
@@ -88,7 +89,7 @@ def as_tables(gates: GateMap) -> list[Table]:
         return [found]
     left_out = Table(title=f"{len(gates.left_out)} activations left out", title_justify="left")
     for column in ("activation", "module", "reason"):
-        left_out.add_column(column)
+        left_out.add_column(column, overflow="fold")
     for entry in gates.left_out:
         left_out.add_row(entry.activation, entry.name, entry.reason)
     return [found, left_out]

@@ -8,7 +8,7 @@ times another branch (*gated*), is consumed by a linear layer. Its LoRA rows are
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -18,10 +18,12 @@ from na_lora_lightning.core.activations import Activation, activation_of
 from na_lora_lightning.core.lora_layers import active_adapters, is_lora_layer, lora_b, require_lora
 from na_lora_lightning.core.row_probe import probe_rows, storage_rows
 from na_lora_lightning.core.sites import GateMap, GateSite, LeftOut
-from na_lora_lightning.core.tracing import ActivationCall, LinearCall, Trace, reachable, trace_forward
+from na_lora_lightning.core.tracing import ActivationCall, LinearCall, Trace, ancestors, trace_forward
 from na_lora_lightning.errors import DiscoveryError
 
 _PROBE_TOKENS = 4
+
+Consumer = tuple[LinearCall, Literal["gated", "plain"]]
 
 
 def root_of(model: nn.Module) -> nn.Module:
@@ -79,37 +81,48 @@ def discover_gates(model: nn.Module, example_inputs: Mapping[str, Any] | None = 
     calls: dict[nn.Module, list[ActivationCall]] = defaultdict(list)
     for call in trace.activation_calls:
         calls[call.module].append(call)
-
+    activations = {module: activation for module, activation in _identify(calls).items() if activation is not None}
+    nodes = {call.output.grad_fn for module in activations for call in calls[module]}
+    linear_of_leaf, consumers = trace.linear_of_leaf(), _find_consumers(trace, nodes)
     found = GateMap()
-    activations: dict[tuple[type, str], Activation | None] = {}
-    for module, module_calls in calls.items():
-        key = (type(module), repr(module))
-        if key not in activations or any(True for _ in module.parameters()):
-            activations[key] = activation_of(module)
-        activation = activations[key]
-        if activation is None:
-            continue
-        result = _classify(module_calls, activation, trace)
+    for module, activation in activations.items():
+        result = _classify(calls[module], activation, linear_of_leaf, consumers)
         if isinstance(result, GateSite):
             found.sites.append(result)
-        elif result is not None:
+        else:
             found.left_out.append(result)
     return found
 
 
-def _classify(calls: list[ActivationCall], activation: Activation, trace: Trace) -> GateSite | LeftOut | None:
+def _identify(modules: Iterable[nn.Module]) -> dict[nn.Module, Activation | None]:
+    """The activation that each module computes; modules alike in class and settings are looked at once."""
+    alike: dict[tuple[type, str], Activation | None] = {}
+    identified: dict[nn.Module, Activation | None] = {}
+    for module in modules:
+        key = (type(module), repr(module))
+        if key not in alike or any(True for _ in module.parameters()):
+            alike[key] = activation_of(module)
+        identified[module] = alike[key]
+    return identified
+
+
+def _classify(
+    calls: list[ActivationCall],
+    activation: Activation,
+    linear_of_leaf: dict[int, LinearCall],
+    consumers: dict[Any, Consumer],
+) -> GateSite | LeftOut:
     """Decides what one activation module is."""
     call = calls[0]
 
     def left_out(reason: str, **details: Any) -> LeftOut:
         return LeftOut(call.name, activation.name, reason, **details)
 
-    linear_of_leaf = trace.linear_of_leaf()
-    leaves, _, _ = reachable(call.pre_activation.grad_fn)
+    leaves = ancestors(call.pre_activation.grad_fn).leaves
     producers = [linear_of_leaf[id(leaf)] for leaf in leaves if id(leaf) in linear_of_leaf]
-    consumer, kind = _consumer(call, trace)
-    if not producers or consumer is None:
+    if not producers or call.output.grad_fn not in consumers:
         return left_out("it does not stand between two linear layers")
+    consumer, kind = consumers[call.output.grad_fn]
     if len(calls) > 1:
         return left_out(f"it is called {len(calls)} times in one forward pass, by different layers")
     names = tuple(producer.name for producer in producers)
@@ -135,15 +148,19 @@ def _classify(calls: list[ActivationCall], activation: Activation, trace: Trace)
     return left_out(f"its channels do not correspond one to one to outputs of {', '.join(names)}")
 
 
-def _consumer(call: ActivationCall, trace: Trace) -> tuple[LinearCall | None, Literal["gated", "plain"]]:
-    """The linear layer that takes the activation's output, and whether another branch multiplies it first."""
-    node = call.output.grad_fn
+def _find_consumers(trace: Trace, nodes: set[Any]) -> dict[Any, Consumer]:
+    """For each activation's graph node, the linear layer that takes its output, and whether another branch joins.
+
+    One walk per linear layer, from its input back to the activations, serves all activations.
+    """
+    consumers: dict[Any, Consumer] = {}
     for linear in trace.linear_calls:
-        other_leaves, passed, met = reachable(linear.input_node, stop=node)
-        if met:
-            gated = bool(other_leaves) and any(name.startswith("MulBackward") for name in passed)
-            return linear, "gated" if gated else "plain"
-    return None, "plain"
+        met = ancestors(linear.input_node, stop_at=nodes)
+        # Another branch shows as a leaf that is reached without passing the activation.
+        multiplied = bool(met.leaves) and any(name.startswith("MulBackward") for name in met.passed)
+        for node in met.stops:
+            consumers.setdefault(node, (linear, "gated" if multiplied else "plain"))
+    return consumers
 
 
 def _map_rows(call: ActivationCall, producer: LinearCall) -> tuple[Tensor, Literal["probe", "storage"]] | None:

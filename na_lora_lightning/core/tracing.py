@@ -7,7 +7,7 @@ through the residual stream.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -130,19 +130,32 @@ def trace_forward(root: nn.Module, inputs: Mapping[str, Any]) -> Trace:
     return trace
 
 
-def reachable(node: Any, stop: Any = None) -> tuple[list[Tensor], set[str], bool]:
+@dataclass
+class Ancestors:
+    """What a walk backwards through an autograd graph meets.
+
+    Attributes:
+        leaves: Leaf tensors.
+        passed: Names of the node types passed.
+        stops: Nodes at which the walk stopped.
+    """
+
+    leaves: list[Tensor] = field(default_factory=list)
+    passed: set[str] = field(default_factory=set)
+    stops: list[Any] = field(default_factory=list)
+
+
+def ancestors(node: Any, stop_at: Container[Any] = ()) -> Ancestors:
     """Walks an autograd graph backwards.
 
     Args:
         node: Graph node to start from (``tensor.grad_fn``), or None.
-        stop: A node that is noticed and not passed.
+        stop_at: Nodes that are noted and not passed.
 
     Returns:
-        The leaf tensors reached, the names of the node types passed, and whether ``stop`` was met.
+        What was met.
     """
-    leaves: list[Tensor] = []
-    passed: set[str] = set()
-    met_stop = False
+    met = Ancestors()
     seen: set[Any] = set()
     pending = [node] if node is not None else []
     while pending:
@@ -150,13 +163,13 @@ def reachable(node: Any, stop: Any = None) -> tuple[list[Tensor], set[str], bool
         if current in seen:
             continue
         seen.add(current)
-        if current is stop:
-            met_stop = True
+        if current in stop_at:
+            met.stops.append(current)
             continue
         variable = getattr(current, "variable", None)
         if variable is not None:
-            leaves.append(variable)
+            met.leaves.append(variable)
             continue
-        passed.add(type(current).__name__)
+        met.passed.add(type(current).__name__)
         pending.extend(parent for parent, _ in current.next_functions if parent is not None)
-    return leaves, passed, met_stop
+    return met
