@@ -1,0 +1,42 @@
+# Everything runs in an environment of its own, made on first use.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+MODEL := .cache/quickstart/SmolLM2-135M-Instruct
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test check format benchmark clean
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+
+install: $(VENV)/.installed ## Make the environment
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[quickstart,test,dev]'
+	@touch $@
+
+quickstart: install ## Fine-tune the pretrained SmolLM2-135M-Instruct with NA-LoRA on a CPU
+	$(BIN)/python examples/quickstart/prepare.py
+	$(BIN)/na-lora fit --config configs/quickstart.yaml
+
+test: install ## Run the tests
+	$(BIN)/python -m pytest
+
+check: install ## Lint, format check and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: install ## Format the code
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+benchmark: install ## Step time of NA-LoRA against plain LoRA, appended to benchmarks/step_time.csv
+	$(BIN)/python examples/quickstart/prepare.py
+	$(BIN)/python benchmarks/step_time.py --model $(MODEL)
+
+clean: ## Remove the environment and caches, not what was trained
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
