@@ -1,0 +1,70 @@
+"""Tokenised splits, what they consist of, and the report of what was cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from datasets import Dataset
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from na_lora_lightning.data.encoding import RecordEncoder
+
+
+class TruncationWarning(UserWarning):
+    """Some records are longer than the maximum length and have been cut."""
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """What a split consists of after tokenisation.
+
+    Attributes:
+        records: The number of records.
+        tokens: The number of tokens of all records, without padding.
+        target_tokens: The number of tokens that the loss is computed on.
+        truncated: The number of records that were cut to the maximum length.
+    """
+
+    records: int
+    tokens: int
+    target_tokens: int
+    truncated: int
+
+    @classmethod
+    def of(cls, encoded: Dataset) -> SplitSummary:
+        """Counts the records and tokens of an encoded split."""
+        sums = {name: sum(encoded[name]) for name in ("tokens", "target_tokens", "truncated")}
+        return cls(records=len(encoded), **sums)
+
+
+def encode_split(
+    records: Dataset, encoder: RecordEncoder, *, source: str, evaluation: bool, needs_completion: bool
+) -> Dataset:
+    """Encodes all records of a split, or takes them from the cache of ``datasets``.
+
+    Args:
+        records: The records.
+        encoder: What to encode them with.
+        source: The name of the data, for messages.
+        evaluation: Whether to add what generation is scored with.
+        needs_completion: Whether a record without completion is an error.
+
+    Raises:
+        DataError: If a record cannot be used.
+    """
+    encoded = records.map(
+        encoder,
+        with_indices=True,
+        fn_kwargs={"source": source, "evaluation": evaluation, "needs_completion": needs_completion},
+        remove_columns=records.column_names,
+        features=encoder.features(evaluation=evaluation),
+        desc="Tokenising",
+    )
+    truncated = sum(encoded["truncated"])
+    if truncated:
+        rank_zero_warn(
+            f"{truncated} of {len(encoded)} records of {source!r} have more tokens than "
+            f"max_length={encoder.max_length} and were cut; raise max_length or shorten them.",
+            category=TruncationWarning,
+        )
+    return encoded
