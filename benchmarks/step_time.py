@@ -37,6 +37,10 @@ from torch.utils.data import DataLoader
 from na_lora_lightning import GateImportanceCallback, NALoRALightningModule, StepScaleCallback
 
 RESULTS = Path(__file__).with_suffix(".csv")
+COLUMNS = (
+    ["date", "device", "model", "tokens", "arm", "steps", "median_seconds", "median_ratio", "mean_ratio"]
+    + ["torch", "lightning", "transformers", "peft", "python"]
+)  # fmt: skip
 
 
 class StepTimer(Callback):
@@ -121,10 +125,7 @@ def main() -> None:
     with RESULTS.open("a", newline="") as file:
         writer = csv.writer(file)
         if new:
-            writer.writerow(
-                "date device model tokens arm steps median_seconds median_ratio mean_ratio torch lightning transformers "
-                "peft python".split()
-            )
+            writer.writerow(COLUMNS)
         for arm in arms[1:]:
             ratio, mean_ratio = median[arm] / median["vanilla"], mean[arm] / mean["vanilla"]
             print(f"{arm} ÷ vanilla: median {ratio:.3f}, mean {mean_ratio:.3f} ({median[arm]:.3f} s a step)")

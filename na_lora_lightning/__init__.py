@@ -18,7 +18,7 @@ _EXPORTS = {
     "discover_gates": "na_lora_lightning.core.discovery",
 }
 
-__all__ = [*_EXPORTS, "__version__"]  # noqa: PLE0604
+__all__ = [*_EXPORTS, "__version__"]
 
 if TYPE_CHECKING:
     from na_lora_lightning.callbacks.fit_summary import FitSummaryCallback

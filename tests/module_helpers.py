@@ -82,9 +82,7 @@ def make_batch(records: list[dict[str, list[int]]]) -> dict[str, Any]:
     return {
         "input_ids": torch.tensor([right(row, 0) for row in rows]),
         "attention_mask": torch.tensor([right([1] * len(row), 0) for row in rows]),
-        "labels": torch.tensor(
-            [right([-100] * len(entry["prompt"]) + entry["answer"], -100) for entry in records]
-        ),
+        "labels": torch.tensor([right([-100] * len(entry["prompt"]) + entry["answer"], -100) for entry in records]),
         "prompt_input_ids": torch.tensor([left(entry["prompt"], 0) for entry in records]),
         "prompt_attention_mask": torch.tensor([left([1] * len(entry["prompt"]), 0) for entry in records]),
         "prompts": [tokenizer.decode(entry["prompt"]) for entry in records],
@@ -103,8 +101,12 @@ class Batches(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(self.train, batch_size=None)  # type: ignore[arg-type]
 
-    def val_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(self.validation, batch_size=None)  # type: ignore[arg-type]
+    def setup(self, stage: str) -> None:
+        if not self.validation and self.trainer is not None:
+            self.trainer.limit_val_batches = 0
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(self.validation, batch_size=None) if self.validation else []  # type: ignore[arg-type]
 
     test_dataloader = predict_dataloader = val_dataloader
 

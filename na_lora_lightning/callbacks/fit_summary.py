@@ -47,6 +47,7 @@ class FitSummaryCallback(Callback):
         self.answers_before: list[EvaluatedAnswer] = []
         self.answers_after: list[EvaluatedAnswer] = []
         self._started = 0.0
+        self._resumed = False
         self._console = Console()
 
     @override
@@ -67,8 +68,8 @@ class FitSummaryCallback(Callback):
         answers = list(getattr(getattr(pl_module, "evaluator", None), "answers", []))[: self.sample_count]
         if not trainer.sanity_checking:
             self.metrics_after, self.answers_after = metrics, answers
-        elif trainer.num_sanity_val_steps == float("inf"):
-            # A few batches would be compared with the whole data.
+        elif trainer.num_sanity_val_steps == float("inf") and not self._resumed:
+            # A few batches would be compared with the whole data, and a resumed fit does not begin at the base model.
             self.metrics_before, self.answers_before = metrics, answers
             for logger in trainer.loggers:
                 logger.log_metrics({_STAGE + name: value for name, value in metrics.items()}, step=0)
@@ -76,8 +77,12 @@ class FitSummaryCallback(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the summary."""
+        if trainer.progress_bar_callback is not None:
+            # Otherwise the bar, which is still live, is drawn once more below the summary.
+            trainer.progress_bar_callback.teardown(trainer, pl_module, stage="fit")
         if trainer.is_global_zero:
             self._print(trainer, getattr(pl_module, "written_adapter_folder", None))
+        self._resumed = False
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -92,6 +97,7 @@ class FitSummaryCallback(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what was measured before an interruption."""
+        self._resumed = True
         self.metrics_before = dict(state_dict["metrics_before"])
         self.metrics_after = dict(state_dict["metrics_after"])
         self.answers_before = [EvaluatedAnswer(**answer) for answer in state_dict["answers_before"]]
@@ -103,8 +109,9 @@ class FitSummaryCallback(Callback):
             console.print(_metrics_table(self.metrics_before, self.metrics_after))
         for index in range(max(len(self.answers_before), len(self.answers_after))):
             console.print(_answer_text(_at(self.answers_before, index), _at(self.answers_after, index)))
-        minutes, seconds = divmod(round(perf_counter() - self._started), 60)
-        lines = [("Time", f"{minutes} min {seconds} s, {trainer.global_step} optimizer steps")]
+        seconds = perf_counter() - self._started
+        duration = f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
+        lines = [("Time", f"{duration}, {trainer.global_step} optimizer steps")]
         if adapter_folder is not None:
             lines.append(("Adapter", str(adapter_folder)))
         lines += [

@@ -22,7 +22,7 @@ from na_lora_lightning.core.step_scale import StepScale
 from na_lora_lightning.errors import ConfigurationError, DiscoveryError
 
 # Both callbacks of a fit join the controller of their LightningModule, in whichever order they come.
-_controllers: WeakKeyDictionary[LightningModule, GateController] = WeakKeyDictionary()
+_controllers: WeakKeyDictionary[LightningModule, tuple[GateController, GateCallback]] = WeakKeyDictionary()
 
 
 def find_peft_model(pl_module: nn.Module) -> nn.Module:
@@ -70,7 +70,7 @@ class GateCallback(Callback, ABC):
         allow_gates_without_lora: bool,
         example_inputs: Mapping[str, Any] | None,
     ) -> None:
-        self._observer_options = observer
+        self._observer = observer
         self._allow_gates_without_lora = allow_gates_without_lora
         self._example_inputs = example_inputs
         self._pending_state: dict[str, Any] | None = None
@@ -90,16 +90,10 @@ class GateCallback(Callback, ABC):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the gates and checks everything that can be checked before training."""
         require_supported_strategy(trainer)
-        controller = _controllers.get(pl_module)
-        if controller is None:
-            controller = self._make_controller(trainer, pl_module)
-            _controllers[pl_module] = controller
-        elif controller.observer.options != self._observer_options:
-            _controllers.pop(pl_module)
-            raise ConfigurationError(
-                "the two NA-LoRA callbacks share one observer and were given different observer options; give both the "
-                "same."
-            )
+        if pl_module not in _controllers:
+            _controllers[pl_module] = (self._make_controller(trainer, pl_module), self)
+        controller, first = _controllers[pl_module]
+        self._require_same_settings(first, pl_module)
         self.controller = controller
         self._mechanism = self._set_mechanism(controller)
         controller.optimizer_of_gates(trainer.optimizers)
@@ -107,10 +101,19 @@ class GateCallback(Callback, ABC):
             self._restore(self._pending_state)
             self._pending_state = None
 
+    def _require_same_settings(self, first: GateCallback, pl_module: LightningModule) -> None:
+        for name in ("observer", "allow_gates_without_lora", "example_inputs"):
+            if getattr(self, f"_{name}") != getattr(first, f"_{name}"):
+                _controllers.pop(pl_module)
+                raise ConfigurationError(
+                    f"the two NA-LoRA callbacks find and observe gates together and were given different values of "
+                    f"{name}; give both the same."
+                )
+
     def _make_controller(self, trainer: Trainer, pl_module: LightningModule) -> GateController:
         model = find_peft_model(pl_module)
         gates = discover_gates(model, self._example_inputs).require(self._allow_gates_without_lora)
-        return GateController(model, gates, self._observer_options, reduce_over_processes(trainer))
+        return GateController(model, gates, self._observer, reduce_over_processes(trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the hooks on model and optimizer, once for both callbacks."""

@@ -54,7 +54,9 @@ class ThroughputCallback(Callback):
         self._tokens = self._tokens + (batch["attention_mask"] != 0).sum()
         self._target_tokens = self._target_tokens + (batch["labels"][:, 1:] != IGNORED_LABEL).sum()
         steps = trainer.global_step - self._reported_step
-        if steps and (steps >= trainer.log_every_n_steps or trainer.is_last_batch):
+        # The trainer has the number from its logger connector, unknown to type checkers.
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if steps and (steps >= every or trainer.is_last_batch):
             self._report(trainer, pl_module)
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:

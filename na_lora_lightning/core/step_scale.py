@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from na_lora_lightning.core.activations import ActivationValues
 from na_lora_lightning.core.importance import moving_average
@@ -84,7 +85,7 @@ class StepScaleOptions:
         if not names:
             raise ConfigurationError(
                 f"the step scale is exactly 1 for {', '.join(sorted({s.activation.name for s in sites}))}, whose "
-                "effective homogeneity has no meaningful partition; remove StepScaleCallback from this model."
+                "effective homogeneity has no meaningful partition; leave StepScaleCallback out (--step_scale false)."
             )
         if self.normalize and self.granularity == "activation" and len(names) == 1:
             raise ConfigurationError(
@@ -183,6 +184,7 @@ class StepScale:
         self._activation_of_site = torch.tensor(
             [self.activations.index(site.activation.name) for site in sites], device=device
         )
+        self._site_in_activation = one_hot(self._activation_of_site, len(self.activations)).float()
         self._channels = torch.tensor([float(site.channels) for site in sites], device=device)
         self._partitioned = torch.tensor([has_partition(site) for site in sites], device=device)
         groups = len(self.activations) if options.granularity == "activation" else layout.total
@@ -229,8 +231,7 @@ class StepScale:
     def _group(self, sums: Tensor, per_site: Tensor) -> Tensor:
         if self.options.granularity != "activation":
             return sums
-        members = torch.nn.functional.one_hot(self._activation_of_site, len(self.activations))
-        return per_site @ members.to(per_site)
+        return per_site @ self._site_in_activation
 
     def _scale(self) -> Tensor:
         shares = self._group_average / self._weight.clamp(min=1e-12)
@@ -253,7 +254,7 @@ class StepScale:
         else:
             span = columns
         count = len(self.layout.sizes)
-        members = torch.nn.functional.one_hot(span, count).to(scale)
+        members = one_hot(span, count).to(scale)
         # A column stands for all channels of its site, unless it is a channel itself.
         amount = torch.ones_like(scale) if self.options.granularity == "channel" else self._channels
         amount = amount * scaled

@@ -177,6 +177,8 @@ class InstructionDataModule(LightningDataModule):
             ConfigurationError: If the stage needs data that was not given, or the tokenizer does not fit.
             DataError: If the data, or a record of it, cannot be used.
         """
+        # Lightning gives an enumeration whose members equal, but do not print as, their names.
+        stage = getattr(stage, "value", stage)
         splits = _SPLITS_OF_STAGE[stage]
         if stage is not None and self.sources[splits[0]] is None:
             raise ConfigurationError(

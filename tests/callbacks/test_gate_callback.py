@@ -237,7 +237,7 @@ def test_different_observers_are_refused(tmp_path: Path) -> None:
         GateImportanceCallback(),
         StepScaleCallback(observer=ObserverOptions(max_tokens=None)),
     ]
-    with pytest.raises(ConfigurationError, match="different observer options"):
+    with pytest.raises(ConfigurationError, match="different values of observer"):
         fit(tmp_path, "llama", callbacks)
 
 

@@ -565,3 +565,23 @@ def test_unreachable_rows_are_refused(make_peft_model: Callable[..., PeftModel])
     rows[0].requires_grad_(False)
     with pytest.raises(UpdateError, match="has no trainable parameter"):
         gates.sites[0].parameters()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_steps_do_not_wait_for_the_device(make_peft_model: Callable[..., PeftModel]) -> None:
+    model = make_peft_model().cuda()
+    controller = GateController(model, discover_gates(model).require())
+    controller.set_importance(ImportanceOptions(warmup_steps=0, refresh_every=1))
+    controller.set_step_scale(StepScaleOptions(granularity="channel", normalize=True))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    controller.attach([optimizer])
+    batches = [{name: value.cuda() for name, value in random_batch(step).items()} for step in range(3)]
+    for step, batch in enumerate(batches):
+        model(**batch).loss.backward()
+        # The first step checks once that every site fired.
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        optimizer.step()
+        torch.cuda.set_sync_debug_mode("default")
+        optimizer.zero_grad()
+    controller.detach()

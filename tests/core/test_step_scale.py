@@ -126,7 +126,7 @@ def test_activations_get_one_scale_each() -> None:
 
 @pytest.mark.parametrize("activation", ["relu", "relu2"])
 def test_activations_without_a_partition_are_refused(activation: str) -> None:
-    with pytest.raises(ConfigurationError, match=r"the step scale is exactly 1 for relu.*remove StepScaleCallback"):
+    with pytest.raises(ConfigurationError, match=r"the step scale is exactly 1 for relu.*leave StepScaleCallback out"):
         StepScaleOptions().check_activations(sites(activation))
 
 

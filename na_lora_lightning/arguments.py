@@ -1,0 +1,238 @@
+"""The options of the module, grouped by what they are about.
+
+Each group is a frozen dataclass that refuses values that cannot work as soon as it is made, so that a mistake shows
+before a model is loaded. All fields are plain values: a group can be written to a checkpoint and read back.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeVar
+
+from na_lora_lightning.errors import ConfigurationError
+
+_REPRODUCIBLE_INITIALISATIONS = ("gaussian", "pissa", "olora", "orthogonal")
+
+Group = TypeVar("Group")
+
+
+@dataclass(frozen=True)
+class LoRAArguments:
+    """Which layers get LoRA, and of what kind; the names and meanings of ``peft.LoraConfig``.
+
+    Args:
+        r: Rank of the update.
+        alpha: The update is scaled by ``alpha / r``, or by ``alpha / sqrt(r)`` with ``use_rslora``.
+        dropout: Probability with which an element of a LoRA layer's input is dropped in training, in [0, 1).
+        target_modules: Names of the layers, a regular expression that matches them, or ``"all-linear"`` for every
+            linear layer except the output head.
+        exclude_modules: Names of layers, or a regular expression that matches them, to leave out again.
+        layers_to_transform: Indices of the only blocks to adapt; None stands for all.
+        target_parameters: Names of parameters that are no layer's weight, such as stacked experts.
+        modules_to_save: Names of modules to train in full and save with the adapter.
+        rank_pattern: Rank by layer name or regular expression, where it is not ``r``.
+        alpha_pattern: ``alpha`` by layer name or regular expression, where it is not ``alpha``.
+        bias: Which biases train: ``"none"``, ``"all"``, or those of the adapted layers (``"lora_only"``).
+        use_rslora: Scale by ``alpha / sqrt(r)`` (rank-stabilised LoRA).
+        use_dora: Train each weight's magnitude beside its direction (DoRA).
+        init_lora_weights: True starts from no change; ``"gaussian"``, ``"orthogonal"``, ``"pissa"`` and ``"olora"``
+            as in PEFT. False starts from a random change, which is for debugging alone.
+
+    Raises:
+        ConfigurationError: A value is out of range.
+    """
+
+    r: int = 16
+    alpha: float = 32
+    dropout: float = 0.0
+    target_modules: list[str] | str = "all-linear"
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | None = None
+    target_parameters: list[str] | None = None
+    modules_to_save: list[str] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | str = True
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ConfigurationError(f"lora.r is {self.r}, and a rank is at least 1; set it to a positive number.")
+        if self.alpha <= 0:
+            raise ConfigurationError(f"lora.alpha is {self.alpha}, so LoRA would have no effect; set it above 0.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigurationError(f"lora.dropout is {self.dropout}, and it is a probability; set it in [0, 1).")
+        if not self.target_modules and not self.target_parameters:
+            raise ConfigurationError("lora.target_modules is empty; name the layers to adapt, or use 'all-linear'.")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ConfigurationError(f"lora.bias={self.bias!r} is unknown; use 'none', 'all' or 'lora_only'.")
+        initialisation = self.init_lora_weights
+        if isinstance(initialisation, str) and initialisation not in _REPRODUCIBLE_INITIALISATIONS:
+            # The others need data or a random decomposition, so the base weights that they leave behind could not be
+            # made again when the adapter is loaded.
+            raise ConfigurationError(
+                f"lora.init_lora_weights={initialisation!r} is not supported; use true, "
+                f"{', '.join(repr(name) for name in _REPRODUCIBLE_INITIALISATIONS)}."
+            )
+
+    @property
+    def changes_base_weights(self) -> bool:
+        """Whether the initialisation takes what it puts into LoRA out of the base weights."""
+        return self.init_lora_weights in ("pissa", "olora")
+
+
+@dataclass(frozen=True)
+class LossArguments:
+    """How the training loss is computed; none of it changes what is minimised with one micro-batch a step.
+
+    Args:
+        logits: ``"targets"`` runs the output head only at positions that some record of the batch has a target
+            at, which saves time and memory; ``"all"`` runs it everywhere, which keeps shapes static for compilers.
+            Models whose forward has no ``logits_to_keep`` use ``"all"``.
+        average_over: ``"step"`` weighs every target token of an optimizer step alike, whatever micro-batch and
+            process it is in; ``"micro_batch"`` averages within micro-batches first, so that targets in short ones
+            weigh more.
+
+    Raises:
+        ConfigurationError: A value is unknown.
+    """
+
+    logits: Literal["targets", "all"] = "targets"
+    average_over: Literal["step", "micro_batch"] = "step"
+
+    def __post_init__(self) -> None:
+        if self.logits not in ("targets", "all"):
+            raise ConfigurationError(f"loss.logits={self.logits!r} is unknown; use 'targets' or 'all'.")
+        if self.average_over not in ("step", "micro_batch"):
+            raise ConfigurationError(
+                f"loss.average_over={self.average_over!r} is unknown; use 'step' or 'micro_batch'."
+            )
+
+
+ScheduleName = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+]
+
+
+@dataclass(frozen=True)
+class ScheduleArguments:
+    """The learning rate over the optimizer steps of a fit.
+
+    Args:
+        name: The shape, as ``transformers.get_scheduler`` names it.
+        warmup_fraction: Fraction of all optimizer steps over which the learning rate rises from 0, in [0, 1).
+        warmup_steps: The same as a number of steps; takes the place of ``warmup_fraction``.
+        options: What the shape takes beyond that, such as ``{"min_lr_rate": 0.1}`` for ``cosine_with_min_lr``.
+
+    Raises:
+        ConfigurationError: A value is out of range.
+    """
+
+    name: ScheduleName = "cosine"
+    warmup_fraction: float = 0.03
+    warmup_steps: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup_fraction < 1:
+            raise ConfigurationError(
+                f"schedule.warmup_fraction is {self.warmup_fraction}, and it is a fraction; set it in [0, 1)."
+            )
+        if self.warmup_steps is not None and self.warmup_steps < 0:
+            raise ConfigurationError(
+                f"schedule.warmup_steps is {self.warmup_steps}, and it counts steps; set it to 0 or more."
+            )
+
+
+@dataclass(frozen=True)
+class EvaluationArguments:
+    """What validation and test measure beyond the loss, and how text is generated.
+
+    Args:
+        generate: Generate an answer to each prompt and count how many equal their reference.
+        sample_count: Number of records, from the start of the data, to generate answers for; None stands for all.
+        max_new_tokens: Longest answer in tokens; also for prediction.
+        num_beams: Number of beams; 1 is greedy decoding.
+        answer_pattern: Regular expression that finds the answer within a text. Its last match, or the first group of
+            that match, is what is compared, in answers and references alike.
+        ignore_case: Compare without regard to upper and lower case.
+
+    Raises:
+        ConfigurationError: A value is out of range, or the pattern is no regular expression.
+    """
+
+    generate: bool = False
+    sample_count: int | None = None
+    max_new_tokens: int = 64
+    num_beams: int = 1
+    answer_pattern: str | None = None
+    ignore_case: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("sample_count", "max_new_tokens", "num_beams"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigurationError(f"evaluation.{name} is {value}; set it to at least 1.")
+        try:
+            re.compile(self.answer_pattern or "")
+        except re.error as error:
+            raise ConfigurationError(
+                f"evaluation.answer_pattern={self.answer_pattern!r} is no regular expression ({error}); correct it."
+            ) from error
+
+
+@dataclass(frozen=True)
+class AdapterArguments:
+    """When and where the trained LoRA is written as a plain PEFT adapter folder.
+
+    Args:
+        write: ``"fit_end"``, ``"checkpoint"`` for every checkpoint too, or ``"never"``.
+        folder: The folder; None stands for ``adapter`` in the run's log folder.
+
+    Raises:
+        ConfigurationError: A value is unknown.
+    """
+
+    write: Literal["fit_end", "checkpoint", "never"] = "fit_end"
+    folder: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.write not in ("fit_end", "checkpoint", "never"):
+            raise ConfigurationError(
+                f"adapter.write={self.write!r} is unknown; use 'fit_end', 'checkpoint' or 'never'."
+            )
+
+
+def as_group(kind: type[Group], value: Group | Mapping[str, Any], name: str) -> Group:
+    """Returns a group of options, made from a mapping if need be (as it is in a checkpoint).
+
+    Args:
+        kind: The dataclass.
+        value: An instance of it, or its fields by name.
+        name: What the user calls the group.
+
+    Returns:
+        The instance.
+
+    Raises:
+        ConfigurationError: The mapping has a key that the group lacks.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    known = [entry.name for entry in fields(kind)]  # type: ignore[arg-type]
+    unknown = sorted(set(value) - set(known))
+    if unknown:
+        raise ConfigurationError(f"{name} has no option {unknown[0]!r}; use one of {', '.join(known)}.")
+    return kind(**value)

@@ -1,0 +1,130 @@
+"""The command line ``na-lora``: picks the subcommand, and turns users' mistakes into one line.
+
+What a subcommand needs is imported when it runs, so that ``na-lora --help`` is immediate.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from na_lora_lightning import __version__
+from na_lora_lightning.errors import NALoRAError
+
+_HELP = """\
+usage: na-lora [--help] [--version] COMMAND ...
+
+Nonlinearity-aware LoRA: fine-tunes Hugging Face causal language models with PyTorch Lightning.
+
+commands:
+  fit       train a LoRA adapter; both mechanisms are on unless switched off
+  validate  measure loss, perplexity and exact match on the validation data
+  test      the same on the test data
+  predict   generate answers to prompts
+  merge     merge an adapter into its base model
+  inspect   list the gates of a model and how they would be adapted
+
+'na-lora COMMAND --help' lists the options of a command. 'na-lora fit --config run.yaml' takes them from a file, and
+'na-lora fit ... --print_config' shows the configuration that a command line amounts to.
+"""
+
+# Each is about something that a user of this package neither does nor can change.
+_SILENCED_WARNINGS = (
+    # Lightning calls its parser by names that the parser is retiring.
+    r"\s*[^\n]*(was deprecated in v4\.\d+|JsonargparseDeprecationWarning)",
+    # Records are tokenised beforehand, so no loading process would have anything to do.
+    r"The '\w+_dataloader' does not have many workers",
+    # Lightning and PEFT call torch and transformers by older names.
+    r"`is_gradient_checkpointing` is deprecated",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    # Every run has a folder of its own, a resumed one too.
+    r"The dirpath has changed from",
+    # The mechanisms act in training alone, and evaluation has no use for their state.
+    r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
+)
+_SILENCED_MESSAGES = ("💡 Tip", "TPU available", "Loading `train_dataloader` to estimate")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a subcommand.
+
+    Args:
+        arguments: The command line without the program's name; None stands for that of the process.
+
+    Returns:
+        The exit status: 0, or 2 if the user has something to correct, which is then on stderr in one line.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(_HELP, end="")
+        return 0 if given else 2
+    if given[0] == "--version":
+        print(f"na-lora {__version__}")
+        return 0
+    command = _COMMANDS.get(given[0])
+    if command is None:
+        return _report(f"There is no command {given[0]!r}; use one of {', '.join(_COMMANDS)}.")
+    try:
+        with _without_known_noise():
+            return command(given)
+    except NALoRAError as error:
+        return _report(str(error))
+    except SystemExit as exit_request:
+        # Parsers exit by themselves after printing help or a configuration.
+        return exit_request.code if isinstance(exit_request.code, int) else 0
+
+
+def _report(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _train(arguments: Sequence[str]) -> int:
+    from na_lora_lightning.training_cli import NALoRACLI
+
+    NALoRACLI(arguments[0], arguments)
+    return 0
+
+
+def _merge(arguments: Sequence[str]) -> int:
+    from na_lora_lightning import merging
+
+    return merging.main(list(arguments[1:]))
+
+
+def _inspect(arguments: Sequence[str]) -> int:
+    from na_lora_lightning import inspection
+
+    return inspection.main(list(arguments[1:]))
+
+
+_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "fit": _train,
+    "validate": _train,
+    "test": _train,
+    "predict": _train,
+    "merge": _merge,
+    "inspect": _inspect,
+}
+
+
+class _KnownMessages(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(_SILENCED_MESSAGES)
+
+
+@contextmanager
+def _without_known_noise() -> Iterator[None]:
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    messages = _KnownMessages()
+    logger.addFilter(messages)
+    try:
+        with warnings.catch_warnings():
+            for pattern in _SILENCED_WARNINGS:
+                warnings.filterwarnings("ignore", message=pattern)
+            yield
+    finally:
+        logger.removeFilter(messages)

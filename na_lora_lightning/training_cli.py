@@ -1,0 +1,212 @@
+"""The subcommands that run a trainer: fit, validate, test and predict."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError, Namespace
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from typing_extensions import override
+
+from na_lora_lightning.callbacks.fit_summary import FitSummaryCallback
+from na_lora_lightning.callbacks.gate_importance import GateImportanceCallback
+from na_lora_lightning.callbacks.step_scale import StepScaleCallback
+from na_lora_lightning.cli_errors import explain
+from na_lora_lightning.data import InstructionDataModule
+from na_lora_lightning.errors import ConfigurationError
+from na_lora_lightning.model_loading import BaseModelSource, one_line, require_model
+from na_lora_lightning.module import NALoRALightningModule
+
+# Callbacks of every fit, each with its own group of options beside a switch.
+CALLBACKS: dict[str, type[Callback]] = {
+    "gate_importance": GateImportanceCallback,
+    "step_scale": StepScaleCallback,
+    "fit_summary": FitSummaryCallback,
+}
+_MECHANISMS = ("gate_importance", "step_scale")
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_epochs": 3,
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 10,
+    # Measures the base model on the whole validation data, for the summary's "before".
+    "num_sanity_val_steps": -1,
+}
+
+# Errors are rewritten, and an abbreviation is a misspelling more often than not.
+_PARSER = {"exit_on_error": False, "allow_abbrev": False}
+_SWITCH_WORDS = ("true", "false")
+_CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")
+
+
+class NALoRACLI(LightningCLI):
+    """A ``LightningCLI`` for one subcommand, with the two mechanisms as option groups of their own.
+
+    ``gate_importance``, ``step_scale`` and ``fit_summary`` are callbacks of every fit, whatever
+    ``trainer.callbacks`` says, unless their ``enabled`` is false. The tokenizer is the model's. Options always come
+    from the configuration, also with ``--ckpt_path``; a checkpoint of another model or LoRA is refused.
+
+    Args:
+        subcommand: ``fit``, ``validate``, ``test`` or ``predict``.
+        arguments: The command line, beginning with ``subcommand``.
+    """
+
+    def __init__(self, subcommand: str, arguments: Sequence[str]) -> None:
+        # Lightning sets it too late for what is overridden here.
+        self.subcommand = self._requested = subcommand
+        self._full_config: Namespace | None = None
+        super().__init__(
+            NALoRALightningModule,
+            InstructionDataModule,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults=dict(TRAINER_DEFAULTS),
+            seed_everything_default=0,
+            parser_kwargs={"prog": "na-lora", **_PARSER, subcommand: dict(_PARSER)},
+            args=list(arguments),
+            auto_configure_optimizers=False,
+            # The module describes itself in checkpoints the same way wherever it was made.
+            load_from_checkpoint_support=False,
+        )
+
+    @override
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Only what was asked for: a parser takes a second to make."""
+        return {self._requested: LightningCLI.subcommands()[self._requested]}
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the callbacks, and makes the data follow the model."""
+        for name, kind in CALLBACKS.items():
+            parser.add_lightning_class_args(kind, name)
+            parser.add_argument(f"--{name}.enabled", type=bool, default=True, help=f"Whether fit uses {kind.__name__}.")
+        parser.link_arguments("model.model_name_or_path", "data.tokenizer_name_or_path")
+        parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
+        parser.link_arguments("model.revision", "data.tokenizer_revision")
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses, and says what is wrong in one sentence.
+
+        Raises:
+            ConfigurationError: The arguments or a configuration file are wrong.
+        """
+        parser_of_command = self._subcommand_parsers[self._requested]
+        try:
+            # Lightning's own method does this too, and warns of arguments that are not those of the process.
+            self.config = parser.parse_args(_with_switches(args))
+        except ArgumentError as error:
+            keys = {action.dest for action in parser_of_command._actions if not action.dest.endswith(".help")}
+            raise ConfigurationError(explain(str(error), keys, CALLBACKS, _config_files(args))) from error
+        _expand_switches(self.config[self._requested], parser_of_command.get_defaults())
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        # Lightning would put the checkpoint's options over those that the user gives now.
+        path = self._get(self.config, "ckpt_path")
+        if path and path not in _CHECKPOINT_WORDS and "://" not in path and not Path(path).exists():
+            raise ConfigurationError(f"The checkpoint {path!r} does not exist; correct ckpt_path.")
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        """Fails on a model that cannot be had before data is prepared."""
+        model = self._get(self.config, "model")
+        require_model(BaseModelSource(model.model_name_or_path, revision=model.revision))
+
+    @override
+    def instantiate_classes(self) -> None:
+        """Makes module, data and trainer."""
+        self._full_config = self.config
+        self.config = self.config.clone()
+        # The switches are of the command line, not of the callbacks.
+        for name in CALLBACKS:
+            del self.config[self._requested][name]["enabled"]
+        super().instantiate_classes()
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Makes the trainer with the callbacks that are switched on."""
+        assert self._full_config is not None
+        self.config = self._full_config
+        options = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        listed = options.get("callbacks") or []
+        listed = listed if isinstance(listed, list) else [listed]
+        _refuse_twice(listed)
+        added: list[Callback] = []
+        if self._requested == "fit":
+            enabled = [name for name in CALLBACKS if self._get(self.config, name)["enabled"]]
+            added += [self._get(self.config_init, name) for name in enabled]
+            if not set(enabled) & set(_MECHANISMS):
+                rank_zero_info("gate_importance and step_scale are switched off: this is plain LoRA.")
+            if options.get("logger") is not False and not any(isinstance(c, LearningRateMonitor) for c in listed):
+                added.append(LearningRateMonitor(logging_interval="step"))
+        try:
+            return self._instantiate_trainer(options, added)
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise ConfigurationError(f"The trainer cannot be made: {one_line(error)}.") from error
+
+    def predict(self, model: NALoRALightningModule, **options: Any) -> None:
+        """Predicts, and writes the answers beside their prompts."""
+        answers = self.trainer.predict(model, **{**options, "return_predictions": True}) or []
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        suffix = f"-{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
+        path = folder / f"predictions{suffix}.jsonl"
+        loader = self.trainer.predict_dataloaders
+        assert loader is not None
+        _write_predictions(path, loader, answers)
+        print(f"Predictions {path}")
+
+
+def _with_switches(arguments: Sequence[str]) -> list[str]:
+    """Lets ``--gate_importance false`` mean ``--gate_importance.enabled false``."""
+    switches = tuple(f"--{name}" for name in CALLBACKS)
+    expanded = []
+    for argument, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        option, equals, own_value = argument.partition("=")
+        is_switch = option in switches and (own_value if equals else value) in _SWITCH_WORDS
+        expanded.append(f"{option}.enabled{equals}{own_value}" if is_switch else argument)
+    return expanded
+
+
+def _expand_switches(config: Namespace, defaults: Namespace) -> None:
+    """Turns ``gate_importance: false`` of a configuration file into the group with its switch off."""
+    for name in CALLBACKS:
+        value = config[name]
+        if isinstance(value, Namespace):
+            continue
+        if value not in (None, True, False):
+            raise ConfigurationError(explain(f'Parser key "{name}":', (), CALLBACKS, ()))
+        config[name] = defaults[name].clone()
+        config[name]["enabled"] = bool(value)
+
+
+def _config_files(arguments: Sequence[str]) -> list[str]:
+    files = []
+    for position, argument in enumerate(arguments):
+        option, _, value = argument.partition("=")
+        if option in ("-c", "--config"):
+            files += [value] if value else list(arguments[position + 1 : position + 2])
+    return files
+
+
+def _refuse_twice(listed: Iterable[Callback]) -> None:
+    for name, kind in CALLBACKS.items():
+        if any(isinstance(callback, kind) for callback in listed):
+            raise ConfigurationError(
+                f"{kind.__name__} is in trainer.callbacks and would act twice; set its options under {name!r} and "
+                "leave it out there."
+            )
+
+
+def _write_predictions(path: Path, batches: Iterable[Any], answers: Iterable[Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for batch, texts in zip(batches, answers, strict=False):
+            for prompt, text in zip(batch["prompts"], texts, strict=True):
+                file.write(json.dumps({"prompt": prompt, "answer": text}, ensure_ascii=False) + "\n")

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from module_helpers import Batches, quiet_trainer, saved_model, some_batches
+from rich.console import Console
+
+from na_lora_lightning.arguments import EvaluationArguments, LoRAArguments, ScheduleArguments
+from na_lora_lightning.callbacks.fit_summary import FitSummaryCallback
+from na_lora_lightning.errors import ConfigurationError
+from na_lora_lightning.module import NALoRALightningModule
+
+
+def make_module(base: str, generate: bool = True) -> NALoRALightningModule:
+    seed_everything(0, verbose=False)
+    return NALoRALightningModule(
+        base,
+        lora=LoRAArguments(r=2, alpha=4),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=5e-2),
+        schedule=ScheduleArguments(name="constant", warmup_fraction=0.0),
+        evaluation=EvaluationArguments(generate=generate, max_new_tokens=3),
+    )
+
+
+def make_summary(**options: Any) -> tuple[FitSummaryCallback, io.StringIO]:
+    summary, text = FitSummaryCallback(**options), io.StringIO()
+    summary._console = Console(file=text, width=100)
+    return summary, text
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> str:
+    return saved_model(tmp_path / "base")
+
+
+def test_prints_what_a_fit_changed(base: str, tmp_path: Path) -> None:
+    data = Batches(some_batches(3), some_batches(2, seed=50))
+    untrained = make_module(base)
+    (before,) = quiet_trainer(tmp_path).validate(untrained, data, verbose=False)
+    answers_before = [answer.answer for answer in untrained.evaluator.answers]
+
+    summary, text = make_summary(sample_count=2)
+    module = make_module(base)
+    logger = TensorBoardLogger(tmp_path, name="logs")
+    trainer = quiet_trainer(tmp_path, max_epochs=4, num_sanity_val_steps=-1, callbacks=[summary], logger=logger)
+    trainer.fit(module, data)
+    (after,) = quiet_trainer(tmp_path).validate(module, data, verbose=False)
+
+    expected_before = {name.removeprefix("validation/"): value for name, value in before.items()}
+    expected_after = {name.removeprefix("validation/"): value for name, value in after.items()}
+    assert summary.metrics_before == pytest.approx(expected_before)
+    assert summary.metrics_after == pytest.approx(expected_after)
+    assert set(summary.metrics_before) == {"loss", "perplexity", "token_accuracy", "exact_match"}
+    assert summary.metrics_after["loss"] < summary.metrics_before["loss"]
+
+    printed = text.getvalue()
+    assert f"{before['validation/loss']:.4g}" in printed
+    assert f"{after['validation/loss'] - before['validation/loss']:+.4g}" in printed
+    assert printed.count("Prompt ") == 2
+    for index, answer in enumerate(module.evaluator.answers[:2]):
+        for part in (answer.prompt, answer.reference, answer.answer, answers_before[index]):
+            assert " ".join(part.split()) in printed
+    assert f"Adapter  {logger.log_dir}/adapter\n" in printed
+    assert f"tensorboard --logdir {logger.log_dir}\n" in printed
+    assert "12 optimizer steps" in printed
+
+
+def test_prints_what_there_is(base: str, tmp_path: Path) -> None:
+    summary, text = make_summary()
+    quiet_trainer(tmp_path, num_sanity_val_steps=-1, callbacks=[summary]).fit(
+        make_module(base, generate=False), Batches(some_batches(1), some_batches(1))
+    )
+    assert "loss" in text.getvalue()
+    assert "exact_match" not in text.getvalue()
+    assert "Prompt" not in text.getvalue()
+
+    summary, text = make_summary()
+    quiet_trainer(tmp_path, callbacks=[summary]).fit(make_module(base), Batches(some_batches(1)))
+    assert "Validation" not in text.getvalue()
+    assert "1 optimizer steps" in text.getvalue()
+    assert "Adapter" in text.getvalue()
+
+
+def test_a_partial_sanity_check_is_no_measurement(base: str, tmp_path: Path) -> None:
+    summary, _ = make_summary()
+    data = Batches(some_batches(1), some_batches(3))
+    quiet_trainer(tmp_path, num_sanity_val_steps=1, callbacks=[summary]).fit(make_module(base), data)
+    assert summary.metrics_before == {}
+    assert summary.metrics_after
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
+def test_before_is_the_base_model_also_when_resumed(base: str, tmp_path: Path) -> None:
+    def fit(epochs: int, **options: Any) -> FitSummaryCallback:
+        summary, _ = make_summary()
+        saver = ModelCheckpoint(tmp_path / "checkpoints", save_last=True)
+        trainer = quiet_trainer(
+            tmp_path,
+            max_epochs=epochs,
+            num_sanity_val_steps=-1,
+            enable_checkpointing=True,
+            callbacks=[summary, saver],
+        )
+        trainer.fit(make_module(base), Batches(some_batches(3), some_batches(2)), **options)
+        return summary
+
+    first = fit(1)
+    resumed = fit(2, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
+    assert resumed.metrics_before == first.metrics_before
+    assert resumed.answers_before == first.answers_before
+    assert resumed.metrics_after["loss"] != first.metrics_after["loss"]
+
+
+def test_the_curve_begins_at_the_base_model(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[tuple[dict[str, float], int | None]] = []
+    logger = TensorBoardLogger(tmp_path, name="logs")
+    monkeypatch.setattr(logger, "log_metrics", lambda metrics, step=None: logged.append((dict(metrics), step)))
+    summary, _ = make_summary()
+    quiet_trainer(tmp_path, num_sanity_val_steps=-1, callbacks=[summary], logger=logger).fit(
+        make_module(base), Batches(some_batches(1), some_batches(1))
+    )
+    first = next(entry for entry in logged if "validation/loss" in entry[0])
+    assert first == ({f"validation/{name}": value for name, value in summary.metrics_before.items()}, 0)
+    assert ({"model/trainable_parameters": 992, "model/total_parameters": 7472}, 0) in logged
+
+
+def test_long_and_marked_up_texts_are_printed_as_they_are(tmp_path: Path) -> None:
+    from na_lora_lightning.callbacks.fit_summary import _answer_text
+    from na_lora_lightning.evaluation import EvaluatedAnswer
+
+    answer = EvaluatedAnswer(prompt="x" * 300 + "end?", reference="[bold]r[/bold]", answer="a\nb", correct=True)
+    plain = _answer_text(None, answer).plain
+    assert "[bold]r[/bold]" in plain
+    assert "…" + "x" * 195 + "end?\n" in plain
+    assert "After      a b\n" in plain
+    assert "Before" not in plain
+
+
+def test_a_negative_sample_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="sample_count is -1"):
+        FitSummaryCallback(sample_count=-1)

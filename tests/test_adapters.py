@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from module_helpers import Batches, quiet_trainer, saved_model, some_batches
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from na_lora_lightning.adapters import write_adapter_folder
+from na_lora_lightning.arguments import AdapterArguments, LoRAArguments, ScheduleArguments
+from na_lora_lightning.errors import ConfigurationError
+from na_lora_lightning.module import NALoRALightningModule
+
+VARIANTS = {
+    "plain": {},
+    "patterns": {"rank_pattern": {"c_fc|gate_proj": 4}, "alpha_pattern": {"c_fc|gate_proj": 5.0}, "use_rslora": True},
+    "dora": {"use_dora": True},
+    "biases": {"bias": "all"},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "gaussian": {"init_lora_weights": "gaussian"},
+}
+
+
+def trained(base: str, folder: Path, **options: Any) -> NALoRALightningModule:
+    settings: dict[str, Any] = {
+        "lora": LoRAArguments(r=2, alpha=4),
+        "schedule": ScheduleArguments(name="constant", warmup_fraction=0.0),
+        "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
+    }
+    seed_everything(0, verbose=False)
+    module = NALoRALightningModule(base, **{**settings, **options})
+    quiet_trainer(folder).fit(module, Batches(some_batches(3)))
+    return module
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    batch = some_batches(1, rows=3)[0]
+    with torch.no_grad():
+        output: Any = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    return output.logits
+
+
+@pytest.mark.parametrize(
+    ("kind", "variant"),
+    [(kind, name) for kind in ("llama", "gpt2") for name in VARIANTS if (kind, name) != ("gpt2", "olora")],
+)
+# PEFT advises how to convert adapters that moved base weights; the point here is that it needs no conversion.
+@pytest.mark.filterwarnings("ignore:.*(PiSSA|OLoRA|pissa|olora):UserWarning")
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
+def test_plain_peft_loads_the_written_folder(tmp_path: Path, kind: str, variant: str) -> None:
+    base = saved_model(tmp_path / "base", kind)
+    module = trained(base, tmp_path, lora=LoRAArguments(r=2, alpha=4, **VARIANTS[variant]))
+    expected = logits(module.peft_model)
+    untrained = logits(AutoModelForCausalLM.from_pretrained(base))
+    assert not torch.allclose(expected, untrained, atol=1e-4)
+
+    folder = tmp_path / "adapter"
+    assert module.written_adapter_folder == folder
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {file.name for file in folder.iterdir()}
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=2e-6)
+
+
+def test_written_weights_are_bitwise_those_that_were_trained(tmp_path: Path) -> None:
+    module = trained(saved_model(tmp_path / "base"), tmp_path)
+    written = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    trained_weights = {
+        name.removeprefix("model.").replace(".default", ""): parameter
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
+    assert set(written) == set(trained_weights)
+    assert all(torch.equal(written[name], trained_weights[name]) for name in written)
+
+
+def test_adapter_names_its_base_by_an_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = saved_model(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    trained("base", tmp_path)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == base
+    assert (config["r"], config["lora_alpha"], config["task_type"]) == (2, 4, "CAUSAL_LM")
+
+
+def test_adapter_is_written_when_asked(tmp_path: Path) -> None:
+    base = saved_model(tmp_path / "base")
+    trained(base, tmp_path, adapter=AdapterArguments(write="never", folder=str(tmp_path / "never")))
+    assert not (tmp_path / "never").exists()
+
+    class Stop(ModelCheckpoint):
+        """Looks at the folder right after the first checkpoint."""
+
+        seen = False
+
+        def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
+            super()._save_checkpoint(trainer, filepath)
+            self.seen = (tmp_path / "each" / "adapter_model.safetensors").is_file()
+            trainer.should_stop = True
+
+    saver = Stop(tmp_path / "checkpoints", every_n_train_steps=1)
+    module = NALoRALightningModule(base, adapter=AdapterArguments(write="checkpoint", folder=str(tmp_path / "each")))
+    trainer = quiet_trainer(tmp_path, enable_checkpointing=True, callbacks=[saver], min_steps=1)
+    trainer.fit(module, Batches(some_batches(3)))
+    assert saver.seen
+
+
+def test_an_older_adapter_is_replaced_and_anything_else_is_not(tmp_path: Path) -> None:
+    module = trained(saved_model(tmp_path / "base"), tmp_path)
+    (tmp_path / "adapter" / "notes.txt").write_text("mine")
+    for name, parameter in module.named_parameters():
+        if name.endswith("lora_B.default.weight"):
+            parameter.data.fill_(1.0)
+    write_adapter_folder(module.peft_model, tmp_path / "adapter")
+    written = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert all(bool((tensor == 1).all()) for name, tensor in written.items() if "lora_B" in name)
+    assert (tmp_path / "adapter" / "notes.txt").read_text() == "mine"
+
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigurationError, match="is no adapter folder, so it is not overwritten"):
+        write_adapter_folder(module.peft_model, other)
+    assert [file.name for file in other.iterdir()] == ["thesis.txt"]
