@@ -29,7 +29,6 @@ from typing import Any
 import lightning.pytorch as pl
 import peft
 import torch
-import transformers
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
@@ -38,9 +37,8 @@ from na_lora_lightning import GateImportanceCallback, NALoRALightningModule, Ste
 
 RESULTS = Path(__file__).with_suffix(".csv")
 COLUMNS = (
-    ["date", "device", "model", "tokens", "arm", "steps", "median_seconds", "median_ratio", "mean_ratio"]
-    + ["torch", "lightning", "transformers", "peft", "python"]
-)  # fmt: skip
+    "date device model tokens arm steps median_seconds median_ratio mean_ratio torch lightning peft python".split()
+)  # noqa: SIM905
 
 
 class StepTimer(Callback):
@@ -142,7 +140,6 @@ def main() -> None:
                     f"{mean_ratio:.4f}",
                     torch.__version__,
                     pl.__version__,
-                    transformers.__version__,
                     peft.__version__,
                     platform.python_version(),
                 ]
