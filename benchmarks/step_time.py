@@ -37,8 +37,20 @@ from na_lora_lightning import GateImportanceCallback, NALoRALightningModule, Ste
 
 RESULTS = Path(__file__).with_suffix(".csv")
 COLUMNS = (
-    "date device model tokens arm steps median_seconds median_ratio mean_ratio torch lightning peft python".split()
-)  # noqa: SIM905
+    "date",
+    "device",
+    "model",
+    "tokens",
+    "arm",
+    "steps",
+    "median_seconds",
+    "median_ratio",
+    "mean_ratio",
+    "torch",
+    "lightning",
+    "peft",
+    "python",
+)
 
 
 class StepTimer(Callback):

@@ -41,6 +41,7 @@ OUTPUT = Path(".cache/quickstart")
 HUB_MODEL = f"HuggingFaceTB/{MODEL_NAME}"
 HUB_REVISION = "12fd25f77366fa6b3b4b768ec3050bf629380bac"
 HUB_FILES = (
+    "chat_template.jinja",  # absent where tokenizer_config.json holds the template
     "config.json",
     "generation_config.json",
     "model.safetensors",
