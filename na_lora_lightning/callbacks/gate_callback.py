@@ -60,18 +60,18 @@ class GateCallback(Callback, ABC):
 
     Args:
         observer: What the statistics look at; the same for both callbacks of a trainer.
-        allow_gates_without_lora: Accept that some gates have no LoRA.
+        allow_unmasked_gates: Accept that some gates have no LoRA.
         example_inputs: Keyword arguments of one small forward pass, for models without a vocabulary.
     """
 
     def __init__(
         self,
         observer: ObserverOptions,
-        allow_gates_without_lora: bool,
+        allow_unmasked_gates: bool,
         example_inputs: Mapping[str, Any] | None,
     ) -> None:
         self._observer = observer
-        self._allow_gates_without_lora = allow_gates_without_lora
+        self._allow_unmasked_gates = allow_unmasked_gates
         self._example_inputs = example_inputs
         self._pending_state: dict[str, Any] | None = None
         self._mechanism: TemporalImportance | StepScale | None = None
@@ -102,7 +102,7 @@ class GateCallback(Callback, ABC):
             self._pending_state = None
 
     def _require_same_settings(self, first: GateCallback, pl_module: LightningModule) -> None:
-        for name in ("observer", "allow_gates_without_lora", "example_inputs"):
+        for name in ("observer", "allow_unmasked_gates", "example_inputs"):
             if getattr(self, f"_{name}") != getattr(first, f"_{name}"):
                 _controllers.pop(pl_module)
                 raise ConfigurationError(
@@ -112,7 +112,7 @@ class GateCallback(Callback, ABC):
 
     def _make_controller(self, trainer: Trainer, pl_module: LightningModule) -> GateController:
         model = find_peft_model(pl_module)
-        gates = discover_gates(model, self._example_inputs).require(self._allow_gates_without_lora)
+        gates = discover_gates(model, self._example_inputs).require(self._allow_unmasked_gates)
         return GateController(model, gates, self._observer, reduce_over_processes(trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -46,7 +46,7 @@ class GateImportanceCallback(GateCallback):
             :class:`~na_lora_lightning.core.importance.ImportanceVariant`.
         observer: What the statistics look at.
         histogram_every_n_steps: Optimizer steps between two histograms of channel responsiveness, 0 for none.
-        allow_gates_without_lora: Accept that some gates have no LoRA instead of stopping with their names.
+        allow_unmasked_gates: Accept that some gates have no LoRA instead of stopping with their names.
         example_inputs: Keyword arguments of one small forward pass, for models without a vocabulary.
 
     Raises:
@@ -69,10 +69,10 @@ class GateImportanceCallback(GateCallback):
         variant: ImportanceVariant = ImportanceVariant(),
         observer: ObserverOptions = ObserverOptions(),
         histogram_every_n_steps: int = 100,
-        allow_gates_without_lora: bool = False,
+        allow_unmasked_gates: bool = False,
         example_inputs: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(observer, allow_gates_without_lora, example_inputs)
+        super().__init__(observer, allow_unmasked_gates, example_inputs)
         self.options = ImportanceOptions(
             keep_fraction=keep_fraction,
             beta=beta,

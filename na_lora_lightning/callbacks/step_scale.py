@@ -33,7 +33,7 @@ class StepScaleCallback(GateCallback):
             made smaller.
         beta: β of the moving average of the regime shares, in [0, 1).
         observer: What the statistics look at.
-        allow_gates_without_lora: Accept that some gates have no LoRA instead of stopping with their names.
+        allow_unmasked_gates: Accept that some gates have no LoRA instead of stopping with their names.
         example_inputs: Keyword arguments of one small forward pass, for models without a vocabulary.
 
     Raises:
@@ -53,10 +53,10 @@ class StepScaleCallback(GateCallback):
         normalize: bool = False,
         beta: float = 0.9,
         observer: ObserverOptions = ObserverOptions(),
-        allow_gates_without_lora: bool = False,
+        allow_unmasked_gates: bool = False,
         example_inputs: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(observer, allow_gates_without_lora, example_inputs)
+        super().__init__(observer, allow_unmasked_gates, example_inputs)
         self.options = StepScaleOptions(
             granularity=granularity, tau=tau, eta_min=eta_min, normalize=normalize, beta=beta
         )

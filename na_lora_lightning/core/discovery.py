@@ -15,7 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from na_lora_lightning.core.activations import Activation, activation_of
-from na_lora_lightning.core.lora_layers import active_adapters, is_lora_layer, lora_b, require_lora
+from na_lora_lightning.core.lora_layers import (
+    active_adapters,
+    is_lora_layer,
+    is_stacked_parameter,
+    lora_b,
+    require_lora,
+)
 from na_lora_lightning.core.row_probe import probe_rows, storage_rows
 from na_lora_lightning.core.sites import GateMap, GateSite, LeftOut
 from na_lora_lightning.core.tracing import ActivationCall, LinearCall, Trace, ancestors, trace_forward
@@ -84,14 +90,40 @@ def discover_gates(model: nn.Module, example_inputs: Mapping[str, Any] | None = 
     activations = {module: activation for module, activation in _identify(calls).items() if activation is not None}
     nodes = {call.output.grad_fn for module in activations for call in calls[module]}
     linear_of_leaf, consumers = trace.linear_of_leaf(), _find_consumers(trace, nodes)
-    found = GateMap()
+    found = GateMap(left_out=_stacked_experts(root))
     for module, activation in activations.items():
-        result = _classify(calls[module], activation, linear_of_leaf, consumers)
-        if isinstance(result, GateSite):
-            found.sites.append(result)
-        else:
-            found.left_out.append(result)
+        results = [_classify(call, activation, linear_of_leaf, consumers) for call in calls[module]]
+        sites = [result for result in results if isinstance(result, GateSite)]
+        found.sites += _share_module(results) if len(results) > 1 else sites
+        # One reason for a module, however often it is called.
+        found.left_out += list(dict.fromkeys(result for result in results if isinstance(result, LeftOut)))
     return found
+
+
+def _stacked_experts(root: nn.Module) -> list[LeftOut]:
+    """LoRA on stacked expert parameters, whose gates are not mapped."""
+    reason = "LoRA on stacked expert parameters is not supported yet"
+    return [
+        LeftOut(name, "experts", reason, not_supported=True)
+        for name, module in root.named_modules()
+        if is_stacked_parameter(module)
+    ]
+
+
+def _share_module(results: list[GateSite | LeftOut]) -> list[GateSite]:
+    """Sites of one activation module that is called several times: one site for each LoRA layer it follows."""
+    shared: dict[int, GateSite] = {}
+    for index, result in enumerate(results):
+        if not isinstance(result, GateSite):
+            continue
+        known = shared.setdefault(id(result.lora_layer), result)
+        if not torch.equal(known.rows, result.rows):
+            raise DiscoveryError(
+                f"the gate {result.name!r} uses different rows of {result.lora_layer_name!r} in different calls; "
+                "exclude this layer from the LoRA targets."
+            )
+        known.calls = frozenset({index}) | (known.calls or frozenset())
+    return list(shared.values())
 
 
 def _identify(modules: Iterable[nn.Module]) -> dict[nn.Module, Activation | None]:
@@ -107,13 +139,12 @@ def _identify(modules: Iterable[nn.Module]) -> dict[nn.Module, Activation | None
 
 
 def _classify(
-    calls: list[ActivationCall],
+    call: ActivationCall,
     activation: Activation,
     linear_of_leaf: dict[int, LinearCall],
     consumers: dict[Any, Consumer],
 ) -> GateSite | LeftOut:
-    """Decides what one activation module is."""
-    call = calls[0]
+    """Decides what one call of an activation module is."""
 
     def left_out(reason: str, **details: Any) -> LeftOut:
         return LeftOut(call.name, activation.name, reason, **details)
@@ -123,8 +154,6 @@ def _classify(
     if not producers or call.output.grad_fn not in consumers:
         return left_out("it does not stand between two linear layers")
     consumer, kind = consumers[call.output.grad_fn]
-    if len(calls) > 1:
-        return left_out(f"it is called {len(calls)} times in one forward pass, by different layers")
     names = tuple(producer.name for producer in producers)
     with_lora = [p for p in producers if is_lora_layer(p.module) and active_adapters(p.module)]
     if not with_lora:

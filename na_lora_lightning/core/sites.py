@@ -29,6 +29,8 @@ class GateSite:
         lora_layer_name: Qualified name of the LoRA layer that makes g'.
         lora_layer: That PEFT layer.
         rows: Row of ``lora_B`` for each channel, ``[channels]``, int64.
+        calls: Which calls of the activation module in a forward pass belong to this site, where several layers share
+            the module; None stands for all.
         output_layer_name: Linear layer that consumes h, where one was seen.
         output_layer: That module, used by the diagnostics alone.
         found_by: ``"probe"`` (vector-Jacobian product) or ``"storage"`` (shared memory).
@@ -41,6 +43,7 @@ class GateSite:
     lora_layer_name: str
     lora_layer: nn.Module
     rows: Tensor
+    calls: frozenset[int] | None = None
     output_layer_name: str | None = None
     output_layer: nn.Module | None = None
     found_by: Literal["probe", "storage"] = "probe"
@@ -52,8 +55,8 @@ class GateSite:
 
     @property
     def layer(self) -> int | None:
-        """Index of the block that holds the site: the first number in its name."""
-        match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", self.name)
+        """Index of the block that holds the site: the first number in the name of its LoRA layer."""
+        match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", self.lora_layer_name)
         return int(match.group(1)) if match else None
 
     @property
@@ -89,6 +92,7 @@ class LeftOut:
         activation: Name of the activation.
         reason: Why it was left out.
         gate_without_lora: Whether it is a feed-forward gate whose producing layer has no LoRA.
+        not_supported: Whether it has LoRA that would train unmasked, because its gates cannot be mapped yet.
         producers: Names of the linear layers that make its pre-activation.
     """
 
@@ -96,6 +100,7 @@ class LeftOut:
     activation: str
     reason: str
     gate_without_lora: bool = False
+    not_supported: bool = False
     producers: tuple[str, ...] = ()
 
 
@@ -126,18 +131,26 @@ class GateMap:
         """Total number of gate channels."""
         return sum(site.channels for site in self.sites)
 
-    def require(self, allow_gates_without_lora: bool = False) -> GateMap:
+    def require(self, allow_unmasked_gates: bool = False) -> GateMap:
         """Checks that there is something to adapt, and that no gate was missed by the LoRA targets.
 
         Args:
-            allow_gates_without_lora: Accept a model in which some gates carry LoRA and others do not.
+            allow_unmasked_gates: Accept that some gates are left as they are: those without LoRA, and those whose
+                LoRA rows cannot be mapped, which then train as plain LoRA does.
 
         Returns:
             This map.
 
         Raises:
-            DiscoveryError: No gate was found, no gate has LoRA, or only some have and that is not allowed.
+            DiscoveryError: No gate was found, no gate has LoRA, or some are left out and that is not allowed.
         """
+        unmapped = [entry for entry in self.left_out if entry.not_supported]
+        if unmapped and (not self.sites or not allow_unmasked_gates):
+            remedy = ", or set allow_unmasked_gates=True to train those as plain LoRA does" if self.sites else ""
+            raise DiscoveryError(
+                f"the gates of {len(unmapped)} layers with LoRA cannot be masked ({_some(e.name for e in unmapped)}): "
+                f"{unmapped[0].reason}; take these layers out of the LoRA targets{remedy}."
+            )
         bare = [entry for entry in self.left_out if entry.gate_without_lora]
         if not self.sites and bare:
             producers = sorted({name.rsplit(".", 1)[-1] for entry in bare for name in entry.producers})
@@ -152,10 +165,10 @@ class GateMap:
                 f"no feed-forward gate was found in the model{seen}; NA-LoRA needs an activation between a LoRA layer "
                 "and a linear layer, so train this model without the NA-LoRA callbacks."
             )
-        if bare and not allow_gates_without_lora:
+        if bare and not allow_unmasked_gates:
             raise DiscoveryError(
                 f"{len(bare)} of {len(bare) + len(self.sites)} gates have no LoRA ({_some(e.name for e in bare)}); "
-                "extend the LoRA target modules to the layers before them, or set allow_gates_without_lora=True to "
+                "extend the LoRA target modules to the layers before them, or set allow_unmasked_gates=True to "
                 "leave those gates as they are."
             )
         return self

@@ -130,6 +130,7 @@ class GateObserver:
         self._layouts: dict[str, Layout] = {}
         self._sums: dict[str, Tensor] = {}
         self._tokens: Tensor | None = None
+        self._calls: dict[nn.Module, int] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._listeners: list[Listener] = []
 
@@ -155,9 +156,8 @@ class GateObserver:
         self._tokens = torch.zeros(len(self.sites), device=self.device)
         self._handles.append(self._root.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._handles.append(self._root.register_forward_hook(self._end, always_call=True))
-        for index, site in enumerate(self.sites):
-            hook = self._make_hook(index, site)
-            self._handles.append(site.activation_module.register_forward_pre_hook(hook))
+        for module in dict.fromkeys(site.activation_module for site in self.sites):
+            self._handles.append(module.register_forward_pre_hook(self._make_hook(module)))
 
     def detach(self) -> None:
         """Removes the hooks."""
@@ -214,31 +214,29 @@ class GateObserver:
         mask = token_mask_of_call(root, args, kwargs, self.options.exclude_prompt, self.labels)
         self.selection = TokenSelection(mask, self.options.max_tokens, offset=self.forward_passes)
         self.forward_passes += 1
+        self._calls.clear()
 
     def _end(self, root: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.selection = None
 
-    def _make_hook(self, index: int, site: GateSite) -> Callable[..., None]:
-        slices = {name: layout.slices[index] for name, layout in self._layouts.items()}
+    def _make_hook(self, module: nn.Module) -> Callable[..., None]:
+        here = [(index, site) for index, site in enumerate(self.sites) if site.activation_module is module]
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             selection = self.selection
             # A checkpointed block is run again inside the backward pass, after its first run was counted.
             if selection is None or torch._C._current_graph_task_id() != -1:
                 return
-            with torch.no_grad():
-                self._record(index, site, slices, selection, args[0])
+            call = self._calls.get(module, 0)
+            self._calls[module] = call + 1
+            for index, site in here:
+                if site.calls is None or call in site.calls:
+                    with torch.no_grad():
+                        self._record(index, site, selection, args[0])
 
         return hook
 
-    def _record(
-        self,
-        index: int,
-        site: GateSite,
-        slices: dict[str, slice],
-        selection: TokenSelection,
-        pre_activation: Tensor,
-    ) -> None:
+    def _record(self, index: int, site: GateSite, selection: TokenSelection, pre_activation: Tensor) -> None:
         assert self._tokens is not None
         weight = selection.weights(pre_activation)
         looked_at = selection.rows(pre_activation, site.name).float()
@@ -247,7 +245,8 @@ class GateObserver:
             values = site.activation.evaluate(some)
             for name, collector in self._collectors.items():
                 collected = collector.collect(values, some_weight)
-                self._sums[name][:, slices[name]] += collected.to(self._sums[name].device)
+                columns = self._layouts[name].slices[index]
+                self._sums[name][:, columns] += collected.to(self._sums[name].device)
         self._tokens[index] += weight.sum()
         for listener in self._listeners:
             listener(index, site, looked_at, weight)

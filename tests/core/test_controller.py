@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 import reference
 import torch
-from conftest import enable_checkpointing, random_batch
+from conftest import LLAMA_TARGETS, enable_checkpointing, random_batch, tiny_llama, with_lora
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -522,6 +522,24 @@ def test_a_mask_that_cannot_be_matched_is_refused(make_peft_model: Callable[...,
     mask = torch.ones(1, 5, dtype=torch.long)
     with pytest.raises(DataError, match=r"padding mask of shape \(1, 5\) cannot be matched"):
         model(input_ids=torch.tensor([[5, 6, 7]]), attention_mask=mask, past_key_values=cache)
+
+
+def test_a_shared_activation_module_is_observed_call_by_call() -> None:
+    def model(shared: bool) -> PeftModel:
+        llama = tiny_llama()
+        if shared:
+            llama.model.layers[1].mlp.act_fn = llama.model.layers[0].mlp.act_fn
+        return with_lora(llama, LLAMA_TARGETS)
+
+    options = ImportanceOptions(warmup_steps=0, refresh_every=1)
+    own, shared = model(False), model(True)
+    _, first = train(own, 4, importance=options, scale=StepScaleOptions(granularity="site"))
+    _, second = train(shared, 4, importance=options, scale=StepScaleOptions(granularity="site"))
+    assert first is not None
+    assert second is not None
+    assert torch.equal(first.weights, second.weights)
+    expected = state(own)
+    assert all(torch.equal(value, expected[name]) for name, value in state(shared).items())
 
 
 def test_silent_sites_are_an_error_that_names_them(make_peft_model: Callable[..., PeftModel]) -> None:

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from na_lora_lightning.core.discovery import default_inputs, discover_gates, root_of
 from na_lora_lightning.core.row_probe import probe_rows, storage_rows
@@ -156,7 +157,7 @@ def test_some_gates_without_lora_are_an_error_unless_allowed() -> None:
     gates = discover_gates(with_lora(tiny_llama(), ["gate_proj"], layers_to_transform=[1]))
     with pytest.raises(DiscoveryError, match=r"1 of 2 gates have no LoRA \(model\.layers\.0\.mlp\.act_fn\)"):
         gates.require()
-    assert len(gates.require(allow_gates_without_lora=True)) == 1
+    assert len(gates.require(allow_unmasked_gates=True)) == 1
 
 
 def test_a_model_without_gates_is_refused() -> None:
@@ -180,12 +181,31 @@ def test_a_model_without_lora_is_refused() -> None:
         discover_gates(tiny_llama())
 
 
-def test_one_activation_shared_by_two_layers_is_left_out_with_the_reason() -> None:
+def test_one_activation_shared_by_two_layers_is_a_site_for_each() -> None:
     llama = tiny_llama()
     llama.model.layers[1].mlp.act_fn = llama.model.layers[0].mlp.act_fn
-    gates = discover_gates(with_lora(llama, LLAMA_TARGETS))
+    gates = discover_gates(with_lora(llama, LLAMA_TARGETS)).require()
+    assert [site.lora_layer_name for site in gates] == [f"model.layers.{i}.mlp.gate_proj" for i in range(2)]
+    assert [site.calls for site in gates] == [frozenset({0}), frozenset({1})]
+    assert gates.labels == ["layer_00", "layer_01"]
+
+
+def test_stacked_experts_are_refused_and_never_left_to_train_silently() -> None:
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    model = get_peft_model(MixtralForCausalLM(config), LoraConfig(r=4, target_modules="all-linear"))
+    gates = discover_gates(model)
     assert len(gates) == 0
-    assert "called 2 times" in gates.left_out[0].reason
+    for allow in (False, True):
+        with pytest.raises(DiscoveryError, match=r"cannot be masked .*experts.*take these layers out of the LoRA"):
+            gates.require(allow_unmasked_gates=allow)
 
 
 def test_discovery_runs_beside_gradient_checkpointing() -> None:
