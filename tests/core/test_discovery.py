@@ -200,7 +200,8 @@ def test_stacked_experts_are_refused_and_never_left_to_train_silently() -> None:
         num_key_value_heads=2,
         num_local_experts=4,
     )
-    model = get_peft_model(MixtralForCausalLM(config), LoraConfig(r=4, target_modules="all-linear"))
+    lora = LoraConfig(r=4, target_modules=[], target_parameters=["mlp.experts.gate_up_proj"])
+    model = get_peft_model(MixtralForCausalLM(config), lora)
     gates = discover_gates(model)
     assert len(gates) == 0
     for allow in (False, True):
