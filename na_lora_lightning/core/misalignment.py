@@ -111,8 +111,7 @@ class MisalignmentMeter:
         return sums[_MOVED] / sums[_COUNT].clamp(min=1.0), sums[[_FEATURE, _SELECTION]]
 
     def _recording(self) -> bool:
-        recomputed = torch._C._current_graph_task_id() != -1
-        return self.enabled and self._observer.selection is not None and not recomputed
+        return self.enabled and self._observer.selection is not None
 
     def _make_keeper(self, store: dict[int, Tensor], index: int, site: GateSite, factor: float) -> Callable[..., None]:
         """A hook that keeps the looked-at part of a layer's output, summed over adapters."""

@@ -207,7 +207,7 @@ class GateObserver:
             )
 
     def _begin(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # Evaluation runs without gradients; a recomputed forward runs inside the backward pass.
+        # Evaluation runs without gradients; a checkpointed model is run again inside the backward pass.
         if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
             self.selection = None
             return
@@ -224,8 +224,8 @@ class GateObserver:
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             selection = self.selection
-            # A checkpointed block is run again inside the backward pass, after its first run was counted.
-            if selection is None or torch._C._current_graph_task_id() != -1:
+            # None outside of a recorded pass: a checkpointed block that is run again in the backward pass, say.
+            if selection is None:
                 return
             call = self._calls.get(module, 0)
             self._calls[module] = call + 1

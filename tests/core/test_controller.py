@@ -14,6 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.discovery import discover_gates
@@ -363,6 +364,29 @@ def test_gradient_checkpointing_does_not_count_twice(
     assert torch.equal(first.weights, second.weights)
     expected = state(plain)
     assert all(torch.equal(value, expected[name]) for name, value in state(checkpointed).items())
+
+
+def test_a_model_checkpointed_as_a_whole_is_counted_once(make_peft_model: Callable[..., PeftModel]) -> None:
+    found = []
+    for checkpointed in (False, True):
+        model = make_peft_model()
+        controller = GateController(model, discover_gates(model).require(), ALL_TOKENS)
+        importance = controller.set_importance(ImportanceOptions(warmup_steps=0))
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        controller.attach([optimizer])
+        controller.meter.enabled = True
+
+        def loss(model: PeftModel = model) -> Tensor:
+            return model(**random_batch(0)).loss
+
+        (checkpoint(loss, use_reentrant=False) if checkpointed else loss()).backward()
+        assert controller.observer.forward_passes == 1
+        optimizer.step()
+        assert controller.misalignment is not None
+        found.append((importance.responsiveness, controller.misalignment[0]))
+        controller.detach()
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
 
 
 def test_evaluation_passes_are_not_counted(make_peft_model: Callable[..., PeftModel]) -> None:
