@@ -105,6 +105,7 @@ class NALoRACLI(LightningCLI):
             keys = {action.dest for action in parser_of_command._actions if not action.dest.endswith(".help")}
             raise ConfigurationError(explain(str(error), keys, CALLBACKS, _config_files(args))) from error
         _expand_switches(self.config[self._requested], parser_of_command.get_defaults())
+        _share_settings(self.config[self._requested], parser_of_command.get_defaults())
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -184,6 +185,15 @@ def _expand_switches(config: Namespace, defaults: Namespace) -> None:
             raise ConfigurationError(explain(f'Parser key "{name}":', (), CALLBACKS, ()))
         config[name] = defaults[name].clone()
         config[name]["enabled"] = bool(value)
+
+
+def _share_settings(config: Namespace, defaults: Namespace) -> None:
+    """Gives both mechanisms, which find and observe gates together, what was set for one of them."""
+    for setting in ("observer", "allow_unmasked_gates", "example_inputs"):
+        for given, other in (_MECHANISMS, _MECHANISMS[::-1]):
+            untouched = config[other][setting] == defaults[other][setting]
+            if untouched and config[given][setting] != defaults[given][setting]:
+                config[other][setting] = config[given][setting]
 
 
 def _config_files(arguments: Sequence[str]) -> list[str]:

@@ -230,6 +230,16 @@ def test_options_reach_the_callbacks(workplace: Workplace, monkeypatch: pytest.M
     assert step_scale.options.granularity == "channel"
 
 
+@pytest.mark.parametrize("group", ["gate_importance", "step_scale"])
+def test_what_both_mechanisms_observe_is_set_once(workplace: Workplace, group: str) -> None:
+    options = [f"--{group}.observer.exclude_prompt", "true", f"--{group}.allow_unmasked_gates", "true"]
+    assert workplace.run("fit", *options) == 0
+    saved = yaml.safe_load((workplace.log_folder / "config.yaml").read_text())
+    for name in ("gate_importance", "step_scale"):
+        assert saved[name]["observer"]["exclude_prompt"] is True
+        assert saved[name]["allow_unmasked_gates"] is True
+
+
 def test_a_mechanism_is_not_added_twice(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
     callback = {"class_path": "na_lora_lightning.GateImportanceCallback"}
     config = workplace.config(trainer={**workplace.options["trainer"], "callbacks": [callback]})

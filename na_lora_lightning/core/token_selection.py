@@ -123,7 +123,8 @@ def token_mask_of_call(
         mask = mask.bool()
     if not targets_only:
         return mask
-    labels = kwargs.get("labels", labels)
+    given = kwargs.get("labels")
+    labels = labels if given is None else given
     if not isinstance(labels, Tensor):
         raise DataError(
             "exclude_prompt needs labels in the model's forward call to tell prompt from completion; pass labels to "
