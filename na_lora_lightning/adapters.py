@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from na_lora_lightning.arguments import LoRAArguments
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 # Where a checkpoint says what its adapter fits.
 CHECKPOINT_KEY = "na_lora_lightning"
+RANDOM_STATE_KEY = "na_lora_lightning_random_state"
 
 # Options that leave the meaning of the saved weights alone, and may differ between saving and loading.
 _FREE_OPTIONS = frozenset({"dropout", "init_lora_weights"})
@@ -181,3 +183,16 @@ def write_adapter_folder(
 
 def _holds_adapter_or_nothing(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file() or not any(folder.iterdir())
+
+
+def get_random_state(device: torch.device) -> Tensor:
+    """State of the random numbers that a training step on ``device`` draws, ``[bytes]`` uint8."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def set_random_state(state: Tensor, device: torch.device) -> None:
+    """Restores what :func:`get_random_state` returned on the same kind of device."""
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state.cpu(), device)
+    else:
+        torch.set_rng_state(state.cpu())

@@ -18,10 +18,13 @@ from typing_extensions import override
 
 from na_lora_lightning.adapters import (
     CHECKPOINT_KEY,
+    RANDOM_STATE_KEY,
     adapter_keys,
     describe_adapter,
+    get_random_state,
     require_same_adapter,
     require_same_tensors,
+    set_random_state,
     without_base_weights,
     write_adapter_folder,
 )
@@ -151,6 +154,7 @@ class NALoRALightningModule(LightningModule):
         self.evaluator = Evaluator(self.evaluation)
         self.written_adapter_folder: Path | None = None
         self._step_average: StepAverage | None = None
+        self._random_state: Tensor | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     # ---- model ----
@@ -199,7 +203,11 @@ class NALoRALightningModule(LightningModule):
 
     @override
     def on_train_start(self) -> None:
-        """Prepares the average over a step, which depends on how the fit is distributed."""
+        """Prepares the average over a step, and goes on with the random numbers of a checkpoint."""
+        if self._random_state is not None:
+            # Dropout then draws what it would have drawn without the interruption.
+            set_random_state(self._random_state, self.device)
+            self._random_state = None
         self._step_average = None
         # DeepSpeed keeps gradients where they cannot be scaled.
         if self.loss.average_over == "step" and not isinstance(self.trainer.strategy, DeepSpeedStrategy):
@@ -308,6 +316,9 @@ class NALoRALightningModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves the base model out."""
         checkpoint[CHECKPOINT_KEY] = describe_adapter(self.peft_model, self.lora)
+        if self._trainer is not None and self.trainer.world_size == 1:
+            # Only the first process writes, and each has random numbers of its own.
+            checkpoint[RANDOM_STATE_KEY] = get_random_state(self.device)
         if checkpoint["state_dict"]:
             checkpoint["state_dict"] = without_base_weights(checkpoint["state_dict"], adapter_keys(self))
         if self.adapter.write == "checkpoint" and self._trainer is not None:
@@ -319,6 +330,7 @@ class NALoRALightningModule(LightningModule):
         if CHECKPOINT_KEY not in checkpoint:
             raise ConfigurationError(f"The checkpoint was not written by {type(self).__name__}; load one that was.")
         require_same_adapter(checkpoint[CHECKPOINT_KEY], describe_adapter(self.peft_model, self.lora))
+        self._random_state = checkpoint.get(RANDOM_STATE_KEY)
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

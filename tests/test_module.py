@@ -19,6 +19,7 @@ from module_helpers import (
     write_records,
 )
 
+from na_lora_lightning import GateImportanceCallback, StepScaleCallback
 from na_lora_lightning.arguments import (
     AdapterArguments,
     EvaluationArguments,
@@ -371,17 +372,19 @@ def test_a_foreign_checkpoint_is_refused(llama: str) -> None:
 
 # The resumed fit goes on in the folder of the first.
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
-def test_resumed_training_equals_uninterrupted_training(llama: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_resumed_training_equals_uninterrupted_training(llama: str, tmp_path: Path, dropout: float) -> None:
     records = write_records(tmp_path / "records.jsonl", 12)
     schedule = ScheduleArguments(name="cosine", warmup_steps=2)
 
     def fresh() -> NALoRALightningModule:
         seed_everything(0, verbose=False)
-        return make_module(llama, optimizer=adamw, schedule=schedule)
+        return make_module(llama, optimizer=adamw, schedule=schedule, lora=LoRAArguments(r=2, alpha=4, dropout=dropout))
 
     def trainer() -> Trainer:
         saver = ModelCheckpoint(tmp_path / "steps", every_n_train_steps=4, save_top_k=-1)
-        return quiet_trainer(tmp_path, max_epochs=2, enable_checkpointing=True, callbacks=[saver])
+        mechanisms = [GateImportanceCallback(warmup_steps=1, refresh_every=2), StepScaleCallback()]
+        return quiet_trainer(tmp_path, max_epochs=2, enable_checkpointing=True, callbacks=[saver, *mechanisms])
 
     whole, resumed = fresh(), fresh()
 
