@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from module_helpers import Batches, quiet_trainer, saved_model, some_batches
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from na_lora_lightning import GateImportanceCallback, StepScaleCallback
 from na_lora_lightning.adapters import write_adapter_folder
 from na_lora_lightning.arguments import AdapterArguments, LoRAArguments, ScheduleArguments
 from na_lora_lightning.errors import ConfigurationError
@@ -30,7 +34,24 @@ VARIANTS = {
 }
 
 
-def trained(base: str, folder: Path, **options: Any) -> NALoRALightningModule:
+# Without this package: an import of it fails.
+WITHOUT_THIS_PACKAGE = """
+import sys
+sys.modules["na_lora_lightning"] = None
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base, adapter, output = sys.argv[1:]
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+tokens = torch.arange(2, 12)[None]
+with torch.no_grad():
+    plain = model(input_ids=tokens).logits
+    merged = model.merge_and_unload()(input_ids=tokens).logits
+torch.save([plain, merged], output)
+"""
+
+
+def trained(base: str, folder: Path, callbacks: Sequence[Callback] = (), **options: Any) -> NALoRALightningModule:
     settings: dict[str, Any] = {
         "lora": LoRAArguments(r=2, alpha=4),
         "schedule": ScheduleArguments(name="constant", warmup_fraction=0.0),
@@ -38,7 +59,7 @@ def trained(base: str, folder: Path, **options: Any) -> NALoRALightningModule:
     }
     seed_everything(0, verbose=False)
     module = NALoRALightningModule(base, **{**settings, **options})
-    quiet_trainer(folder).fit(module, Batches(some_batches(3)))
+    quiet_trainer(folder, callbacks=list(callbacks)).fit(module, Batches(some_batches(3)))
     return module
 
 
@@ -68,6 +89,20 @@ def test_plain_peft_loads_the_written_folder(tmp_path: Path, kind: str, variant:
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {file.name for file in folder.iterdir()}
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
     torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_an_adapter_of_both_mechanisms_needs_only_peft(tmp_path: Path, kind: str) -> None:
+    base = saved_model(tmp_path / "base", kind)
+    mechanisms = [GateImportanceCallback(warmup_steps=0, refresh_every=1), StepScaleCallback()]
+    module = trained(base, tmp_path, mechanisms)
+    with torch.no_grad():
+        expected = module.peft_model.eval()(input_ids=torch.arange(2, 12)[None]).logits
+    arguments = [base, str(tmp_path / "adapter"), str(tmp_path / "logits.pt")]
+    subprocess.run([sys.executable, "-W", "ignore", "-c", WITHOUT_THIS_PACKAGE, *arguments], check=True)
+    plain, merged = torch.load(tmp_path / "logits.pt", weights_only=True)
+    torch.testing.assert_close(plain, expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(merged, expected, rtol=0, atol=1e-5)
 
 
 def test_written_weights_are_bitwise_those_that_were_trained(tmp_path: Path) -> None:
