@@ -65,6 +65,9 @@ def output_derivative(name: str, z: float) -> float:
 
 def homogeneity(name: str, z: float) -> float:
     """E(z), 1 where φ is silent."""
+    if name == "gelu" and z < -20:
+        # Φ is on its way to underflow; Φ(z) = pdf(z)/|z|·(1 − 1/z² + 3/z⁴ − …) has nine digits here.
+        return 1 - z * z / (1 - z**-2 + 3 * z**-4 - 15 * z**-6 + 105 * z**-8)
     rho = selection(name, z)
     return 1.0 if rho == 0 else 1 + z * selection_derivative(name, z) / rho
 

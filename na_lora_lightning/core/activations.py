@@ -150,12 +150,12 @@ class SigmoidGated(Activation):
         return torch.sigmoid(self._logit(z))
 
     def selection_derivative(self, z: Tensor, selection: Tensor) -> Tensor:
-        """ρ'(z) = ρ(1−ρ)·a'(z)."""
-        return self._times_logit_derivative(torch.addcmul(selection, selection, selection, value=-1.0), z)
+        """ρ'(z) = ρ·sigmoid(−a(z))·a'(z), in which 1 − ρ does not cancel for large z."""
+        return self._times_logit_derivative(selection * torch.sigmoid(-self._logit(z)), z)
 
     def homogeneity_gap(self, z: Tensor, values: ActivationValues) -> Tensor:
-        """E(z) − 1 = z·a'(z)·(1−ρ) = (z − φ)·a'(z)."""
-        return self._times_logit_derivative(z - values.output, z)
+        """E(z) − 1 = z·a'(z)·sigmoid(−a(z)), in which 1 − ρ does not cancel for large z."""
+        return self._times_logit_derivative(z * torch.sigmoid(-self._logit(z)), z)
 
 
 class GaussianGated(Activation):
@@ -168,17 +168,16 @@ class GaussianGated(Activation):
         return torch.exp(-0.5 * z * z) * (1.0 / math.sqrt(2.0 * math.pi))
 
     def selection(self, z: Tensor) -> Tensor:
-        """ρ(z) = Φ(z)."""
-        return torch.special.ndtr(z)
+        """ρ(z) = Φ(z) = ½·erfc(−z/√2), which keeps its relative accuracy in the lower tail."""
+        return 0.5 * torch.erfc(z * -math.sqrt(0.5))
 
     def selection_derivative(self, z: Tensor, selection: Tensor) -> Tensor:
         """ρ'(z), the standard normal density."""
         return self._density(z)
 
     def homogeneity_gap(self, z: Tensor, values: ActivationValues) -> Tensor:
-        """E(z) − 1 = z·pdf(z)/Φ(z), through log Φ so that the far negative tail stays finite."""
-        log_ratio = -0.5 * z * z - 0.5 * math.log(2.0 * math.pi) - torch.special.log_ndtr(z)
-        return z * torch.exp(log_ratio)
+        """E(z) − 1 = z·pdf(z)/Φ(z) = z·√(2/π)/erfcx(−z/√2), which neither underflows nor cancels in the tails."""
+        return z * _SQRT_2_OVER_PI / torch.special.erfcx(z * -math.sqrt(0.5))
 
 
 class RectifiedPower(Activation):

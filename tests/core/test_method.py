@@ -78,7 +78,7 @@ class Oracle:
     group_history: dict[str, list[tuple[list[float], list[float]]]] = field(default_factory=dict)
     site_history: tuple[list[list[float]], list[list[float]]] = field(default_factory=lambda: ([], []))
 
-    def _average(self, series: list[list[float]], beta: float) -> list[float]:
+    def average(self, series: list[list[float]], beta: float) -> list[float]:
         return [reference.corrected_average([row[i] for row in series], beta) for i in range(len(series[0]))]
 
     def _masks(self, step: int, tokens: list[list[list[float]]]) -> None:
@@ -93,7 +93,7 @@ class Oracle:
             self.history[site].append(value)
         if not options.refreshes_at(step):
             return
-        scores = [self._average(h, options.beta) if h else [] for h in self.history]
+        scores = [self.average(h, options.beta) if h else [] for h in self.history]
         if not scores[0]:
             return
         spans = [[0], [1]] if options.scope == "site" else [[0, 1]]
@@ -129,7 +129,7 @@ class Oracle:
         for site, name in enumerate(self.names):
             flat = [value for token in tokens[site] for value in token]
             self.site_history[site].append(reference.regime_shares(name, flat, options.tau)[0])
-            shares = self._average(self.site_history[site], options.beta)
+            shares = self.average(self.site_history[site], options.beta)
             assume(all(abs(share - 0.05) > 1e-5 for share in shares))
             meaningful.append(reference.is_meaningful(shares))
             row = []
@@ -139,8 +139,8 @@ class Oracle:
                     name if granularity == "activation" else f"{site}" if granularity == "site" else f"{site}/{channel}"
                 )
                 history = self.group_history[key]
-                shares = self._average([h[0] for h in history], options.beta)
-                gaps = self._average([h[1] for h in history], options.beta)
+                shares = self.average([h[0] for h in history], options.beta)
+                gaps = self.average([h[1] for h in history], options.beta)
                 row.append(reference.step_scale(shares, gaps, options.eta_min))
             etas.append(row)
         if options.normalize:
@@ -247,7 +247,15 @@ def test_weights_and_updates_equal_the_reference(
         expected = oracle.weights(step, tokens)
         found = controller.weights.split(list(widths))
         for site in range(2):
-            assert found[site].tolist() == pytest.approx(expected[site], abs=1e-5, rel=1e-5)
+            assert found[site].tolist() == pytest.approx(expected[site], abs=1e-6, rel=1e-6)
+            columns = controller.layout.slices[site]
+            if oracle.history[site]:
+                average = oracle.average(oracle.history[site], importance.beta)
+                found_average = controller.importance.importance[columns].tolist()  # type: ignore[union-attr]
+                assert found_average == pytest.approx(average, abs=1e-6, rel=1e-6)
+            shares = oracle.average(oracle.site_history[site], scale.beta)
+            found_shares = controller.step_scale.site_shares[:, site].tolist()  # type: ignore[union-attr]
+            assert found_shares == pytest.approx(shares, abs=1e-6)
         for name, parameter in model.named_parameters():
             gate = next((i for i in range(2) if f"gate_{i}.lora_B" in name), None)
             if gate is None:
