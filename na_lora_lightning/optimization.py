@@ -31,8 +31,7 @@ def describe_optimizer(factory: OptimizerFactory) -> dict[str, Any] | None:
     """
     try:
         optimizer = factory([nn.Parameter(torch.zeros(1))])
-    except Exception:
-        # Whatever it needs beyond a parameter is not ours to know; it gets the real ones in the fit.
+    except Exception:  # A foreign factory may want more than one parameter; it gets the real ones in the fit.
         return None
     accepted = inspect.signature(type(optimizer)).parameters
     plain = (bool, int, float, str, type(None))
