@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 # More threads make operations this small slower, and much slower on a busy machine.
 torch.set_num_threads(1)
@@ -58,6 +58,27 @@ def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
         pad_token_id=1,
     )
     return GPT2LMHeadModel(config)
+
+
+def tiny_mixtral(seed: int = 0) -> MixtralForCausalLM:
+    """A two-layer Mixtral with 4 experts of 24 SiLU gate channels a layer, two for each token."""
+    torch.manual_seed(seed)
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=GATE_CHANNELS,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    return MixtralForCausalLM(config)
 
 
 def with_lora(model: nn.Module, targets: list[str] | str, seed: int = 1, **options: object) -> PeftModel:

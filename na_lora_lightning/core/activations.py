@@ -304,7 +304,9 @@ def activation_of(module: nn.Module) -> Activation | None:
     learnable = any(True for _ in module.parameters())
     if learnable:
         # Parameters live on the model's device and change in training: never self-gated by assumption.
-        return None if not is_elementwise(module) else ElementwiseActivation(_snake(module), module, self_gated=False)
+        if not is_elementwise(module):
+            return None
+        return ElementwiseActivation(name_of(module), module.forward, self_gated=False)
     if not is_elementwise(module):
         return None
     z = _grid(512).to(torch.float32)
@@ -313,10 +315,12 @@ def activation_of(module: nn.Module) -> Activation | None:
     for known in KNOWN_ACTIVATIONS:
         if torch.allclose(known.evaluate(z).output, values, atol=1e-5, rtol=1e-5):
             return known
-    return ElementwiseActivation(_snake(module), module)
+    # Not the module itself, whose hooks would call back here.
+    return ElementwiseActivation(name_of(module), module.forward)
 
 
-def _snake(module: nn.Module) -> str:
+def name_of(module: nn.Module) -> str:
+    """A name for what a module computes, from that of its class."""
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(module).__name__).lower()
     return re.sub(r"_?activation$", "", name) or name
 

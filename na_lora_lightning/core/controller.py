@@ -56,7 +56,7 @@ class GateController:
         self.gates = gates
         self.observer = GateObserver(root_of(model), gates.sites, observer_options or ObserverOptions())
         self.meter = MisalignmentMeter(self.observer)
-        self.layout = Layout([site.channels for site in gates.sites], self.observer.device)
+        self.layout = Layout([(site.networks, site.channels) for site in gates.sites], self.observer.device)
         self.importance: TemporalImportance | None = None
         self.step_scale: StepScale | None = None
         self.misalignment: tuple[Tensor, Tensor] | None = None

@@ -1,35 +1,34 @@
 """Finds the gates of a model with LoRA, from what its forward pass does rather than from its architecture's name.
 
 A gate is an element-wise activation whose input comes from a linear layer and whose output, alone (*plain*) or
-times another branch (*gated*), is consumed by a linear layer. Its LoRA rows are found by
-:mod:`na_lora_lightning.core.row_probe`.
+times another branch (*gated*), is consumed by a linear layer, token by token and from one common input. Its LoRA rows
+are found by :mod:`na_lora_lightning.core.row_probe`. Stacked experts are the subject of
+:mod:`na_lora_lightning.core.discovery_experts`, activations that are no modules that of
+:mod:`na_lora_lightning.core.discovery_functional`.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from na_lora_lightning.core.activations import Activation, activation_of
-from na_lora_lightning.core.lora_layers import (
-    active_adapters,
-    is_lora_layer,
-    is_stacked_parameter,
-    lora_b,
-    require_lora,
-)
-from na_lora_lightning.core.row_probe import probe_rows, storage_rows
-from na_lora_lightning.core.sites import GateMap, GateSite, LeftOut
-from na_lora_lightning.core.tracing import ActivationCall, LinearCall, Trace, ancestors, trace_forward
+from na_lora_lightning.core.blocks import Blocks, Unadaptable
+from na_lora_lightning.core.discovery_experts import expert_gates, plain_name
+from na_lora_lightning.core.discovery_functional import functional_gates
+from na_lora_lightning.core.lora_layers import active_adapters, is_linear, is_lora_layer, lora_b, require_lora
+from na_lora_lightning.core.pre_activations import ActivationInput
+from na_lora_lightning.core.row_probe import positional_rows, probe_rows, storage_rows
+from na_lora_lightning.core.sites import FoundBy, GateMap, GateSite, LeftOut
+from na_lora_lightning.core.tracing import ActivationCall, LinearCall, Trace, trace_forward
 from na_lora_lightning.errors import DiscoveryError
 
 _PROBE_TOKENS = 4
-
-Consumer = tuple[LinearCall, Literal["gated", "plain"]]
 
 
 def root_of(model: nn.Module) -> nn.Module:
@@ -82,47 +81,87 @@ def discover_gates(model: nn.Module, example_inputs: Mapping[str, Any] | None = 
     """
     require_lora(model)
     root = root_of(model)
-    inputs = default_inputs(root) if example_inputs is None else example_inputs
-    trace = trace_forward(root, inputs)
+    trace = _trace(root, example_inputs)
     calls: dict[nn.Module, list[ActivationCall]] = defaultdict(list)
     for call in trace.activation_calls:
         calls[call.module].append(call)
     activations = {module: activation for module, activation in _identify(calls).items() if activation is not None}
-    nodes = {call.output.grad_fn for module in activations for call in calls[module]}
-    linear_of_leaf, consumers = trace.linear_of_leaf(), _find_consumers(trace, nodes)
-    found = GateMap(left_out=_stacked_experts(root))
+    blocks = Blocks(root, trace, [call for module in activations for call in calls[module]])
+    found = GateMap()
     for module, activation in activations.items():
-        results = [_classify(call, activation, linear_of_leaf, consumers) for call in calls[module]]
-        sites = [result for result in results if isinstance(result, GateSite)]
-        found.sites += _share_module(results) if len(results) > 1 else sites
-        # One reason for a module, however often it is called.
-        found.left_out += list(dict.fromkeys(result for result in results if isinstance(result, LeftOut)))
+        outside = [call for call in calls[module] if call.experts is None]
+        results = [result for call in outside for result in _classify(call, activation, blocks)]
+        found.sites += _share_module([r for r in results if isinstance(r, tuple)])
+        # One reason for a module, however often it is called; none where some of its calls are a gate's.
+        if not any(isinstance(result, tuple) for result in results):
+            found.left_out += list(dict.fromkeys(r for r in results if isinstance(r, LeftOut)))
+    for extra in (expert_gates(trace, activations), functional_gates(root, blocks)):
+        found.sites += extra.sites
+        found.left_out += extra.left_out
+    _order(found, root)
+    called = {call.module for call in trace.linear_calls}
+    found.left_out += _unreached(root, called.union(*({w for _, w in call.wrappers} for call in trace.experts_calls)))
     return found
 
 
-def _stacked_experts(root: nn.Module) -> list[LeftOut]:
-    """LoRA on stacked expert parameters, whose gates are not mapped."""
-    reason = "LoRA on stacked expert parameters is not supported yet"
-    return [
-        LeftOut(name, "experts", reason, not_supported=True)
-        for name, module in root.named_modules()
-        if is_stacked_parameter(module)
-    ]
-
-
-def _share_module(results: list[GateSite | LeftOut]) -> list[GateSite]:
-    """Sites of one activation module that is called several times: one site for each LoRA layer it follows."""
-    shared: dict[int, GateSite] = {}
-    for index, result in enumerate(results):
-        if not isinstance(result, GateSite):
+def _unreached(root: nn.Module, called: set[nn.Module]) -> list[LeftOut]:
+    """Feed-forward blocks with LoRA that the forward pass did not enter, so that their gates are unknown."""
+    reason = (
+        "the probe's forward pass did not call it (an expert that no token was sent to, or a part for images or "
+        "sound); pass example_inputs that reach every part with LoRA"
+    )
+    found: dict[str, LeftOut] = {}
+    for name, module in root.named_modules():
+        if not is_lora_layer(module) or module in called:
             continue
-        known = shared.setdefault(id(result.lora_layer), result)
-        if not torch.equal(known.rows, result.rows):
+        if hasattr(module, "parameter_name") and not isinstance(module.base_layer, nn.Linear):
+            found.setdefault(plain_name(name), LeftOut(plain_name(name), "experts", reason, not_supported=True))
+            continue
+        parent_name = name.rpartition(".")[0]
+        for child_name, child in root.get_submodule(parent_name).named_children():
+            if is_linear(child) or isinstance(child, _DropoutNd) or any(True for _ in child.children()):
+                continue
+            activation = activation_of(child)
+            if activation is not None:
+                full_name = f"{parent_name}.{child_name}"
+                found.setdefault(full_name, LeftOut(full_name, activation.name, reason, not_supported=True))
+    return list(found.values())
+
+
+def _trace(root: nn.Module, example_inputs: Mapping[str, Any] | None) -> Trace:
+    if example_inputs is not None:
+        return trace_forward(root, example_inputs)
+    inputs = default_inputs(root)
+    try:
+        return trace_forward(root, inputs)
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, AssertionError) as error:
+        raise DiscoveryError(
+            f"{type(root).__name__} does not take {' and '.join(inputs)} alone ({type(error).__name__}: {error}); pass "
+            "example_inputs, a dictionary of keyword arguments for one small forward pass."
+        ) from error
+
+
+def _order(gates: GateMap, root: nn.Module) -> None:
+    """Puts the sites in the order in which their LoRA layers stand in the model."""
+    place = {name: index for index, (name, _) in enumerate(root.named_modules())}
+    gates.sites.sort(key=lambda site: place[site.lora_layer_name])
+
+
+def _share_module(found: list[tuple[int, GateSite]]) -> list[GateSite]:
+    """Sites of one activation module, by its calls: one site for each LoRA layer that it follows."""
+    shared: dict[int, GateSite] = {}
+    for index, site in found:
+        known = shared.setdefault(id(site.lora_layer), site)
+        if not torch.equal(known.rows, site.rows):
             raise DiscoveryError(
-                f"the gate {result.name!r} uses different rows of {result.lora_layer_name!r} in different calls; "
+                f"the gate {site.name!r} uses different rows of {site.lora_layer_name!r} in different calls; "
                 "exclude this layer from the LoRA targets."
             )
         known.calls = frozenset({index}) | (known.calls or frozenset())
+    if len({site.calls for site in shared.values()}) == 1:
+        # They follow the same calls, so these are all that there are.
+        for site in shared.values():
+            site.calls = None
     return list(shared.values())
 
 
@@ -138,63 +177,48 @@ def _identify(modules: Iterable[nn.Module]) -> dict[nn.Module, Activation | None
     return identified
 
 
-def _classify(
-    call: ActivationCall,
-    activation: Activation,
-    linear_of_leaf: dict[int, LinearCall],
-    consumers: dict[Any, Consumer],
-) -> GateSite | LeftOut:
-    """Decides what one call of an activation module is."""
+def _classify(call: ActivationCall, activation: Activation, blocks: Blocks) -> list[tuple[int, GateSite] | LeftOut]:
+    """Decides what one call of an activation module is: its index and a site for each LoRA layer before it."""
 
-    def left_out(reason: str, **details: Any) -> LeftOut:
-        return LeftOut(call.name, activation.name, reason, **details)
+    def left_out(reason: str, **details: Any) -> list[tuple[int, GateSite] | LeftOut]:
+        return [LeftOut(call.name, activation.name, reason, **details)]
 
-    leaves = ancestors(call.pre_activation.grad_fn).leaves
-    producers = [linear_of_leaf[id(leaf)] for leaf in leaves if id(leaf) in linear_of_leaf]
-    if not producers or call.output.grad_fn not in consumers:
-        return left_out("it does not stand between two linear layers")
-    consumer, kind = consumers[call.output.grad_fn]
-    names = tuple(producer.name for producer in producers)
-    with_lora = [p for p in producers if is_lora_layer(p.module) and active_adapters(p.module)]
+    block = blocks.of_activation(call)
+    if isinstance(block, str):
+        return left_out(str(block), not_supported=isinstance(block, Unadaptable))
+    names = tuple(producer.name for producer in block.producers)
+    with_lora = [p for p in block.producers if is_lora_layer(p.module) and active_adapters(p.module)]
     if not with_lora:
         return left_out(f"{', '.join(names)} has no LoRA", gate_without_lora=True, producers=names)
+    sites: list[tuple[int, GateSite] | LeftOut] = []
     for producer in with_lora:
-        mapped = _map_rows(call, producer)
-        if mapped is not None:
-            rows, found_by = mapped
-            return GateSite(
-                name=call.name,
-                kind=kind,
-                activation=activation,
-                activation_module=call.module,
-                lora_layer_name=producer.name,
-                lora_layer=producer.module,
-                rows=rows,
-                output_layer_name=consumer.name,
-                output_layer=consumer.module,
-                found_by=found_by,
-            )
-    return left_out(f"its channels do not correspond one to one to outputs of {', '.join(names)}")
+        mapped = _map_rows(call, producer, alone=len(block.producers) == 1)
+        if mapped is None:
+            continue
+        site = GateSite(
+            name=call.name,
+            kind=block.kind,
+            activation=activation,
+            source=ActivationInput(call.module),
+            lora_layer_name=producer.name,
+            lora_layer=producer.module,
+            rows=mapped[0],
+            output_layer_name=block.consumer.name,
+            output_layer=block.consumer.module,
+            found_by=mapped[1],
+        )
+        sites.append((call.index, site))
+    if sites:
+        return sites
+    return left_out(
+        f"what makes it is no linear layer: its channels are not one to one outputs of {', '.join(names)}",
+        not_supported=True,
+    )
 
 
-def _find_consumers(trace: Trace, nodes: set[Any]) -> dict[Any, Consumer]:
-    """For each activation's graph node, the linear layer that takes its output, and whether another branch joins.
-
-    One walk per linear layer, from its input back to the activations, serves all activations.
-    """
-    consumers: dict[Any, Consumer] = {}
-    for linear in trace.linear_calls:
-        met = ancestors(linear.input_node, stop_at=nodes)
-        # Another branch shows as a leaf that is reached without passing the activation.
-        multiplied = bool(met.leaves) and any(name.startswith("MulBackward") for name in met.passed)
-        for node in met.stops:
-            consumers.setdefault(node, (linear, "gated" if multiplied else "plain"))
-    return consumers
-
-
-def _map_rows(call: ActivationCall, producer: LinearCall) -> tuple[Tensor, Literal["probe", "storage"]] | None:
+def _map_rows(call: ActivationCall, producer: LinearCall, alone: bool) -> tuple[torch.Tensor, FoundBy] | None:
     adapter = active_adapters(producer.module)[0]
-    weight: Tensor = lora_b(producer.module, adapter).weight  # type: ignore[assignment]
+    weight: torch.Tensor = lora_b(producer.module, adapter).weight  # type: ignore[assignment]
     probed = probe_rows(call.pre_activation, weight) if weight.requires_grad else None
     stored = storage_rows(call.pre_activation, producer.output)
     if probed is not None and stored is not None and not torch.equal(probed, stored):
@@ -204,4 +228,7 @@ def _map_rows(call: ActivationCall, producer: LinearCall) -> tuple[Tensor, Liter
         )
     if probed is not None:
         return probed, "probe"
-    return None if stored is None else (stored, "storage")
+    if stored is not None:
+        return stored, "storage"
+    placed = positional_rows(call.pre_activation, producer.output) if alone else None
+    return None if placed is None else (placed, "position")

@@ -70,7 +70,8 @@ class ImportanceOptions(ImportanceVariant):
         beta: β of the exponential moving average, in [0, 1).
         criterion: ``"selection_derivative"`` |ρ'|, ``"output_derivative"`` |φ'|, ``"homogeneity_gap"`` |E−1|, or
             ``"output_derivative_change"``, the change of mean |φ'| from one step to the next.
-        scope: Rank and average ``"site"`` by site, or over all sites together (``"global"``).
+        scope: Rank and average ``"site"`` by site (each expert by itself), or over all sites together
+            (``"global"``).
         warmup_steps: Optimizer steps before the first mask; all rows are updated until then.
         refresh_every: Optimizer steps between two masks, at least 1.
     """
@@ -167,14 +168,14 @@ class ResponsivenessCollector:
         return site.channels
 
     def collect(self, values: ActivationValues, token_weight: Tensor) -> Tensor:
-        """Σ_tokens of the criterion, ``[1, channels]``."""
+        """Σ_tokens of the criterion, ``[1, networks·channels]``."""
         if self._criterion == "selection_derivative":
             each = values.selection_derivative
         elif self._criterion == "homogeneity_gap":
             each = values.homogeneity_gap
         else:
             each = values.output_derivative
-        return (token_weight @ (each if self._signed else each.abs()))[None]
+        return (token_weight @ (each if self._signed else each.abs())).reshape(1, -1)
 
 
 def moving_average(average: Tensor, value: Tensor, valid: Tensor, beta: float) -> Tensor:
@@ -244,7 +245,7 @@ class TemporalImportance:
     def __init__(self, options: ImportanceOptions, layout: Layout) -> None:
         self.options = options
         self.layout = layout
-        device = layout.site_of_column.device
+        device = layout.network_of_column.device
         self.steps = 0
         self._average = torch.zeros(layout.total, device=device)
         self._average_weight = torch.zeros(len(layout.sizes), device=device)
@@ -294,7 +295,7 @@ class TemporalImportance:
             # Far apart, so that no two refreshes and scopes share a random mask.
             seed = self.options.seed * 1_000_003 + self.steps * 10_007 + index
             new[scope] = row_weights(scores[scope], self.options, keep_fraction, seed)
-        # A site that has seen no token has no ranking: its rows stay as vanilla LoRA trains them.
+        # A network that has seen no token has no ranking: its rows stay as vanilla LoRA trains them.
         unseen = self.layout.spread(self._average_weight) == 0
         new = torch.where(unseen, torch.ones_like(new), new)
         self.changed = ((new > 0) != (self.weights > 0)).float()

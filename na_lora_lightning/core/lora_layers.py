@@ -36,17 +36,6 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def is_stacked_parameter(module: nn.Module) -> bool:
-    """Whether ``module`` is PEFT's LoRA on a parameter of several stacked matrices, as experts have them."""
-    if not (is_lora_layer(module) and hasattr(module, "parameter_name")):
-        return False
-    owner = module
-    while hasattr(owner, "base_layer"):
-        owner = owner.base_layer  # type: ignore[assignment]
-    parameter = getattr(owner, str(module.parameter_name), None)
-    return isinstance(parameter, Tensor) and parameter.ndim == 3
-
-
 def active_adapters(layer: nn.Module) -> list[str]:
     """Names of the active adapters that this LoRA layer holds."""
     return [name for name in getattr(layer, "active_adapters", []) if name in layer.lora_B]  # type: ignore[operator]

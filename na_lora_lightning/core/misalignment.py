@@ -64,6 +64,9 @@ class MisalignmentMeter:
     def attach(self) -> None:
         """Registers the hooks on ``lora_B`` (DoRA: on the base layer) and on the output layers."""
         for index, site in enumerate(self._sites):
+            if hasattr(site.lora_layer, "parameter_name"):
+                # PEFT adds the adapter to the parameter, so δ is nowhere to be seen.
+                continue
             if len(getattr(site.lora_layer, "lora_magnitude_vector", ())):
                 # DoRA rescales the frozen part as well, so δ is what differs from the base layer's output.
                 base: nn.Module = site.lora_layer.base_layer  # type: ignore[assignment]
@@ -100,7 +103,8 @@ class MisalignmentMeter:
 
         Returns:
             Mean |Δρ| and squared norms, as (misalignment ``[sites]``, ``[2, sites]`` squared norms of the feature
-            and of the selection term), or None where the step was not measured.
+            and of the selection term), or None where the step was not measured. NaN at sites that were not, because
+            they saw no token or PEFT adds their adapter to a parameter.
         """
         if not self.enabled:
             return None
@@ -108,7 +112,10 @@ class MisalignmentMeter:
             reduce(self.sums)
         sums = self.sums.clone()
         self.reset()
-        return sums[_MOVED] / sums[_COUNT].clamp(min=1.0), sums[[_FEATURE, _SELECTION]]
+        measured = sums[_COUNT] > 0
+        return torch.where(measured, sums[_MOVED] / sums[_COUNT].clamp(min=1.0), torch.nan), sums[
+            [_FEATURE, _SELECTION]
+        ]
 
     def _recording(self) -> bool:
         return self.enabled and self._observer.selection is not None

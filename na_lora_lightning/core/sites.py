@@ -7,14 +7,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from na_lora_lightning.core.activations import Activation
+from na_lora_lightning.core.experts import Experts
 from na_lora_lightning.core.lora_layers import LoRARows, active_adapters, lora_rows
+from na_lora_lightning.core.pre_activations import PreActivationSource, as_slice
 from na_lora_lightning.errors import DiscoveryError
 
 _NAMES_IN_ERROR = 4
+
+FoundBy = Literal["probe", "storage", "position"]
 
 
 @dataclass(eq=False)
@@ -25,7 +28,7 @@ class GateSite:
         name: Qualified name of the activation module, from the root model.
         kind: ``"gated"`` for h = φ(g) ⊙ u, ``"plain"`` for h = φ(g).
         activation: The activation φ.
-        activation_module: Module whose first positional input is the pre-activation g', ``[..., channels]``.
+        source: Where the pre-activation g', ``[..., channels]``, is read.
         lora_layer_name: Qualified name of the LoRA layer that makes g'.
         lora_layer: That PEFT layer.
         rows: Row of ``lora_B`` for each channel, ``[channels]``, int64.
@@ -33,25 +36,33 @@ class GateSite:
             the module; None stands for all.
         output_layer_name: Linear layer that consumes h, where one was seen.
         output_layer: That module, used by the diagnostics alone.
-        found_by: ``"probe"`` (vector-Jacobian product) or ``"storage"`` (shared memory).
+        found_by: ``"probe"`` (vector-Jacobian product), ``"storage"`` (shared memory) or ``"position"`` (as many
+            outputs as channels, where each channel also depends a little on the others).
+        experts: The stacked experts behind the site, which then stands for one network per expert; None for one.
     """
 
     name: str
     kind: Literal["gated", "plain"]
     activation: Activation
-    activation_module: nn.Module
+    source: PreActivationSource
     lora_layer_name: str
     lora_layer: nn.Module
     rows: Tensor
     calls: frozenset[int] | None = None
     output_layer_name: str | None = None
     output_layer: nn.Module | None = None
-    found_by: Literal["probe", "storage"] = "probe"
+    found_by: FoundBy = "probe"
+    experts: Experts | None = None
 
     @property
     def channels(self) -> int:
-        """Number of gate channels."""
+        """Number of gate channels of a network."""
         return int(self.rows.numel())
+
+    @property
+    def networks(self) -> int:
+        """Number of feed-forward networks that the site stands for: its experts, or one."""
+        return 1 if self.experts is None else self.experts.count
 
     @property
     def layer(self) -> int | None:
@@ -67,11 +78,7 @@ class GateSite:
     @property
     def row_slice(self) -> slice | None:
         """The rows as a slice where they are evenly spaced and ascending, else None."""
-        first, last = int(self.rows[0]), int(self.rows[-1])
-        step = 1 if self.channels == 1 else (last - first) // (self.channels - 1)
-        if step < 1 or not torch.equal(self.rows, torch.arange(first, last + 1, step)):
-            return None
-        return slice(first, last + 1, step)
+        return as_slice(self.rows)
 
     @property
     def adapters(self) -> list[str]:
@@ -93,7 +100,8 @@ class LeftOut:
         reason: Why it was left out.
         gate_without_lora: Whether it is a feed-forward gate whose producing layer has no LoRA.
         not_supported: Whether it has LoRA that would train unmasked, because its gates cannot be mapped yet.
-        producers: Names of the linear layers that make its pre-activation.
+        producers: Names of the linear layers, or of the stacked parameters, that make its pre-activation.
+        target: Whether PEFT is to be told the ``"modules"`` or the ``"parameters"`` among them.
     """
 
     name: str
@@ -102,6 +110,7 @@ class LeftOut:
     gate_without_lora: bool = False
     not_supported: bool = False
     producers: tuple[str, ...] = ()
+    target: Literal["modules", "parameters"] = "modules"
 
 
 @dataclass
@@ -129,7 +138,7 @@ class GateMap:
     @property
     def channels(self) -> int:
         """Total number of gate channels."""
-        return sum(site.channels for site in self.sites)
+        return sum(site.channels * site.networks for site in self.sites)
 
     def require(self, allow_unmasked_gates: bool = False) -> GateMap:
         """Checks that there is something to adapt, and that no gate was missed by the LoRA targets.
@@ -153,11 +162,16 @@ class GateMap:
             )
         bare = [entry for entry in self.left_out if entry.gate_without_lora]
         if not self.sites and bare:
-            producers = sorted({name.rsplit(".", 1)[-1] for entry in bare for name in entry.producers})
+            by_target: dict[str, set[str]] = {}
+            for entry in bare:
+                by_target.setdefault(entry.target, set()).update(n.rsplit(".", 1)[-1] for n in entry.producers)
+            remedy = " and ".join(
+                f"add {' or '.join(map(repr, sorted(names)))} to the LoRA target {target}"
+                for target, names in sorted(by_target.items())
+            )
             raise DiscoveryError(
                 f"none of the model's {len(bare)} gates has LoRA ({_some(entry.name for entry in bare)}), so there is "
-                f"nothing to adapt by their responsiveness; add {' or '.join(map(repr, producers))} to the LoRA "
-                "target modules, or train without the NA-LoRA callbacks."
+                f"nothing to adapt by their responsiveness; {remedy}, or train without the NA-LoRA callbacks."
             )
         if not self.sites:
             seen = f" (left out: {_some(f'{e.name}: {e.reason}' for e in self.left_out)})" if self.left_out else ""
@@ -168,7 +182,7 @@ class GateMap:
         if bare and not allow_unmasked_gates:
             raise DiscoveryError(
                 f"{len(bare)} of {len(bare) + len(self.sites)} gates have no LoRA ({_some(e.name for e in bare)}); "
-                "extend the LoRA target modules to the layers before them, or set allow_unmasked_gates=True to "
+                "extend the LoRA targets to the layers before them, or set allow_unmasked_gates=True to "
                 "leave those gates as they are."
             )
         return self

@@ -7,6 +7,7 @@ buffers, so that a mean over them is the mean over all tokens of the step.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from na_lora_lightning.core.activations import ActivationValues
+from na_lora_lightning.core.experts import RoutedCall, look_at, routed_call
+from na_lora_lightning.core.pre_activations import Handle
 from na_lora_lightning.core.sites import GateSite
 from na_lora_lightning.core.token_selection import TokenSelection, token_mask_of_call
 from na_lora_lightning.errors import ConfigurationError, DiscoveryError
@@ -49,26 +52,38 @@ class ObserverOptions:
 
 
 class Layout:
-    """Places of the sites' columns in a flat buffer.
+    """Places of the sites' columns in a flat buffer; a site of stacked experts has a network for each of them.
+
+    Args:
+        sites: Number of networks of each site, and columns of each of its networks.
+        device: Where the index tensors live.
 
     Attributes:
-        sizes: Columns of each site.
-        slices: Where each site's columns lie.
+        sizes: Columns of each network.
+        slices: Where each network's columns lie.
+        site_slices: Where each site's columns lie.
+        site_networks: Which networks are each site's.
         total: Number of columns.
-        site_of_column: Site index of each column, ``[total]``, int64.
+        network_of_column: Network index of each column, ``[total]``, int64.
     """
 
-    def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
-        self.sizes = tuple(sizes)
-        ends = torch.tensor(self.sizes).cumsum(0).tolist() if self.sizes else []
-        self.slices = tuple(slice(end - size, end) for size, end in zip(self.sizes, ends, strict=True))
+    def __init__(self, sites: Sequence[tuple[int, int]], device: torch.device) -> None:
+        self.sizes = tuple(columns for networks, columns in sites for _ in range(networks))
+        self.slices = _consecutive(self.sizes)
+        self.site_slices = _consecutive([networks * columns for networks, columns in sites])
+        self.site_networks = _consecutive([networks for networks, _ in sites])
         self.total = sum(self.sizes)
         counts = torch.tensor(self.sizes, device=device)
-        self.site_of_column = torch.arange(len(self.sizes), device=device).repeat_interleave(counts)
+        self.network_of_column = torch.arange(len(self.sizes), device=device).repeat_interleave(counts)
 
-    def spread(self, per_site: Tensor) -> Tensor:
-        """Repeats ``[..., sites]`` to ``[..., total]``."""
-        return per_site.index_select(-1, self.site_of_column)
+    def spread(self, per_network: Tensor) -> Tensor:
+        """Repeats ``[..., networks]`` to ``[..., total]``."""
+        return per_network.index_select(-1, self.network_of_column)
+
+
+def _consecutive(sizes: Sequence[int]) -> tuple[slice, ...]:
+    ends = list(itertools.accumulate(sizes))
+    return tuple(slice(end - size, end) for size, end in zip(sizes, ends, strict=True))
 
 
 class Collector(Protocol):
@@ -81,14 +96,14 @@ class Collector(Protocol):
     components: int
 
     def columns(self, site: GateSite) -> int:
-        """Columns that a site takes: its channels, or 1 for sums over them."""
+        """Columns that each network of a site takes: its channels, or 1 for sums over them."""
 
     def collect(self, values: ActivationValues, token_weight: Tensor) -> Tensor:
-        """Sums over tokens, ``[components, columns]``.
+        """Sums over tokens, ``[components, networks·columns]``.
 
         Args:
             values: Activation values at ``[tokens, channels]``, float32.
-            token_weight: ``[tokens]``, 1 for tokens that count.
+            token_weight: ``[networks, tokens]``, 1 for tokens that count for a network.
         """
 
 
@@ -98,7 +113,7 @@ class StepStatistics:
 
     Attributes:
         sums: ``[components, total columns]`` float32.
-        tokens: Number of tokens seen by each site, ``[sites]`` float32.
+        tokens: Number of tokens seen by each network, ``[networks]`` float32.
     """
 
     sums: Tensor
@@ -130,8 +145,10 @@ class GateObserver:
         self._layouts: dict[str, Layout] = {}
         self._sums: dict[str, Tensor] = {}
         self._tokens: Tensor | None = None
-        self._calls: dict[nn.Module, int] = {}
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._calls: dict[int, int] = {}
+        self._routed: dict[nn.Module, RoutedCall] = {}
+        self._networks_of_site = Layout([(site.networks, 1) for site in sites], torch.device("cpu")).site_slices
+        self._handles: list[Handle | torch.utils.hooks.RemovableHandle] = []
         self._listeners: list[Listener] = []
 
     @property
@@ -141,23 +158,32 @@ class GateObserver:
 
     def add(self, name: str, collector: Collector) -> Layout:
         """Registers a collector and returns the layout of its sums."""
-        layout = Layout([collector.columns(site) for site in self.sites], self.device)
+        layout = Layout([(site.networks, collector.columns(site)) for site in self.sites], self.device)
         self._collectors[name] = collector
         self._layouts[name] = layout
         self._sums[name] = torch.zeros(collector.components, layout.total, device=self.device)
         return layout
 
     def listen(self, listener: Listener) -> None:
-        """Calls ``listener(site index, site, z, token weight)`` in each recorded pass, after z was summed up."""
+        """Calls ``listener(site index, site, z, token weight)`` in each recorded pass, after z was summed up.
+
+        Sites of stacked experts are not listened to.
+        """
         self._listeners.append(listener)
 
     def attach(self) -> None:
         """Registers the hooks."""
-        self._tokens = torch.zeros(len(self.sites), device=self.device)
+        self._tokens = torch.zeros(sum(site.networks for site in self.sites), device=self.device)
         self._handles.append(self._root.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._handles.append(self._root.register_forward_hook(self._end, always_call=True))
-        for module in dict.fromkeys(site.activation_module for site in self.sites):
-            self._handles.append(module.register_forward_pre_hook(self._make_hook(module)))
+        for owner in dict.fromkeys(site.experts.owner for site in self.sites if site.experts is not None):
+            self._handles.append(owner.register_forward_pre_hook(self._begin_experts, with_kwargs=True))
+        watched: dict[tuple[type, nn.Module], list[int]] = {}
+        for index, site in enumerate(self.sites):
+            # Sites that share an activation module count its calls together; other sources are a site's own.
+            watched.setdefault((type(site.source), site.source.module), []).append(index)
+        for here in watched.values():
+            self._handles.append(self.sites[here[0]].source.watch(self._make_watcher(here)))
 
     def detach(self) -> None:
         """Removes the hooks."""
@@ -165,6 +191,7 @@ class GateObserver:
             handle.remove()
         self._handles.clear()
         self.selection = None
+        self._routed.clear()
 
     def reset(self) -> None:
         """Forgets what was seen since the last step."""
@@ -198,7 +225,8 @@ class GateObserver:
         Raises:
             DiscoveryError: A site saw no token.
         """
-        silent = [site.name for site, seen in zip(self.sites, tokens.tolist(), strict=True) if seen == 0]
+        seen = tokens.tolist()
+        silent = [site.name for site, own in zip(self.sites, self._networks_of_site, strict=True) if not any(seen[own])]
         if silent and not self.options.allow_silent_sites:
             raise DiscoveryError(
                 f"the gates {', '.join(silent[:4])}{' …' if len(silent) > 4 else ''} saw no token in the first "
@@ -219,37 +247,50 @@ class GateObserver:
     def _end(self, root: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.selection = None
 
-    def _make_hook(self, module: nn.Module) -> Callable[..., None]:
-        here = [(index, site) for index, site in enumerate(self.sites) if site.activation_module is module]
+    def _begin_experts(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.selection is not None:
+            self._routed[owner] = routed_call(args, kwargs)
 
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _make_watcher(self, here: list[int]) -> Callable[[Tensor], None]:
+        key = here[0]
+
+        def watcher(pre_activation: Tensor) -> None:
             selection = self.selection
             # None outside of a recorded pass: a checkpointed block that is run again in the backward pass, say.
             if selection is None:
                 return
-            call = self._calls.get(module, 0)
-            self._calls[module] = call + 1
-            for index, site in here:
-                if site.calls is None or call in site.calls:
-                    with torch.no_grad():
-                        self._record(index, site, selection, args[0])
+            call = self._calls.get(key, 0)
+            self._calls[key] = call + 1
+            with torch.no_grad():
+                for index in here:
+                    calls = self.sites[index].calls
+                    if calls is None or call in calls:
+                        self._record(index, selection, pre_activation)
 
-        return hook
+        return watcher
 
-    def _record(self, index: int, site: GateSite, selection: TokenSelection, pre_activation: Tensor) -> None:
+    def _record(self, index: int, selection: TokenSelection, pre_activation: Tensor) -> None:
         assert self._tokens is not None
-        weight = selection.weights(pre_activation)
-        looked_at = selection.rows(pre_activation, site.name).float()
+        site = self.sites[index]
+        if site.experts is None:
+            looked_at = selection.rows(pre_activation, site.name).float()
+            weight = selection.weights(pre_activation)[None]
+        else:
+            routed = self._routed[site.experts.owner]
+            rows, weight = look_at(site.experts, routed, selection, pre_activation, site.name)
+            looked_at = rows.float()
+            routed.activations += 1
         chunk = self._tokens_per_chunk(looked_at)
-        for some, some_weight in zip(looked_at.split(chunk), weight.split(chunk), strict=True):
+        for some, some_weight in zip(looked_at.split(chunk), weight.split(chunk, dim=1), strict=True):
             values = site.activation.evaluate(some)
             for name, collector in self._collectors.items():
                 collected = collector.collect(values, some_weight)
-                columns = self._layouts[name].slices[index]
+                columns = self._layouts[name].site_slices[index]
                 self._sums[name][:, columns] += collected.to(self._sums[name].device)
-        self._tokens[index] += weight.sum()
-        for listener in self._listeners:
-            listener(index, site, looked_at, weight)
+        self._tokens[self._networks_of_site[index]] += weight.sum(dim=1).to(self._tokens.device)
+        if site.experts is None:
+            for listener in self._listeners:
+                listener(index, site, looked_at, weight[0])
 
     @staticmethod
     def _tokens_per_chunk(looked_at: Tensor) -> int:

@@ -8,6 +8,7 @@ share of the observed mass in regime R, an exponential moving average over optim
 
 Mass is counted by |φ|, so that silent tokens do not dominate, in p_R and in g_R alike. Where the partition is not
 meaningful (E constant on the support of φ, or fewer than two regimes with 5 % of the mass at the site), η = 1.
+Each of several stacked experts counts as a site of its own here.
 
 The abstract of arXiv 2606.31717 names an activation-specific step-scaling rule for a meaningful coarse
 effective-homogeneity partition; the formulas are this project's reconstruction.
@@ -133,7 +134,7 @@ class RegimeCollector:
 
     def _sum(self, amount: Tensor, token_weight: Tensor) -> Tensor:
         per_channel = token_weight @ amount
-        return per_channel if self._per_channel else per_channel.sum()[None]
+        return per_channel.flatten() if self._per_channel else per_channel.sum(dim=1)
 
 
 def scale_of_shares(shares: Tensor, gap_shares: Tensor, eta_min: float) -> Tensor:
@@ -153,6 +154,15 @@ def scale_of_shares(shares: Tensor, gap_shares: Tensor, eta_min: float) -> Tenso
     return 1.0 - (shares * (1.0 - factor)).sum(dim=0)
 
 
+def _as_shares(average: Tensor) -> Tensor:
+    """Bias-corrected averages: the regimes' shares, in the first three rows of ``[3 or 6, groups]``, sum to one.
+
+    A group that was not seen in the first steps, such as an expert, has weighed less than the steps since.
+    """
+    total = average[: len(REGIMES)].sum(dim=0)
+    return average / torch.where(total > 0, total, 1.0)
+
+
 def is_meaningful(shares: Tensor) -> Tensor:
     """Whether at least two regimes hold 5 % of the mass; ``[3, groups]`` to ``[groups]``, boolean."""
     return (shares >= _MEANINGFUL_SHARE).sum(dim=0) >= 2
@@ -164,30 +174,31 @@ class StepScale:
     Args:
         options: Options.
         sites: Gate sites.
-        layout: Layout of the collector's columns (sites, or channels for granularity ``"channel"``).
+        layout: Layout of the collector's columns (networks, or channels for granularity ``"channel"``).
 
     Attributes:
         steps: Optimizer steps seen.
         scale: η per column of the layout.
     """
 
-    _STATE = ("_group_average", "_site_average", "_weight", "scale")
+    _STATE = ("_group_average", "_network_average", "_weight", "scale")
 
     def __init__(self, options: StepScaleOptions, sites: Sequence[GateSite], layout: Layout) -> None:
         self.options = options
         self.layout = layout
         self.steps = 0
-        device = layout.site_of_column.device
+        device = layout.network_of_column.device
         self.activations = sorted({site.activation.name for site in sites})
-        self._activation_of_site = torch.tensor(
-            [self.activations.index(site.activation.name) for site in sites], device=device
+        of_network = [site for site in sites for _ in range(site.networks)]
+        self._activation_of_network = torch.tensor(
+            [self.activations.index(site.activation.name) for site in of_network], device=device
         )
-        self._site_in_activation = one_hot(self._activation_of_site, len(self.activations)).float()
-        self._channels = torch.tensor([float(site.channels) for site in sites], device=device)
-        self._partitioned = torch.tensor([has_partition(site) for site in sites], device=device)
+        self._network_in_activation = one_hot(self._activation_of_network, len(self.activations)).float()
+        self._channels = torch.tensor([float(site.channels) for site in of_network], device=device)
+        self._partitioned = torch.tensor([has_partition(site) for site in of_network], device=device)
         groups = len(self.activations) if options.granularity == "activation" else layout.total
         self._group_average = torch.zeros(2 * len(REGIMES), groups, device=device)
-        self._site_average = torch.zeros(len(REGIMES), len(sites), device=device)
+        self._network_average = torch.zeros(len(REGIMES), len(of_network), device=device)
         self._weight = torch.zeros((), device=device)
         self.scale = torch.ones(layout.total, device=device)
 
@@ -197,17 +208,17 @@ class StepScale:
         return self.steps > 0
 
     @property
-    def site_shares(self) -> Tensor:
-        """p_R of each site, ``[3, sites]``."""
-        return self._site_average / self._weight.clamp(min=1e-12)
+    def network_shares(self) -> Tensor:
+        """p_R of each network, ``[3, networks]``."""
+        return _as_shares(self._network_average)
 
     def update(self, statistics: StepStatistics) -> None:
         """Takes in one optimizer step and sets the scale."""
         self.steps += 1
-        per_site = self._sum_columns(statistics.sums)
-        grouped = self._group(statistics.sums, per_site)
+        per_network = self._sum_columns(statistics.sums)
+        grouped = self._group(statistics.sums, per_network)
         self._group_average = self._average(self._group_average, grouped)
-        self._site_average = self._average(self._site_average, per_site[: len(REGIMES)])
+        self._network_average = self._average(self._network_average, per_network[: len(REGIMES)])
         one = torch.ones_like(self._weight)
         self._weight = moving_average(self._weight, one, one.bool(), self.options.beta)
         self.scale = self._scale()
@@ -221,43 +232,40 @@ class StepScale:
         return moving_average(average, shares, torch.ones_like(average, dtype=torch.bool), self.options.beta)
 
     def _sum_columns(self, sums: Tensor) -> Tensor:
-        """``[6, columns]`` to ``[6, sites]``."""
+        """``[6, columns]`` to ``[6, networks]``."""
         if self.layout.total == len(self.layout.sizes):
             return sums
         return torch.stack([sums[:, columns].sum(dim=1) for columns in self.layout.slices], dim=1)
 
-    def _group(self, sums: Tensor, per_site: Tensor) -> Tensor:
+    def _group(self, sums: Tensor, per_network: Tensor) -> Tensor:
         if self.options.granularity != "activation":
             return sums
-        return per_site @ self._site_in_activation
+        return per_network @ self._network_in_activation
 
     def _scale(self) -> Tensor:
-        shares = self._group_average / self._weight.clamp(min=1e-12)
+        shares = _as_shares(self._group_average)
         per_group = scale_of_shares(shares[: len(REGIMES)], shares[len(REGIMES) :], self.options.eta_min)
         if self.options.granularity == "activation":
-            per_group = per_group[self._activation_of_site]
-        scaled_sites = self._partitioned & is_meaningful(self.site_shares)
-        scaled = self.layout.spread(scaled_sites)
+            per_group = per_group[self._activation_of_network]
+        scaled_networks = self._partitioned & is_meaningful(self.network_shares)
+        scaled = self.layout.spread(scaled_networks)
         if self.options.normalize:
             per_group = self._normalized(per_group, scaled)
         return torch.where(scaled, per_group, torch.ones_like(per_group))
 
     def _normalized(self, scale: Tensor, scaled: Tensor) -> Tensor:
-        """Divides by the mean over the enclosing span, columns of unscaled sites left out."""
-        columns = self.layout.site_of_column
+        """Divides by the mean over the enclosing span, columns of unscaled networks left out."""
+        if self.options.granularity == "channel":
+            means = torch.stack([scale[columns].mean() for columns in self.layout.slices])
+            return scale / self.layout.spread(means).clamp(min=1e-12)
         if self.options.granularity == "activation":
-            span = torch.zeros_like(columns)
-        elif self.options.granularity == "site":
-            span = self._activation_of_site
+            members = torch.ones_like(scale)[:, None]
         else:
-            span = columns
-        count = len(self.layout.sizes)
-        members = one_hot(span, count).to(scale)
-        # A column stands for all channels of its site, unless it is a channel itself.
-        amount = torch.ones_like(scale) if self.options.granularity == "channel" else self._channels
-        amount = amount * scaled
+            members = self._network_in_activation
+        # A column stands for all channels of its network.
+        amount = self._channels * scaled
         mean = ((scale * amount) @ members) / (amount @ members).clamp(min=1e-12)
-        return scale / mean[span].clamp(min=1e-12)
+        return scale / (members @ mean).clamp(min=1e-12)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values that restore this object exactly."""

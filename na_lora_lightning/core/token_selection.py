@@ -64,7 +64,7 @@ class TokenSelection:
         Raises:
             DataError: The padding mask cannot be matched to the shape.
         """
-        self._check(values, name)
+        self._check(tuple(values.shape[:-1]), name)
         flat = values.detach().reshape(-1, values.shape[-1])
         positions, _ = self._choose(flat.shape[0], flat.device)
         return flat if positions is None else flat.index_select(0, positions)
@@ -73,16 +73,31 @@ class TokenSelection:
         """1 for each looked-at token that counts and 0 for the others, ``[looked-at tokens]``, float32."""
         return self._choose(values.numel() // values.shape[-1], values.device)[1]
 
-    def _check(self, values: Tensor, name: str) -> None:
-        if self._mask is None:
-            return
-        leading = tuple(values.shape[:-1])
-        if leading == tuple(self._mask.shape) or leading == (self._mask.numel(),):
+    def chosen(self, tokens: int, device: torch.device, name: str) -> tuple[Tensor, Tensor]:
+        """Positions of the looked-at tokens among ``tokens`` in a row, and their weights.
+
+        Args:
+            tokens: Tokens of the forward pass.
+            device: Where the result is wanted.
+            name: Site, for the message.
+
+        Returns:
+            Positions ``[looked-at tokens]`` int64, and 1 for each that counts and 0 for the others, float32.
+
+        Raises:
+            DataError: The padding mask is for another number of tokens.
+        """
+        self._check((tokens,), name)
+        positions, weights = self._choose(tokens, device)
+        return (torch.arange(tokens, device=device) if positions is None else positions), weights
+
+    def _check(self, leading: tuple[int, ...], name: str) -> None:
+        if self._mask is None or leading == tuple(self._mask.shape) or leading == (self._mask.numel(),):
             return
         raise DataError(
             f"the padding mask of shape {tuple(self._mask.shape)} cannot be matched to the gate {name!r}, "
-            f"whose pre-activation has shape {tuple(values.shape)}, so padding would enter the statistics; train with "
-            "unpadded batches (no attention_mask), or exclude this layer from the LoRA targets."
+            f"which sees tokens of shape {leading}, so padding would enter the statistics; train with unpadded "
+            "batches (no attention_mask), or exclude this layer from the LoRA targets."
         )
 
 

@@ -7,7 +7,8 @@ through the residual stream.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,36 +16,89 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from na_lora_lightning.core.experts import RoutedCall, expert_owners, routed_call, stacked_parameters
 from na_lora_lightning.core.lora_layers import is_linear, is_lora_layer
+from na_lora_lightning.core.pre_activations import GATE_METHOD, wrap_gate_method
 
 
 @dataclass(eq=False)
 class LinearCall:
-    """One call of a linear (or LoRA) layer: its fresh leaf, the graph that led to its input, its output."""
+    """One call of a linear (or LoRA) layer.
+
+    Attributes:
+        name: Its name.
+        module: The layer.
+        source: What it was given.
+        leaf: What it was given instead: a leaf of the same shape.
+        output: What it returned.
+    """
 
     name: str
     module: nn.Module
+    source: Tensor
     leaf: Tensor
-    input_node: Any
     output: Tensor | None = None
 
 
 @dataclass(eq=False)
+class ExpertsCall:
+    """One call of a module that holds stacked experts.
+
+    Attributes:
+        name: Its name.
+        owner: The module that holds the parameters.
+        wrappers: Names and modules of the PEFT wrappers around it, outermost first.
+        routed: The routing that it was given.
+        gate_argument: What its gate method was given, ``[rows, features]``, where it has one that was called.
+    """
+
+    name: str
+    owner: nn.Module
+    wrappers: list[tuple[str, nn.Module]]
+    routed: RoutedCall
+    gate_argument: Tensor | None = None
+
+
+@dataclass(eq=False)
 class ActivationCall:
-    """One call of a childless module that maps a floating tensor to one of the same shape."""
+    """One call of a childless module that maps a floating tensor to one of the same shape.
+
+    Attributes:
+        name: Its name.
+        module: The module.
+        index: Which of the module's calls in the forward pass this is.
+        pre_activation: Its input.
+        output: Its output.
+        experts: The experts that were being called, if any.
+        index_in_experts: Which call of an activation within that call of the experts this is.
+    """
 
     name: str
     module: nn.Module
+    index: int
     pre_activation: Tensor
     output: Tensor
+    experts: ExpertsCall | None = None
+    index_in_experts: int = 0
 
 
 @dataclass
 class Trace:
-    """What happened in the traced forward pass, in order."""
+    """What happened in the traced forward pass, in order.
+
+    Attributes:
+        linear_calls: Calls of linear layers.
+        activation_calls: Calls of what may be activation modules.
+        experts_calls: Calls of stacked experts.
+        arguments: Positional and keyword arguments of the last call of each module that has children.
+        call_counts: Number of calls of each childless module.
+    """
 
     linear_calls: list[LinearCall] = field(default_factory=list)
     activation_calls: list[ActivationCall] = field(default_factory=list)
+    experts_calls: list[ExpertsCall] = field(default_factory=list)
+    arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    call_counts: Counter[nn.Module] = field(default_factory=Counter)
 
     def linear_of_leaf(self) -> dict[int, LinearCall]:
         """Maps ``id`` of a leaf to its linear call."""
@@ -52,14 +106,21 @@ class Trace:
 
 
 def _outer_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Named modules of ``root`` without the inside of LoRA layers."""
+    """Named modules of ``root`` without the inside of LoRA layers; that of LoRA on stacked experts is included."""
     inside: tuple[str, ...] = ()
     for name, module in root.named_modules():
         if inside and name.startswith(inside):
             continue
         if is_lora_layer(module):
-            inside = (*inside, f"{name}.")
+            hidden = ("lora_",) if stacked_parameters(_innermost(module)) else ("lora_", "base_layer")
+            inside = (*inside, *(f"{name}.{prefix}" for prefix in hidden))
         yield name, module
+
+
+def _innermost(layer: nn.Module) -> nn.Module:
+    while isinstance(getattr(layer, "base_layer", None), nn.Module):
+        layer = layer.base_layer  # type: ignore[assignment]
+    return layer
 
 
 @contextmanager
@@ -74,8 +135,81 @@ def evaluation_mode(root: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+class _Recorder:
+    """The hooks that fill a trace."""
+
+    def __init__(self) -> None:
+        self.trace = Trace()
+        self._experts: list[ExpertsCall] = []
+
+    def cut_input(self, name: str) -> Callable[..., Any]:
+        """A pre-hook for a linear layer that starts a new graph at its input."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if not (args and isinstance(args[0], Tensor) and args[0].is_floating_point()):
+                return None
+            leaf = args[0].detach().requires_grad_(True)
+            self.trace.linear_calls.append(LinearCall(name, module, args[0], leaf))
+            return (leaf, *args[1:])
+
+        return hook
+
+    def keep_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """A hook for a linear layer."""
+        for call in reversed(self.trace.linear_calls):
+            if call.module is module:
+                call.output = output if isinstance(output, Tensor) else None
+                return
+
+    def enter_experts(self, name: str, wrappers: list[tuple[str, nn.Module]]) -> Callable[..., Any]:
+        """A pre-hook for a module of stacked experts."""
+
+        def hook(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            call = ExpertsCall(name, owner, wrappers, routed_call(args, kwargs))
+            self.trace.experts_calls.append(call)
+            self._experts.append(call)
+            if args and isinstance(args[0], Tensor):
+                return (args[0].detach().requires_grad_(True), *args[1:]), kwargs
+            return None
+
+        return hook
+
+    def leave_experts(self, owner: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """A hook for a module of stacked experts."""
+        self._experts.pop()
+
+    def keep_gate(self, argument: Tensor, result: Tensor) -> None:
+        """Called when experts apply their gate by a method."""
+        if self._experts:
+            self._experts[-1].gate_argument = argument
+
+    def keep_arguments(self, name: str) -> Callable[..., None]:
+        """A pre-hook for a module with children."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.trace.arguments[name] = (args, kwargs)
+
+        return hook
+
+    def keep_call(self, name: str) -> Callable[..., None]:
+        """A hook for a childless module."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            index = self.trace.call_counts[module]
+            self.trace.call_counts[module] += 1
+            if not (args and isinstance(args[0], Tensor) and isinstance(output, Tensor)):
+                return
+            if not (args[0].is_floating_point() and args[0].shape == output.shape):
+                return
+            experts = self._experts[-1] if self._experts else None
+            before = sum(call.experts is experts for call in self.trace.activation_calls) if experts else 0
+            self.trace.activation_calls.append(ActivationCall(name, module, index, args[0], output, experts, before))
+
+        return hook
+
+
 def trace_forward(root: nn.Module, inputs: Mapping[str, Any]) -> Trace:
-    """Runs one forward pass of ``root`` and records linear layers and childless modules.
+    """Runs one forward pass of ``root`` and records linear layers, stacked experts and childless modules.
 
     Evaluation mode, random state and hooks are restored afterwards; no parameter's ``grad`` is touched.
 
@@ -86,40 +220,27 @@ def trace_forward(root: nn.Module, inputs: Mapping[str, Any]) -> Trace:
     Returns:
         The trace, whose tensors hold the graph until it is dropped.
     """
-    trace = Trace()
-
-    def cut_input(name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            if not (args and isinstance(args[0], Tensor) and args[0].is_floating_point()):
-                return None
-            leaf = args[0].detach().requires_grad_(True)
-            trace.linear_calls.append(LinearCall(name, module, leaf, args[0].grad_fn))
-            return (leaf, *args[1:])
-
-        return hook
-
-    def keep_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        for call in reversed(trace.linear_calls):
-            if call.module is module:
-                call.output = output if isinstance(output, Tensor) else None
-                return
-
-    def keep_call(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if not (args and isinstance(args[0], Tensor) and isinstance(output, Tensor)):
-                return
-            if args[0].is_floating_point() and args[0].shape == output.shape and output.grad_fn is not None:
-                trace.activation_calls.append(ActivationCall(name, module, args[0], output))
-
-        return hook
-
+    recorder = _Recorder()
+    owners = {owner: (name, wrappers) for name, owner, wrappers in expert_owners(root)}
+    wrapping = {wrapper for _, wrappers in owners.values() for _, wrapper in wrappers}
     with ExitStack() as stack:
         for name, module in _outer_modules(root):
-            if is_lora_layer(module) or is_linear(module):
-                stack.callback(module.register_forward_pre_hook(cut_input(name)).remove)
-                stack.callback(module.register_forward_hook(keep_output).remove)
-            elif not any(True for _ in module.children()):
-                stack.callback(module.register_forward_hook(keep_call(name)).remove)
+            if module in owners:
+                enter = recorder.enter_experts(*owners[module])
+                stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(recorder.leave_experts, always_call=True).remove)
+                if hasattr(module, GATE_METHOD):
+                    stack.callback(wrap_gate_method(module, recorder.keep_gate).remove)
+            elif module in wrapping:
+                continue
+            elif is_lora_layer(module) or is_linear(module):
+                stack.callback(module.register_forward_pre_hook(recorder.cut_input(name)).remove)
+                stack.callback(module.register_forward_hook(recorder.keep_output).remove)
+            elif any(True for _ in module.children()):
+                keep = recorder.keep_arguments(name)
+                stack.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
+            else:
+                stack.callback(module.register_forward_hook(recorder.keep_call(name)).remove)
         device = next(root.parameters()).device
         devices = [device] if device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=devices))
@@ -127,49 +248,4 @@ def trace_forward(root: nn.Module, inputs: Mapping[str, Any]) -> Trace:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         root(**inputs)
-    return trace
-
-
-@dataclass
-class Ancestors:
-    """What a walk backwards through an autograd graph meets.
-
-    Attributes:
-        leaves: Leaf tensors.
-        passed: Names of the node types passed.
-        stops: Nodes at which the walk stopped.
-    """
-
-    leaves: list[Tensor] = field(default_factory=list)
-    passed: set[str] = field(default_factory=set)
-    stops: list[Any] = field(default_factory=list)
-
-
-def ancestors(node: Any, stop_at: Container[Any] = ()) -> Ancestors:
-    """Walks an autograd graph backwards.
-
-    Args:
-        node: Graph node to start from (``tensor.grad_fn``), or None.
-        stop_at: Nodes that are noted and not passed.
-
-    Returns:
-        What was met.
-    """
-    met = Ancestors()
-    seen: set[Any] = set()
-    pending = [node] if node is not None else []
-    while pending:
-        current = pending.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        if current in stop_at:
-            met.stops.append(current)
-            continue
-        variable = getattr(current, "variable", None)
-        if variable is not None:
-            met.leaves.append(variable)
-            continue
-        met.passed.add(type(current).__name__)
-        pending.extend(parent for parent, _ in current.next_functions if parent is not None)
-    return met
+    return recorder.trace

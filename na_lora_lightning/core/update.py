@@ -25,18 +25,23 @@ def blend_rows(before: Tensor, after: Tensor, weight: Tensor) -> Tensor:
     Args:
         before: Rows before the optimizer's step, ``[rows, ...]``.
         after: Rows after it, the same shape and dtype.
-        weight: ``[rows]`` float32, non-negative; may exceed 1.
+        weight: ``[rows]``, or ``[rows, 1, experts]`` for rows of stacked experts; float32, non-negative; may exceed 1.
 
     Returns:
         The blended rows in their dtype; bitwise ``before`` where the weight is 0 and ``after`` where it is 1, also
         for values that are not finite.
     """
-    weight = weight.view(-1, *(1,) * (before.ndim - 1))
+    weight = weight.reshape(*weight.shape, *(1,) * (before.ndim - weight.ndim))
     if before.dtype in (torch.float32, torch.float64):
         moved = torch.lerp(before, after, weight.to(before.dtype))
     else:
         moved = torch.lerp(before.float(), after.float(), weight).to(before.dtype)
     return torch.where(weight == 1.0, after, torch.where(weight == 0.0, before, moved))
+
+
+def by_network(parameter: Tensor, networks: int) -> Tensor:
+    """A view of LoRA rows with the experts apart: ``[out, r·E]`` to ``[out, r, E]``; unchanged for one network."""
+    return parameter if networks == 1 else parameter.view(parameter.shape[0], -1, networks)
 
 
 class RowUpdate:
@@ -48,19 +53,19 @@ class RowUpdate:
     """
 
     def __init__(self, sites: Sequence[GateSite], layout: Layout) -> None:
-        self._targets: list[tuple[Tensor, Tensor, slice | Tensor, slice]] = []
-        for site, channels in zip(sites, layout.slices, strict=True):
+        self._targets: list[tuple[Tensor, Tensor, slice | Tensor, slice, int]] = []
+        for site, channels in zip(sites, layout.site_slices, strict=True):
             rows = site.row_slice
-            index = rows if rows is not None else site.rows.to(layout.site_of_column.device)
+            index = rows if rows is not None else site.rows.to(layout.network_of_column.device)
             for entry in site.parameters():
-                before = torch.empty_like(entry.parameter[index])
-                self._targets.append((entry.parameter, before, index, channels))
+                before = torch.empty_like(by_network(entry.parameter.detach(), site.networks)[index])
+                self._targets.append((entry.parameter, before, index, channels, site.networks))
 
     @torch.no_grad()
     def remember(self) -> None:
         """Copies the rows; called before the optimizer's step."""
-        for parameter, before, index, _ in self._targets:
-            before.copy_(parameter[index])
+        for parameter, before, index, _, networks in self._targets:
+            before.copy_(by_network(parameter, networks)[index])
 
     @torch.no_grad()
     def correct(self, weights: Tensor) -> None:
@@ -69,8 +74,12 @@ class RowUpdate:
         Args:
             weights: m·η per channel of all sites, ``[channels]`` float32.
         """
-        for parameter, before, index, channels in self._targets:
-            parameter[index] = blend_rows(before, parameter[index], weights[channels].to(parameter.device))
+        for parameter, before, index, channels, networks in self._targets:
+            rows = by_network(parameter, networks)
+            weight = weights[channels].to(parameter.device)
+            if networks > 1:
+                weight = weight.view(networks, -1).T[:, None]
+            rows[index] = blend_rows(before, rows[index], weight)
 
 
 class GradientMask:
@@ -89,7 +98,7 @@ class GradientMask:
 
     def __init__(self, sites: Sequence[GateSite], layout: Layout) -> None:
         self.weights: Tensor | None = None
-        self._sites = list(zip(sites, layout.slices, strict=True))
+        self._sites = list(zip(sites, layout.site_slices, strict=True))
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def attach(self) -> None:

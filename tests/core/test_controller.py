@@ -238,7 +238,7 @@ def test_misalignment_splits_the_change_exactly(make_peft_model: Callable[..., P
     def keep(name: str) -> Callable[..., None]:
         return lambda module, args, *output: kept.setdefault(name, []).append(args[0].detach()[real].double())
 
-    handles = [s.activation_module.register_forward_pre_hook(keep(f"{s.name}/z")) for s in gates]
+    handles = [s.source.module.register_forward_pre_hook(keep(f"{s.name}/z")) for s in gates]
     handles += [s.output_layer.register_forward_pre_hook(keep(f"{s.name}/h")) for s in gates]  # type: ignore[union-attr]
     handles += [s.lora_layer.register_forward_pre_hook(keep(f"{s.name}/x")) for s in gates]
     model(**batch).loss.backward()
@@ -336,7 +336,7 @@ def test_silent_sites_are_an_error_that_names_them(make_peft_model: Callable[...
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         controller.attach([optimizer])
         # As a fused kernel would: the activation module is no longer called.
-        bypassed = gates.sites[0].activation_module
+        bypassed = gates.sites[0].source.module
         controller.observer._handles[2].remove()
         model(**random_batch(0)).loss.backward()
         if allow:

@@ -14,13 +14,13 @@ from conftest import (
     random_batch,
     tiny_gpt2,
     tiny_llama,
+    tiny_mixtral,
     with_lora,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM
 
 from na_lora_lightning.core.discovery import default_inputs, discover_gates, root_of
 from na_lora_lightning.core.row_probe import probe_rows, storage_rows
@@ -45,16 +45,16 @@ def test_a_perturbed_row_changes_exactly_its_channel(
     gates = discover_gates(model).require()
     assert len(gates) == 2
     for site in gates:
-        before = pre_activation(model, site.activation_module)
+        before = pre_activation(model, site.source.module)
         (rows,) = site.parameters()
         for channel in (0, 1, site.channels // 2, site.channels - 1):
             with torch.no_grad():
                 rows.parameter[site.rows[channel]] += 1.0
-            change = (pre_activation(model, site.activation_module) - before).abs().amax(dim=(0, 1))
+            change = (pre_activation(model, site.source.module) - before).abs().amax(dim=(0, 1))
             assert torch.nonzero(change).flatten().tolist() == [channel]
             with torch.no_grad():
                 rows.parameter[site.rows[channel]] -= 1.0
-            before = pre_activation(model, site.activation_module)
+            before = pre_activation(model, site.source.module)
 
 
 def test_llama_sites_are_gated_and_gpt2_sites_plain() -> None:
@@ -190,23 +190,39 @@ def test_one_activation_shared_by_two_layers_is_a_site_for_each() -> None:
     assert gates.labels == ["layer_00", "layer_01"]
 
 
-def test_stacked_experts_are_refused_and_never_left_to_train_silently() -> None:
-    config = MixtralConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=4,
-    )
-    lora = LoraConfig(r=4, target_modules=[], target_parameters=["mlp.experts.gate_up_proj"])
-    model = get_peft_model(MixtralForCausalLM(config), lora)
-    gates = discover_gates(model)
-    assert len(gates) == 0
-    for allow in (False, True):
-        with pytest.raises(DiscoveryError, match=r"cannot be masked .*experts.*take these layers out of the LoRA"):
-            gates.require(allow_unmasked_gates=allow)
+def test_stacked_experts_without_lora_are_named_with_their_parameters() -> None:
+    gates = discover_gates(with_lora(tiny_mixtral(), ["q_proj"]))
+    with pytest.raises(DiscoveryError, match=r"2 gates has LoRA .*add 'gate_up_proj' to the LoRA target parameters"):
+        gates.require()
+
+
+class ForEachExpert(nn.Module):
+    """A mixture of experts as a list, which calls only the experts that some token is routed to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([PlainBlock() for _ in range(3)])
+
+    def forward(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        return self.experts[expert](x)
+
+
+class PlainBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up_proj, self.act, self.down_proj = nn.Linear(8, 12), nn.SiLU(), nn.Linear(12, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act(self.up_proj(x)))
+
+
+def test_an_expert_that_the_probe_did_not_reach_is_named() -> None:
+    model = get_peft_model(ForEachExpert(), LoraConfig(r=2, target_modules=["up_proj"]))
+    gates = discover_gates(model, {"x": torch.randn(1, 3, 8), "expert": 1})
+    assert [site.name for site in gates] == ["experts.1.act"]
+    with pytest.raises(DiscoveryError, match=r"experts\.0\.act, experts\.2\.act.*pass example_inputs that reach every"):
+        gates.require()
+    assert len(gates.require(allow_unmasked_gates=True)) == 1
 
 
 def test_discovery_runs_beside_gradient_checkpointing() -> None:

@@ -57,10 +57,7 @@ def test_every_row_makes_exactly_its_channel(
 
     def pre_activations() -> list[torch.Tensor]:
         seen: list[torch.Tensor] = []
-        hooks = [
-            site.activation_module.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
-            for site in gates
-        ]
+        hooks = [site.source.watch(lambda z: seen.append(z.clone())) for site in gates]
         with torch.no_grad():
             model(**batch)
         for hook in hooks:

@@ -110,7 +110,7 @@ def statistics(*rows: list[float], tokens: float = 1.0) -> StepStatistics:
 
 
 def test_scope_site_ranks_each_site_and_global_ranks_all() -> None:
-    layout = Layout([2, 2], CPU)
+    layout = Layout([(1, 2), (1, 2)], CPU)
     for scope, expected in (("site", [1, 0, 0, 1]), ("global", [0, 0, 1, 1])):
         options = ImportanceOptions(scope=scope, warmup_steps=0)  # type: ignore[arg-type]
         importance = TemporalImportance(options, layout)
@@ -120,7 +120,7 @@ def test_scope_site_ranks_each_site_and_global_ranks_all() -> None:
 
 
 def test_a_site_without_tokens_keeps_its_state() -> None:
-    importance = TemporalImportance(ImportanceOptions(warmup_steps=0), Layout([2, 2], CPU))
+    importance = TemporalImportance(ImportanceOptions(warmup_steps=0), Layout([(1, 2), (1, 2)], CPU))
     importance.update(StepStatistics(torch.tensor([[0.2, 0.1, 0.0, 0.0]]), torch.tensor([1.0, 0.0])))
     assert importance.importance.tolist() == pytest.approx([0.2, 0.1, 0.0, 0.0])
     assert importance.weights.tolist() == [1, 0, 1, 1]
@@ -128,7 +128,7 @@ def test_a_site_without_tokens_keeps_its_state() -> None:
 
 def test_change_criterion_averages_differences() -> None:
     options = ImportanceOptions(criterion="output_derivative_change", beta=0.5, warmup_steps=9)
-    importance = TemporalImportance(options, Layout([1, 1], CPU))
+    importance = TemporalImportance(options, Layout([(1, 1), (1, 1)], CPU))
     for value in (1.0, 3.0, 2.0):
         importance.update(statistics([value, value]))
     assert importance.importance[0].item() == pytest.approx(reference.corrected_average([2.0, 1.0], 0.5))
@@ -136,7 +136,7 @@ def test_change_criterion_averages_differences() -> None:
 
 def test_state_restores_exactly_and_another_layout_is_refused() -> None:
     options = ImportanceOptions(warmup_steps=0, refresh_every=2, control="random")
-    first, second = (TemporalImportance(options, Layout([3, 2], CPU)) for _ in range(2))
+    first, second = (TemporalImportance(options, Layout([(1, 3), (1, 2)], CPU)) for _ in range(2))
     steps = [statistics(torch.rand(5).tolist()) for _ in range(6)]
     for step in steps[:3]:
         first.update(step)
@@ -147,7 +147,7 @@ def test_state_restores_exactly_and_another_layout_is_refused() -> None:
     assert torch.equal(first.weights, second.weights)
     assert torch.equal(first.importance, second.importance)
     with pytest.raises(ConfigurationError, match="holds the importance of 5 gate channels and the model has 6"):
-        TemporalImportance(options, Layout([3, 3], CPU)).load_state_dict(first.state_dict())
+        TemporalImportance(options, Layout([(1, 3), (1, 3)], CPU)).load_state_dict(first.state_dict())
 
 
 def test_a_criterion_that_cannot_rank_is_refused() -> None:

@@ -248,13 +248,13 @@ def test_weights_and_updates_equal_the_reference(
         found = controller.weights.split(list(widths))
         for site in range(2):
             assert found[site].tolist() == pytest.approx(expected[site], abs=1e-6, rel=1e-6)
-            columns = controller.layout.slices[site]
+            columns = controller.layout.site_slices[site]
             if oracle.history[site]:
                 average = oracle.average(oracle.history[site], importance.beta)
                 found_average = controller.importance.importance[columns].tolist()  # type: ignore[union-attr]
                 assert found_average == pytest.approx(average, abs=1e-6, rel=1e-6)
             shares = oracle.average(oracle.site_history[site], scale.beta)
-            found_shares = controller.step_scale.site_shares[:, site].tolist()  # type: ignore[union-attr]
+            found_shares = controller.step_scale.network_shares[:, site].tolist()  # type: ignore[union-attr]
             assert found_shares == pytest.approx(shares, abs=1e-6)
         for name, parameter in model.named_parameters():
             gate = next((i for i in range(2) if f"gate_{i}.lora_B" in name), None)

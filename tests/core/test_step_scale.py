@@ -89,7 +89,7 @@ def statistics(*columns: list[float]) -> StepStatistics:
 
 
 def test_a_site_without_a_meaningful_partition_has_a_scale_of_exactly_one() -> None:
-    scale = StepScale(StepScaleOptions(granularity="site"), sites(), Layout([1, 1], CPU))
+    scale = StepScale(StepScaleOptions(granularity="site"), sites(), Layout([(1, 1), (1, 1)], CPU))
     scale.update(statistics([0.0, 0.5, 0.5, 0.0, 0.4, 0.0], [0.0, 0.01, 0.99, 0.0, 0.4, 0.0]))
     mean_gap = 0.4 / 0.5
     assert scale.scale.tolist() == pytest.approx([0.5 / (1 + mean_gap) + 0.5, 1.0], abs=1e-6)
@@ -98,13 +98,13 @@ def test_a_site_without_a_meaningful_partition_has_a_scale_of_exactly_one() -> N
 
 def test_normalised_scales_have_mean_one_over_what_they_span() -> None:
     found = sites()
-    by_site = StepScale(StepScaleOptions(granularity="site", normalize=True), found, Layout([1, 1], CPU))
+    by_site = StepScale(StepScaleOptions(granularity="site", normalize=True), found, Layout([(1, 1), (1, 1)], CPU))
     by_site.update(statistics([0.0, 0.5, 0.5, 0.0, 0.4, 0.0], [0.2, 0.3, 0.5, 0.9, 0.1, 0.0]))
     assert by_site.scale.mean().item() == pytest.approx(1.0, abs=1e-6)
     assert by_site.scale[0] > by_site.scale[1]
-    channels = [site.channels for site in found]
+    channels = [(1, site.channels) for site in found]
     by_channel = StepScale(StepScaleOptions(granularity="channel", normalize=True), found, Layout(channels, CPU))
-    mass = torch.rand(6, sum(channels)) + 0.2
+    mass = torch.rand(6, sum(site.channels for site in found)) + 0.2
     by_channel.update(StepStatistics(mass, torch.ones(2)))
     for columns in by_channel.layout.slices:
         assert by_channel.scale[columns].mean().item() == pytest.approx(1.0, abs=1e-5)
@@ -114,7 +114,7 @@ def test_normalised_scales_have_mean_one_over_what_they_span() -> None:
 def test_activations_get_one_scale_each() -> None:
     found = sites()
     found[1].activation = GELU
-    scale = StepScale(StepScaleOptions(), found, Layout([1, 1], CPU))
+    scale = StepScale(StepScaleOptions(), found, Layout([(1, 1), (1, 1)], CPU))
     scale.update(statistics([0.1, 0.4, 0.5, 0.5, 0.1, 0.0], [0.3, 0.3, 0.4, 0.9, 0.1, 0.0]))
     assert scale.activations == ["gelu", SILU.name]
     expected = [
@@ -137,7 +137,9 @@ def test_normalising_the_only_activation_is_refused() -> None:
 
 def test_state_restores_exactly_and_another_granularity_is_refused() -> None:
     found = sites()
-    first, second = (StepScale(StepScaleOptions(granularity="site"), found, Layout([1, 1], CPU)) for _ in range(2))
+    first, second = (
+        StepScale(StepScaleOptions(granularity="site"), found, Layout([(1, 1), (1, 1)], CPU)) for _ in range(2)
+    )
     steps = [StepStatistics(torch.rand(6, 2), torch.ones(2)) for _ in range(5)]
     for step in steps[:2]:
         first.update(step)
@@ -146,6 +148,6 @@ def test_state_restores_exactly_and_another_granularity_is_refused() -> None:
         first.update(step)
         second.update(step)
     assert torch.equal(first.scale, second.scale)
-    by_channel = StepScale(StepScaleOptions(granularity="channel"), found, Layout([24, 24], CPU))
+    by_channel = StepScale(StepScaleOptions(granularity="channel"), found, Layout([(1, 24), (1, 24)], CPU))
     with pytest.raises(ConfigurationError, match="holds 2 step scales and this run has 48"):
         by_channel.load_state_dict(first.state_dict())

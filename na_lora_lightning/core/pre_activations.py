@@ -1,0 +1,156 @@
+"""Where the pre-activation of a gate is read during training.
+
+Most models compute an activation in a module, whose input is the pre-activation. Where a model calls a function
+instead, the pre-activation is made again from the output of the layer before it, or, inside stacked experts, from
+the argument of the method that applies the gate.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Watcher = Callable[[Tensor], None]
+
+GATE_METHOD = "_apply_gate"
+
+
+class Handle(ABC):
+    """Something that can be taken off a model again."""
+
+    @abstractmethod
+    def remove(self) -> None:
+        """Takes it off."""
+
+
+@dataclass(frozen=True)
+class PreActivationSource(ABC):
+    """A place in a model that sees a pre-activation.
+
+    Attributes:
+        module: The module that is watched.
+    """
+
+    module: nn.Module
+
+    @abstractmethod
+    def watch(self, watcher: Watcher) -> Handle | torch.utils.hooks.RemovableHandle:
+        """Calls ``watcher(z)``, z ``[..., channels]``, in every forward pass, before the activation's output is used.
+
+        Returns:
+            A handle whose ``remove()`` ends it.
+        """
+
+
+@dataclass(frozen=True)
+class ActivationInput(PreActivationSource):
+    """The first positional input of an activation module."""
+
+    def watch(self, watcher: Watcher) -> torch.utils.hooks.RemovableHandle:
+        """See :meth:`PreActivationSource.watch`."""
+        return self.module.register_forward_pre_hook(lambda module, args: watcher(args[0]))
+
+
+@dataclass(frozen=True)
+class ChannelSlice:
+    """How a pre-activation is made from what a layer puts out: z = clamp(output[..., features]).
+
+    Attributes:
+        features: Output feature of each channel, ``[channels]``, int64 on the CPU.
+        lowest: Lower end of the clamp, or None.
+        highest: Upper end of the clamp, or None.
+    """
+
+    features: Tensor
+    lowest: float | None = None
+    highest: float | None = None
+
+    def __call__(self, output: Tensor) -> Tensor:
+        """z, ``[..., channels]``, from ``[..., features]``."""
+        z = take_features(output, self.features)
+        return z if self.lowest is None and self.highest is None else z.clamp(self.lowest, self.highest)
+
+
+@dataclass(frozen=True)
+class LayerOutput(PreActivationSource):
+    """The output of the layer before a functional activation.
+
+    Attributes:
+        channels: What of it is the pre-activation.
+    """
+
+    channels: ChannelSlice
+
+    def watch(self, watcher: Watcher) -> torch.utils.hooks.RemovableHandle:
+        """See :meth:`PreActivationSource.watch`."""
+        return self.module.register_forward_hook(lambda module, args, output: watcher(self.channels(output.detach())))
+
+
+@dataclass(frozen=True)
+class GateMethod(PreActivationSource):
+    """The argument of the method with which an experts module of transformers applies its gate.
+
+    Attributes:
+        channels: What of it is the pre-activation.
+    """
+
+    channels: ChannelSlice
+
+    def watch(self, watcher: Watcher) -> Handle:
+        """See :meth:`PreActivationSource.watch`."""
+        return wrap_gate_method(self.module, lambda gate_up, output: watcher(self.channels(gate_up.detach())))
+
+
+class _WrappedGateMethod(Handle):
+    def __init__(self, module: nn.Module, previous: Any) -> None:
+        self._module = module
+        self._previous = previous
+
+    def remove(self) -> None:
+        if self._previous is None:
+            self._module.__dict__.pop(GATE_METHOD, None)
+        else:
+            self._module.__dict__[GATE_METHOD] = self._previous
+
+
+def wrap_gate_method(module: nn.Module, seen: Callable[[Tensor, Tensor], None]) -> Handle:
+    """Calls ``seen(argument, result)`` whenever ``module`` applies its gate.
+
+    Args:
+        module: An experts module with a method ``_apply_gate(gate_up)``.
+        seen: Called after the method.
+
+    Returns:
+        A handle whose ``remove()`` restores the method.
+    """
+    previous = module.__dict__.get(GATE_METHOD)
+    apply_gate: Callable[[Tensor], Tensor] = getattr(module, GATE_METHOD)
+
+    def watched(gate_up: Tensor) -> Tensor:
+        result = apply_gate(gate_up)
+        seen(gate_up, result)
+        return result
+
+    # In the instance's dictionary it hides the method of the class.
+    module.__dict__[GATE_METHOD] = watched
+    return _WrappedGateMethod(module, previous)
+
+
+def as_slice(index: Tensor) -> slice | None:
+    """The index ``[n]`` as a slice where it is evenly spaced and ascending, else None."""
+    first, last = int(index[0]), int(index[-1])
+    step = 1 if index.numel() == 1 else (last - first) // (index.numel() - 1)
+    if step < 1 or not torch.equal(index, torch.arange(first, last + 1, step)):
+        return None
+    return slice(first, last + 1, step)
+
+
+def take_features(values: Tensor, features: Tensor) -> Tensor:
+    """``values[..., features]``, as a view where the features are evenly spaced."""
+    evenly = as_slice(features)
+    return values[..., evenly] if evenly is not None else values[..., features.to(values.device)]

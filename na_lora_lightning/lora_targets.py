@@ -1,0 +1,192 @@
+"""Turns what a user wants adapted into targets for which PEFT adapts exactly that.
+
+For models whose experts transformers keeps in stacked parameters, PEFT replaces the names of layers (``gate_proj``,
+``all-linear``) by the names of those parameters, and the dense layers of the same names get no LoRA. The targets
+made here say it parameter by parameter instead, in a form that survives that replacement, also when plain ``peft``
+loads the adapter.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from na_lora_lightning.core.experts import expert_owners, stacked_parameters
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import PreTrainedModel
+
+ALL_EXPERTS = "all-experts"
+
+
+@dataclass(frozen=True)
+class LoRATargets:
+    """Targets for ``peft.LoraConfig``.
+
+    Attributes:
+        target_modules: Names of layers, or a regular expression, or ``"all-linear"``.
+        target_parameters: Names of parameters.
+        exclude_modules: Names of layers to leave out, or a regular expression.
+    """
+
+    target_modules: list[str] | str | None
+    target_parameters: list[str] | None
+    exclude_modules: list[str] | str | None = None
+
+
+def lora_targets(
+    model: PreTrainedModel,
+    target_modules: list[str] | str | None = "all-linear",
+    target_parameters: list[str] | str | None = None,
+    exclude_modules: list[str] | str | None = None,
+) -> LoRATargets:
+    """Makes targets under which every layer that is meant gets LoRA.
+
+    Args:
+        model: The base model, before PEFT wraps it. Experts that it stores as ``[experts, in, out]`` without saying
+            so are marked, so that PEFT reads them the right way round.
+        target_modules: As ``peft.LoraConfig`` takes them.
+        target_parameters: As ``peft.LoraConfig`` takes them, or ``"all-experts"`` for all stacked experts.
+        exclude_modules: As ``peft.LoraConfig`` takes them.
+
+    Returns:
+        Targets to be put into a ``peft.LoraConfig``.
+
+    Raises:
+        ValueError: PEFT cannot replace the names of layers, because they name one half of a fused parameter.
+    """
+    from peft import LoraConfig
+
+    mark_transposed_experts(model)
+    parameters = expert_parameters(model) if target_parameters == ALL_EXPERTS else list(target_parameters or ())
+    if target_modules == "all-linear":
+        exclude_modules = _without_incompatible(model, exclude_modules)
+    config = LoraConfig(
+        target_modules=copy.copy(target_modules), target_parameters=parameters, exclude_modules=exclude_modules
+    )
+    converted = _converted(model, config)
+    if converted is None:
+        return LoRATargets(target_modules, parameters or None, exclude_modules)
+    lost = sorted(_matched_layers(model, config) - _matched_layers(model, converted))
+    # The names that PEFT makes of layers are short enough to hit unrelated parameters of the same name.
+    dense = _short_names([f"{name}.weight" for name in lost], [name for name, _ in model.named_parameters()])
+    replaced = set(converted.target_parameters)
+    if target_modules == "all-linear":
+        # Routers are no linear layers in any other model either.
+        replaced = {name for name in replaced if not name.endswith("gate.weight")}
+    names = {*replaced, *dense}
+    needed = {name for name in names if not any(name.endswith(f".{other}") for other in names)}
+    return LoRATargets(sorted(converted.target_modules), sorted(needed), exclude_modules)
+
+
+def expert_parameters(model: nn.Module) -> list[str]:
+    """Short names of all parameters that hold stacked experts, as PEFT's ``target_parameters`` takes them."""
+    names = [f"{owner}.{name}" for owner, module, _ in expert_owners(model) for name in stacked_parameters(module)]
+    return _short_names(names, [name for name, _ in model.named_parameters()])
+
+
+def mark_transposed_experts(model: PreTrainedModel) -> None:
+    """Tells PEFT which stacked experts are stored as ``[experts, in, out]``, where the model does not.
+
+    PEFT reads the attribute ``is_transposed`` and takes ``[experts, out, in]`` where there is none, as in Llama 4.
+
+    Args:
+        model: The base model.
+    """
+    config = model.config.get_text_config()
+    hidden_size = getattr(config, "hidden_size", None)
+    for _, owner, _ in expert_owners(model):
+        if hasattr(owner, "is_transposed"):
+            continue
+        first, *_ = stacked_parameters(owner).values()
+        last = list(stacked_parameters(owner).values())[-1]
+        # The first parameter takes hidden states and the last makes them; one of the two tells in from out.
+        into, out_of = first.shape[1:], last.shape[1:]
+        if into[0] == hidden_size != into[1] or out_of[1] == hidden_size != out_of[0]:
+            owner.is_transposed = True  # type: ignore[assignment]
+
+
+def _without_incompatible(model: PreTrainedModel, exclude: list[str] | str | None) -> list[str] | str | None:
+    """Also leaves out what ``all-linear`` names and PEFT cannot adapt.
+
+    These are layers that it refuses in models with Mamba blocks, and a model's own kinds of linear layer that do
+    something else, such as Llama 4's router.
+    """
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+
+    refused = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            if not _is_linear_map(module):
+                refused.add(name)
+            try:
+                _check_lora_target_modules_mamba(LoraConfig(), model, name.rpartition(".")[2])
+            except ValueError:
+                refused.add(name.rpartition(".")[2])
+    if not refused:
+        return exclude
+    if isinstance(exclude, str):
+        return f"(?:{exclude})|(?:.*\\.)?(?:{'|'.join(map(re.escape, sorted(refused)))})"
+    return [*(exclude or ()), *sorted(refused)]
+
+
+def _is_linear_map(module: nn.Linear) -> bool:
+    """Whether a layer's output has one value per output feature, as LoRA's has that is added to it."""
+    if type(module).forward is nn.Linear.forward or not type(module).__module__.startswith("transformers.models."):
+        return True
+    inputs = torch.zeros(1, 2, module.in_features, device=module.weight.device, dtype=module.weight.dtype)
+    try:
+        with torch.no_grad():
+            output = module(inputs)
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return False
+    return isinstance(output, torch.Tensor) and output.shape == (1, 2, module.out_features)
+
+
+def _converted(model: PreTrainedModel, config: LoraConfig) -> Any | None:
+    """The config that PEFT would make of this one; None where it would leave it alone."""
+    from peft.utils.transformers_weight_conversion import (
+        convert_peft_config_for_transformers,
+        get_model_conversion_mapping,
+    )
+
+    converted: Any = copy.deepcopy(config)
+    convert_peft_config_for_transformers(converted, model=model, conversions=get_model_conversion_mapping(model))
+    added = set(converted.target_parameters or ()) - set(config.target_parameters or ())
+    return converted if added else None
+
+
+def _matched_layers(model: PreTrainedModel, config: Any) -> set[str]:
+    """Names of the linear layers that a config targets."""
+    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+    from transformers.pytorch_utils import Conv1D
+
+    resolved: Any = _maybe_include_all_linear_layers(copy.deepcopy(config), model)
+    if not resolved.target_modules:
+        return set()
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and check_target_module_exists(resolved, name) is True
+    }
+
+
+def _short_names(names: Collection[str], all_names: Iterable[str]) -> list[str]:
+    """Endings of names that together match these names and no others."""
+    wanted, others = set(names), set(all_names) - set(names)
+    short: set[str] = set()
+    for name in wanted:
+        parts = name.split(".")
+        endings = [".".join(parts[-length:]) for length in range(2, len(parts) + 1)]
+        short.add(
+            next((e for e in endings if not any(other == e or other.endswith(f".{e}") for other in others)), name)
+        )
+    return sorted(short)
