@@ -30,7 +30,8 @@ class LoRAArguments:
             linear layer except the output head.
         exclude_modules: Names of layers, or a regular expression that matches them, to leave out again.
         layers_to_transform: Indices of the only blocks to adapt; None stands for all.
-        target_parameters: Names of parameters that are no layer's weight, such as stacked experts.
+        target_parameters: Names of parameters that are no layer's weight, or ``"all-experts"`` for all experts that the
+            model keeps stacked in parameters. They take neither dropout nor DoRA.
         modules_to_save: Names of modules to train in full and save with the adapter.
         rank_pattern: Rank by layer name or regular expression, where it is not ``r``.
         alpha_pattern: ``alpha`` by layer name or regular expression, where it is not ``alpha``.
@@ -50,7 +51,7 @@ class LoRAArguments:
     target_modules: list[str] | str = "all-linear"
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | None = None
-    target_parameters: list[str] | None = None
+    target_parameters: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)

@@ -46,6 +46,7 @@ def lora_targets(
     target_modules: list[str] | str | None = "all-linear",
     target_parameters: list[str] | str | None = None,
     exclude_modules: list[str] | str | None = None,
+    layers_to_transform: list[int] | None = None,
 ) -> LoRATargets:
     """Makes targets under which every layer that is meant gets LoRA.
 
@@ -55,6 +56,7 @@ def lora_targets(
         target_modules: As ``peft.LoraConfig`` takes them.
         target_parameters: As ``peft.LoraConfig`` takes them, or ``"all-experts"`` for all stacked experts.
         exclude_modules: As ``peft.LoraConfig`` takes them.
+        layers_to_transform: As ``peft.LoraConfig`` takes them; it does not apply to parameters.
 
     Returns:
         Targets to be put into a ``peft.LoraConfig``.
@@ -69,7 +71,10 @@ def lora_targets(
     if target_modules == "all-linear":
         exclude_modules = _without_incompatible(model, exclude_modules)
     config = LoraConfig(
-        target_modules=copy.copy(target_modules), target_parameters=parameters, exclude_modules=exclude_modules
+        target_modules=copy.copy(target_modules),
+        target_parameters=parameters,
+        exclude_modules=exclude_modules,
+        layers_to_transform=layers_to_transform if target_modules != "all-linear" else None,
     )
     converted = _converted(model, config)
     if converted is None:

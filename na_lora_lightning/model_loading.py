@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from na_lora_lightning.arguments import LoRAArguments
 from na_lora_lightning.errors import ConfigurationError
+from na_lora_lightning.lora_targets import ALL_EXPERTS, LoRATargets, lora_targets, mark_transposed_experts
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -23,10 +23,6 @@ if TYPE_CHECKING:
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 _HUB_TIMEOUT_SECONDS = 10.0
-
-
-class ReplacedTargetsWarning(UserWarning):
-    """PEFT adapts other parameters than the layers that were named."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +169,7 @@ def load_base_model(source: BaseModelSource, device: torch.device) -> PreTrained
     model: PreTrainedModel
     model, loading = loaded
     _require_all_weights(source, loading)
+    mark_transposed_experts(model)
     return model
 
 
@@ -206,6 +203,7 @@ def add_lora(model: PreTrainedModel, lora: LoRAArguments, source: BaseModelSourc
     """
     from peft import LoraConfig, get_peft_model
 
+    targets = _targets(model, lora, source)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=source.resolved_name_or_path,
@@ -214,10 +212,10 @@ def add_lora(model: PreTrainedModel, lora: LoRAArguments, source: BaseModelSourc
         # PEFT only divides it, so a fraction is as good, but its files have a whole number where it is one.
         lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
-        target_modules=lora.target_modules or None,
-        exclude_modules=lora.exclude_modules,
+        target_modules=targets.target_modules or None,
+        exclude_modules=targets.exclude_modules,
         layers_to_transform=lora.layers_to_transform,
-        target_parameters=lora.target_parameters,
+        target_parameters=targets.target_parameters,
         modules_to_save=lora.modules_to_save,
         rank_pattern=dict(lora.rank_pattern),
         alpha_pattern=dict(lora.alpha_pattern),
@@ -238,8 +236,43 @@ def add_lora(model: PreTrainedModel, lora: LoRAArguments, source: BaseModelSourc
     # PEFT takes these from the model, which knows neither the absolute folder nor a revision.
     peft_model.peft_config["default"].base_model_name_or_path = source.resolved_name_or_path
     _require_usable_initialisation(lora, peft_model, source)
-    _warn_of_replaced_targets(lora, peft_model.peft_config["default"])
     return peft_model.train()
+
+
+def _targets(model: PreTrainedModel, lora: LoRAArguments, source: BaseModelSource) -> LoRATargets:
+    """Targets that name what PEFT will adapt; checks what goes with parameters among them."""
+    if isinstance(lora.target_parameters, str) and lora.target_parameters != ALL_EXPERTS:
+        raise ConfigurationError(
+            f"lora.target_parameters={lora.target_parameters!r} is neither a list of names nor {ALL_EXPERTS!r}; give "
+            "one of the two."
+        )
+    try:
+        targets = lora_targets(
+            model, lora.target_modules or None, lora.target_parameters, lora.exclude_modules, lora.layers_to_transform
+        )
+    except ValueError as error:
+        raise ConfigurationError(f"LoRA cannot be added to {source.name_or_path!r}: {one_line(error)}.") from error
+    if lora.target_parameters == ALL_EXPERTS and not targets.target_parameters:
+        raise ConfigurationError(
+            f"lora.target_parameters is {ALL_EXPERTS!r}, and {source.name_or_path!r} has no stacked experts; leave it "
+            "out."
+        )
+    if not targets.target_parameters:
+        return targets
+    unsuitable = {
+        "dropout": lora.dropout > 0,
+        "use_dora": lora.use_dora,
+        "layers_to_transform": lora.layers_to_transform is not None,
+        "init_lora_weights": isinstance(lora.init_lora_weights, str) and lora.init_lora_weights != "gaussian",
+    }
+    wrong = next((name for name, is_wrong in unsuitable.items() if is_wrong), None)
+    if wrong is not None:
+        some = ", ".join(targets.target_parameters[:3])
+        raise ConfigurationError(
+            f"lora.{wrong}={getattr(lora, wrong)!r} does not work for LoRA on parameters, and {source.name_or_path!r} "
+            f"keeps what is to be adapted in such ({some}); leave lora.{wrong} out, or name other lora.target_modules."
+        )
+    return targets
 
 
 def _require_usable_initialisation(lora: LoRAArguments, model: PeftModel, source: BaseModelSource) -> None:
@@ -248,17 +281,6 @@ def _require_usable_initialisation(lora: LoRAArguments, model: PeftModel, source
         raise ConfigurationError(
             f"lora.init_lora_weights='olora' does not work for the Conv1D layers of {source.name_or_path!r}; use "
             "'pissa' or true."
-        )
-
-
-def _warn_of_replaced_targets(lora: LoRAArguments, config: Any) -> None:
-    added = sorted(set(config.target_parameters or ()) - set(lora.target_parameters or ()))
-    if added:
-        rank_zero_warn(
-            f"PEFT adapts the stacked expert parameters {', '.join(added)} in place of the layers that "
-            f"lora.target_modules names, and leaves dense layers of the same names without LoRA; set "
-            "lora.target_parameters and lora.target_modules to say exactly what is meant.",
-            category=ReplacedTargetsWarning,
         )
 
 

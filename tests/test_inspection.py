@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from module_helpers import saved_model
+from transformers import LlamaConfig
+from zoo.tiny_models import build
 
+from na_lora_lightning.arguments import LoRAArguments
 from na_lora_lightning.cli import main
+from na_lora_lightning.core.discovery import discover_gates
+from na_lora_lightning.core.experts import expert_owners
+from na_lora_lightning.core.sites import GateMap
+from na_lora_lightning.inspection import inspect_model
+from na_lora_lightning.model_loading import BaseModelSource, add_lora
 
 
 def test_json_lists_every_site_with_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -23,7 +32,10 @@ def test_json_lists_every_site_with_its_rows(tmp_path: Path, capsys: pytest.Capt
         "activation": "silu",
         "self_gated": True,
         "channels": 24,
+        "experts": None,
+        "observed_at": "input of the activation module",
         "lora_layer": "model.layers.1.mlp.gate_proj",
+        "parameter": None,
         "rows": "0:24",
         "rank": {"default": 3},
         "output_layer": "model.layers.1.mlp.down_proj",
@@ -37,6 +49,91 @@ def test_the_table_shows_activation_channels_and_rows(tmp_path: Path, capsys: py
     assert "2 gate sites, 128 gate channels" in printed
     for expected in ("gelu_tanh", "plain", "0:64"):
         assert printed.count(expected) == 2
+
+
+def saved_config(model_type: str, folder: Path, **values: Any) -> str:
+    build("causal-lm", model_type, **values).model.config.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_configuration_alone_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = saved_config("deepseek_v3", tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+    assert main(["inspect", folder, "--json"]) == 0
+    sites = json.loads(capsys.readouterr().out)["sites"]
+    assert [(site["channels"], site["experts"], site["parameter"]) for site in sites] == [
+        (24, None, "weight"),
+        (20, 4, "gate_up_proj"),
+        (20, None, "weight"),
+        (20, 4, "gate_up_proj"),
+        (20, None, "weight"),
+    ]
+
+
+# Thirty-two blocks of 8 billion parameters would be 32 GB of weights; this takes seconds and no such memory.
+def test_a_large_model_is_inspected_at_its_real_sizes(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=4,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    )
+    config.save_pretrained(tmp_path)
+    gates = inspect_model(BaseModelSource(str(tmp_path)), LoRAArguments())
+    assert [(site.channels, site.row_slice) for site in gates] == [(14_336, slice(0, 14_336, 1))] * 4
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "gpt2",
+        "phi3",
+        "gpt_oss",
+        "lfm2",
+        "falcon_h1",
+        "zamba2",
+        "nemotron_h",
+        "llama4_text",
+        "rwkv",
+        "openai-gpt",
+        "opt",
+    ],
+)
+def test_without_weights_the_same_is_found_as_with_them(model_type: str, tmp_path: Path) -> None:
+    tiny = build("causal-lm", model_type)
+    tiny.model.config.save_pretrained(tmp_path)
+    source = BaseModelSource(str(tmp_path))
+    tiny.model.name_or_path = source.resolved_name_or_path
+    lora = LoRAArguments(r=2, target_parameters="all-experts" if list(expert_owners(tiny.model)) else None)
+
+    def facts(gates: GateMap) -> list[tuple[object, ...]]:
+        return [
+            (site.name, site.kind, site.activation.name, site.channels, site.networks, site.row_slice, site.found_by)
+            for site in gates.require()
+        ]
+
+    found = facts(inspect_model(source, lora))
+    assert found
+    assert found == facts(discover_gates(add_lora(tiny.model, lora, source)))
+
+
+def test_experts_and_learnt_activations_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = saved_config("gpt_oss", tmp_path / "experts")
+    assert main(["inspect", folder, "--lora.target_parameters", "all-experts"]) == 0
+    printed = capsys.readouterr().out
+    assert "quick_gelu" in printed
+    assert "0:47:2" in printed
+    assert main(["inspect", saved_config("apertus", tmp_path / "learnt")]) == 0
+    assert capsys.readouterr().out.replace("\n", " ").count("not") >= 2
+
+
+def test_experts_without_lora_are_named_with_the_option_to_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", saved_config("gpt_oss", tmp_path)]) == 2
+    assert "add 'gate_up_proj' to the LoRA target parameters" in capsys.readouterr().err
 
 
 def test_gates_without_lora_are_shown_and_then_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

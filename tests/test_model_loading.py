@@ -7,16 +7,15 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import HfApi
-from module_helpers import VOCABULARY, saved_model, tiny_model
+from module_helpers import saved_model, tiny_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import MixtralConfig, MixtralForCausalLM
+from zoo.tiny_models import build
 
 from na_lora_lightning.arguments import LoRAArguments
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.model_loading import (
     BaseModelSource,
-    ReplacedTargetsWarning,
     add_lora,
     enable_gradient_checkpointing,
     load_base_model,
@@ -108,22 +107,45 @@ def test_olora_on_transposed_weights_is_refused(tmp_path: Path) -> None:
         add_lora(load_base_model(source, CPU), LoRAArguments(r=2, init_lora_weights="olora"), source)
 
 
-# PEFT gives the experts a rank of their own and then finds no module of that name.
-@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
-def test_experts_adapted_in_place_of_layers_are_warned_of(tmp_path: Path) -> None:
-    config = MixtralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=2,
-    )
-    MixtralForCausalLM(config).save_pretrained(tmp_path)
-    source = BaseModelSource(str(tmp_path))
-    with pytest.warns(ReplacedTargetsWarning, match=r"stacked expert parameters .*gate_up_proj"):
-        add_lora(load_base_model(source, CPU), LoRAArguments(r=2, target_modules=["q_proj", "w1", "w2", "w3"]), source)
+def saved_mixture(folder: Path) -> BaseModelSource:
+    build("causal-lm", "deepseek_v3").model.save_pretrained(folder)
+    return BaseModelSource(str(folder))
+
+
+def test_dense_layers_beside_experts_get_lora_as_well(tmp_path: Path) -> None:
+    source = saved_mixture(tmp_path)
+    model = add_lora(load_base_model(source, CPU), LoRAArguments(r=2), source)
+    adapted = {name.split(".lora_B.")[0].removeprefix("base_model.model.model.layers.") for name in lora_b_names(model)}
+    for layer, block in ((0, "mlp"), (1, "mlp.shared_experts"), (2, "mlp.shared_experts")):
+        assert {f"{layer}.{block}.{name}_proj" for name in ("gate", "up", "down")} <= adapted
+    assert {"1.mlp.experts", "1.mlp.experts.base_layer", "2.mlp.experts", "2.mlp.experts.base_layer"} <= adapted
+
+
+def lora_b_names(model: torch.nn.Module) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if ".lora_B." in name and parameter.requires_grad]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dropout": 0.1}, r"lora\.dropout=0\.1 does not work for LoRA on parameters"),
+        ({"use_dora": True}, r"lora\.use_dora=True does not work"),
+        ({"init_lora_weights": "pissa"}, r"lora\.init_lora_weights='pissa' does not work"),
+        ({"layers_to_transform": [1], "target_modules": ["gate_proj", "up_proj"]}, r"lora\.layers_to_transform=\[1\]"),
+        ({"target_parameters": "experts"}, r"lora\.target_parameters='experts' is neither a list of names nor"),
+        ({"target_modules": ["gate_proj"]}, r"without also targeting up_proj"),
+    ],
+)
+def test_what_parameters_do_not_take_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    source = saved_mixture(tmp_path)
+    with pytest.raises(ConfigurationError, match=message):
+        add_lora(load_base_model(source, CPU), LoRAArguments(r=2, **options), source)
+
+
+def test_all_experts_of_a_model_without_any_is_refused(tmp_path: Path) -> None:
+    source = BaseModelSource(saved_model(tmp_path))
+    with pytest.raises(ConfigurationError, match="has no stacked experts"):
+        add_lora(load_base_model(source, CPU), LoRAArguments(r=2, target_parameters="all-experts"), source)
 
 
 def test_gradient_checkpointing_is_refused_where_there_is_none(tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,7 @@ def expert_gates(trace: Trace, activations: Mapping[nn.Module, Activation]) -> G
         Sites, and experts that were left out and why.
     """
     found = GateMap()
+    known: dict[Any, tuple[Tensor, Experts] | None] = {}
     seen: set[nn.Module] = set()
     for call in trace.experts_calls:
         if call.owner in seen:
@@ -59,7 +60,7 @@ def expert_gates(trace: Trace, activations: Mapping[nn.Module, Activation]) -> G
         if gate is None or not gate.activation.self_gated:
             # The module may compute only a part of the activation.
             gate = _gate_by_method(call) or gate
-        result = _site(gate) if gate is not None else _without_gate(call)
+        result = _site(gate, known) if gate is not None else _without_gate(call)
         if isinstance(result, GateSite):
             found.sites.append(result)
         elif result is not None:
@@ -112,17 +113,22 @@ def _without_gate(call: ExpertsCall) -> LeftOut | None:
     return LeftOut(plain_name(call.name), "experts", reason, not_supported=True)
 
 
-def _site(gate: _Gate) -> GateSite | LeftOut:
+def _site(gate: _Gate, known: dict[Any, tuple[Tensor, Experts] | None]) -> GateSite | LeftOut:
+    """The site of a gate; ``known`` keeps what was found out, as each gradient is as large as all experts together."""
     name = plain_name(gate.name)
     for wrapper_name, wrapper in gate.call.wrappers:
         for adapter in active_adapters(wrapper):
             weight: Tensor = lora_b(wrapper, adapter).weight  # type: ignore[assignment]
-            if not weight.requires_grad or not _reaches(gate, weight):
+            if not weight.requires_grad:
                 continue
-            rows = probe_rows(gate.pre_activations[0][0], weight)
-            count = int(wrapper.num_experts)  # type: ignore[arg-type]
-            experts = None if rows is None else _experts(gate, weight, count)
-            if rows is None or experts is None:
+            key = _kind_of_gate(gate, wrapper, weight)
+            if key in known:
+                mapped = known[key]
+            elif not _reaches(gate, weight):
+                continue
+            else:
+                mapped = known[key] = _map(gate, wrapper, weight)
+            if mapped is None:
                 what = f"{wrapper_name} ({wrapper.parameter_name})"
                 reason = f"its channels and experts do not correspond to rows and columns of lora_B of {what}"
                 return LeftOut(name, gate.activation.name, reason, not_supported=True)
@@ -133,14 +139,30 @@ def _site(gate: _Gate) -> GateSite | LeftOut:
                 source=gate.source,
                 lora_layer_name=wrapper_name,
                 lora_layer=wrapper,
-                rows=rows,
-                experts=experts,
+                rows=mapped[0],
+                experts=replace(mapped[1], owner=gate.call.owner),
             )
     reason = "the stacked parameter that makes it has no LoRA"
     # The last one takes the gated result.
     makers = list(stacked_parameters(gate.call.owner))[:-1]
     producers = tuple(f"{plain_name(gate.call.name)}.{maker}" for maker in makers)
     return LeftOut(name, gate.activation.name, reason, gate_without_lora=True, producers=producers, target="parameters")
+
+
+def _kind_of_gate(gate: _Gate, wrapper: nn.Module, weight: Tensor) -> tuple[Any, ...]:
+    """What the rows of a gate can depend on: gates that are alike in this are alike."""
+    z, owner = gate.pre_activations[0][0], gate.call.owner
+    offset = z.storage_offset() if z._base is None else z.storage_offset() - z._base.storage_offset()
+    layout = (offset, z.stride(), z.shape[-1], len(gate.pre_activations) > 1)
+    shapes = tuple((name, tuple(parameter.shape)) for name, parameter in stacked_parameters(owner).items())
+    return type(owner), shapes, wrapper.parameter_name, tuple(weight.shape), weight.dtype, layout
+
+
+def _map(gate: _Gate, wrapper: nn.Module, weight: Tensor) -> tuple[Tensor, Experts] | None:
+    """Rows of ``lora_B`` and arrangement of the experts; None where they cannot be made out."""
+    rows = probe_rows(gate.pre_activations[0][0], weight)
+    experts = None if rows is None else _experts(gate, weight, int(wrapper.num_experts))  # type: ignore[arg-type]
+    return None if rows is None or experts is None else (rows, experts)
 
 
 def _reaches(gate: _Gate, weight: Tensor) -> bool:

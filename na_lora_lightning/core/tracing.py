@@ -168,15 +168,15 @@ class _Recorder:
             call = ExpertsCall(name, owner, wrappers, routed_call(args, kwargs))
             self.trace.experts_calls.append(call)
             self._experts.append(call)
-            if args and isinstance(args[0], Tensor):
-                return (args[0].detach().requires_grad_(True), *args[1:]), kwargs
-            return None
+            # No gradient reaches the input, so that no product keeps the experts' adapted weights for it.
+            return ((args[0].detach(), *args[1:]), kwargs) if args and isinstance(args[0], Tensor) else None
 
         return hook
 
-    def leave_experts(self, owner: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """A hook for a module of stacked experts."""
+    def leave_experts(self, owner: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """A hook for a module of stacked experts, which ends their graph: it holds their adapted weights."""
         self._experts.pop()
+        return output.detach() if isinstance(output, Tensor) else None
 
     def keep_gate(self, argument: Tensor, result: Tensor) -> None:
         """Called when experts apply their gate by a method."""
