@@ -29,6 +29,8 @@ class LoRAArguments:
         target_modules: Names of the layers, a regular expression that matches them, or ``"all-linear"`` for every
             linear layer except the output head.
         exclude_modules: Names of layers, or a regular expression that matches them, to leave out again.
+        parts: Of a model for images and text, the parts whose layers may be adapted: ``"language"``, ``"vision"`` (its
+            image encoder) and ``"projector"`` (what joins the two).
         layers_to_transform: Indices of the only blocks to adapt; None stands for all.
         target_parameters: Names of parameters that are no layer's weight, or ``"all-experts"`` for all experts that the
             model keeps stacked in parameters. They take neither dropout nor DoRA.
@@ -50,6 +52,7 @@ class LoRAArguments:
     dropout: float = 0.0
     target_modules: list[str] | str = "all-linear"
     exclude_modules: list[str] | str | None = None
+    parts: list[Literal["language", "vision", "projector"]] = field(default_factory=lambda: ["language"])
     layers_to_transform: list[int] | None = None
     target_parameters: list[str] | str | None = None
     modules_to_save: list[str] | None = None
@@ -69,6 +72,10 @@ class LoRAArguments:
             raise ConfigurationError(f"lora.dropout is {self.dropout}, and it is a probability; set it in [0, 1).")
         if not self.target_modules and not self.target_parameters:
             raise ConfigurationError("lora.target_modules is empty; name the layers to adapt, or use 'all-linear'.")
+        if not self.parts or any(part not in ("language", "vision", "projector") for part in self.parts):
+            raise ConfigurationError(
+                f"lora.parts={self.parts!r} names no part, or an unknown one; use 'language', 'vision' and 'projector'."
+            )
         if self.bias not in ("none", "all", "lora_only"):
             raise ConfigurationError(f"lora.bias={self.bias!r} is unknown; use 'none', 'all' or 'lora_only'.")
         initialisation = self.init_lora_weights

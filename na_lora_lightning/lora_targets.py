@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from na_lora_lightning.core.branches import Part, branch_name, is_multimodal, language_model_name, part_of
 from na_lora_lightning.core.experts import expert_owners, stacked_parameters
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ALL_EXPERTS = "all-experts"
+_ALL_PARTS: tuple[Part, ...] = ("language", "vision", "projector")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ def lora_targets(
     target_parameters: list[str] | str | None = None,
     exclude_modules: list[str] | str | None = None,
     layers_to_transform: list[int] | None = None,
+    parts: Collection[Part] = _ALL_PARTS,
 ) -> LoRATargets:
     """Makes targets under which every layer that is meant gets LoRA.
 
@@ -57,6 +60,7 @@ def lora_targets(
         target_parameters: As ``peft.LoraConfig`` takes them, or ``"all-experts"`` for all stacked experts.
         exclude_modules: As ``peft.LoraConfig`` takes them.
         layers_to_transform: As ``peft.LoraConfig`` takes them; it does not apply to parameters.
+        parts: Parts of a multimodal model whose layers may be adapted.
 
     Returns:
         Targets to be put into a ``peft.LoraConfig``.
@@ -67,9 +71,11 @@ def lora_targets(
     from peft import LoraConfig
 
     mark_transposed_experts(model)
-    parameters = expert_parameters(model) if target_parameters == ALL_EXPERTS else list(target_parameters or ())
+    wants_experts = target_parameters == ALL_EXPERTS
+    parameters = expert_parameters(model, parts) if wants_experts else list(target_parameters or ())
     if target_modules == "all-linear":
         exclude_modules = _without_incompatible(model, exclude_modules)
+    exclude_modules = _without_other_parts(model, exclude_modules, parts)
     config = LoraConfig(
         target_modules=copy.copy(target_modules),
         target_parameters=parameters,
@@ -91,9 +97,20 @@ def lora_targets(
     return LoRATargets(sorted(converted.target_modules), sorted(needed), exclude_modules)
 
 
-def expert_parameters(model: nn.Module) -> list[str]:
-    """Short names of all parameters that hold stacked experts, as PEFT's ``target_parameters`` takes them."""
-    names = [f"{owner}.{name}" for owner, module, _ in expert_owners(model) for name in stacked_parameters(module)]
+def expert_parameters(model: nn.Module, parts: Collection[Part] = _ALL_PARTS) -> list[str]:
+    """Short names of the parameters that hold stacked experts, as PEFT's ``target_parameters`` takes them.
+
+    Args:
+        model: The base model.
+        parts: Parts of a multimodal model whose experts are wanted.
+    """
+    language_model = language_model_name(model)
+    names = [
+        f"{owner}.{name}"
+        for owner, module, _ in expert_owners(model)
+        for name in stacked_parameters(module)
+        if part_of(model, language_model, owner) in parts
+    ]
     return _short_names(names, [name for name, _ in model.named_parameters()])
 
 
@@ -141,6 +158,28 @@ def _without_incompatible(model: PreTrainedModel, exclude: list[str] | str | Non
     if isinstance(exclude, str):
         return f"(?:{exclude})|(?:.*\\.)?(?:{'|'.join(map(re.escape, sorted(refused)))})"
     return [*(exclude or ()), *sorted(refused)]
+
+
+def _without_other_parts(
+    model: PreTrainedModel, exclude: list[str] | str | None, parts: Collection[Part]
+) -> list[str] | str | None:
+    """Also leaves out the layers of all parts of a multimodal model but the given ones."""
+    if not is_multimodal(model):
+        return exclude
+    language_model = language_model_name(model)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    others = {name for name in linear if part_of(model, language_model, name) not in parts}
+    if not others:
+        return exclude
+    branches = {name: branch_name(model, language_model, name) for name in linear}
+    split = {branches[name] for name in linear if name not in others}
+    # A part that is left out as a whole is said by its name, and of another one its layers.
+    units = {branch if (branch := branches[name]) and branch not in split else name for name in others}
+    expression = f"(?:{'|'.join(map(re.escape, sorted(units)))})(?:\\..*)?"
+    if exclude is None:
+        return expression
+    own = exclude if isinstance(exclude, str) else f"(?:.*\\.)?(?:{'|'.join(map(re.escape, exclude))})"
+    return f"(?:{own})|{expression}"
 
 
 def _is_linear_map(module: nn.Linear) -> bool:

@@ -18,7 +18,7 @@ from na_lora_lightning.lora_targets import ALL_EXPERTS, LoRATargets, lora_target
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -130,6 +130,32 @@ def _gated(name: str) -> str:
     return f"The model {name!r} is gated on the hub; accept its terms there and log in with 'hf auth login'."
 
 
+def load_config(source: BaseModelSource) -> PreTrainedConfig:
+    """Reads the configuration of a model; raises what transformers raises."""
+    from transformers import AutoConfig
+
+    config: PreTrainedConfig = AutoConfig.from_pretrained(
+        source.resolved_name_or_path, revision=source.revision or "main", trust_remote_code=source.trust_remote_code
+    )
+    return config
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The class of transformers with which a model is made: for images and text, or else a causal language model.
+
+    Args:
+        config: The model's configuration, whose ``architectures`` decides.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    with_images: set[str] = set()
+    for names in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values():
+        with_images.update([names] if isinstance(names, str) else names)
+    architecture = (getattr(config, "architectures", None) or [None])[0]
+    return AutoModelForImageTextToText if architecture in with_images else AutoModelForCausalLM
+
+
 def load_base_model(source: BaseModelSource, device: torch.device) -> PreTrainedModel:
     """Loads the base model, from safetensors files only.
 
@@ -143,8 +169,6 @@ def load_base_model(source: BaseModelSource, device: torch.device) -> PreTrained
     Raises:
         ConfigurationError: There is no such model, or it lacks weights.
     """
-    from transformers import AutoModelForCausalLM
-
     require_model(source)
     options: dict[str, Any] = {
         "revision": source.revision or "main",
@@ -158,13 +182,13 @@ def load_base_model(source: BaseModelSource, device: torch.device) -> PreTrained
     loaded: Any
     try:
         with without_progress_bars():
-            loaded = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+            loaded = auto_class(load_config(source)).from_pretrained(name, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         if "gated repo" in str(error):
             raise ConfigurationError(_gated(source.name_or_path)) from error
         raise ConfigurationError(
-            f"The model {source.name_or_path!r} cannot be loaded ({one_line(error)}); give a causal language model "
-            "with safetensors weights."
+            f"The model {source.name_or_path!r} cannot be loaded ({one_line(error)}); give a causal language model, or "
+            "one for images and text, with safetensors weights."
         ) from error
     model: PreTrainedModel
     model, loading = loaded
@@ -179,7 +203,7 @@ def _require_all_weights(source: BaseModelSource, loading: Mapping[str, Any]) ->
     mismatched = sorted(str(entry[0]) for entry in loading.get("mismatched_keys", ()))
     if missing or mismatched:
         raise ConfigurationError(
-            f"The model {source.name_or_path!r} lacks weights of a causal language model (such as "
+            f"The model {source.name_or_path!r} lacks weights of a language model (such as "
             f"{(missing + mismatched)[0]!r}); give a complete checkpoint."
         )
 
@@ -248,7 +272,12 @@ def _targets(model: PreTrainedModel, lora: LoRAArguments, source: BaseModelSourc
         )
     try:
         targets = lora_targets(
-            model, lora.target_modules or None, lora.target_parameters, lora.exclude_modules, lora.layers_to_transform
+            model,
+            lora.target_modules or None,
+            lora.target_parameters,
+            lora.exclude_modules,
+            lora.layers_to_transform,
+            lora.parts,
         )
     except ValueError as error:
         raise ConfigurationError(f"LoRA cannot be added to {source.name_or_path!r}: {one_line(error)}.") from error

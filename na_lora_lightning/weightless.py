@@ -17,7 +17,7 @@ from na_lora_lightning.core.lora_layers import active_adapters, is_linear, is_lo
 from na_lora_lightning.core.pre_activations import GATE_METHOD
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.lora_targets import mark_transposed_experts
-from na_lora_lightning.model_loading import BaseModelSource, one_line, require_model
+from na_lora_lightning.model_loading import BaseModelSource, auto_class, load_config, one_line, require_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,25 +38,22 @@ def model_without_weights(source: BaseModelSource) -> PreTrainedModel:
     Raises:
         ConfigurationError: There is no such model, or its configuration is no causal language model's.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     require_model(source)
-    name, revision = source.resolved_name_or_path, source.revision or "main"
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=source.trust_remote_code)
+        config = load_config(source)
         # Quantisation concerns weights, and its layers need kernels.
         if getattr(config, "quantization_config", None) is not None:
             del config.quantization_config
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = auto_class(config).from_config(
                 config, dtype=torch.float32, trust_remote_code=source.trust_remote_code
             )
     except (OSError, ValueError, ImportError, KeyError, AttributeError, RuntimeError, TypeError) as error:
         raise ConfigurationError(
             f"The model {source.name_or_path!r} cannot be made from its configuration ({one_line(error)}); give a "
-            "causal language model."
+            "causal language model, or one for images and text."
         ) from error
-    model.name_or_path = name
+    model.name_or_path = source.resolved_name_or_path
     mark_transposed_experts(model)
     return model.eval()
 

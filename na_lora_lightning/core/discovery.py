@@ -19,6 +19,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from na_lora_lightning.core.activations import Activation, activation_of
 from na_lora_lightning.core.blocks import Blocks, Unadaptable
+from na_lora_lightning.core.branches import branch_name, language_model_name
 from na_lora_lightning.core.discovery_experts import expert_gates, plain_name
 from na_lora_lightning.core.discovery_functional import functional_gates
 from na_lora_lightning.core.lora_layers import active_adapters, is_linear, is_lora_layer, lora_b, require_lora
@@ -99,6 +100,10 @@ def discover_gates(model: nn.Module, example_inputs: Mapping[str, Any] | None = 
         found.sites += extra.sites
         found.left_out += extra.left_out
     _order(found, root)
+    language_model = language_model_name(root)
+    for site in found.sites:
+        name = branch_name(root, language_model, site.lora_layer_name)
+        site.branch = None if name is None else root.get_submodule(name)
     called = {call.module for call in trace.linear_calls}
     found.left_out += _unreached(root, called.union(*({w for _, w in call.wrappers} for call in trace.experts_calls)))
     return found
@@ -130,7 +135,12 @@ def _unreached(root: nn.Module, called: set[nn.Module]) -> list[LeftOut]:
 
 def _trace(root: nn.Module, example_inputs: Mapping[str, Any] | None) -> Trace:
     if example_inputs is not None:
-        return trace_forward(root, example_inputs)
+        device = next(root.parameters()).device
+        inputs = {
+            name: value.to(device) if isinstance(value, torch.Tensor) else value
+            for name, value in example_inputs.items()
+        }
+        return trace_forward(root, inputs)
     inputs = default_inputs(root)
     try:
         return trace_forward(root, inputs)

@@ -114,23 +114,23 @@ def _features_of_channels(answer: Answer, start: Tensor) -> tuple[Tensor, Tensor
         return None
     pairs = found.rows[order].view(channels, 2)
     # The answer is bent at zero in the gate and, even where it is capped, not in the other branch.
-    bent = [_bend(answer, start, pairs[:, column]) for column in range(2)]
-    if min(bent) > 0.1 * max(bent):
+    bent = torch.stack([_bend(answer, start, pairs[:, column]) for column in range(2)], dim=1)
+    if bool((bent.min(dim=1).values > 0.1 * bent.max(dim=1).values).any()):
         return None
-    gate = 0 if bent[0] > bent[1] else 1
-    return pairs[:, gate].clone(), pairs[:, 1 - gate].clone()
+    gate = bent.argmax(dim=1, keepdim=True)
+    return pairs.gather(1, gate)[:, 0], pairs.gather(1, 1 - gate)[:, 0]
 
 
 @torch.no_grad()
-def _bend(answer: Answer, start: Tensor, features: Tensor) -> float:
-    """Largest |h(1) + h(−1) − 2·h(0)|, the values in the brackets being those of ``features``."""
+def _bend(answer: Answer, start: Tensor, features: Tensor) -> Tensor:
+    """Largest |h(1) + h(−1) − 2·h(0)| of each channel, the values in the brackets being those of ``features``."""
     total: Tensor | float = 0.0
     for value, factor in ((1.0, 1.0), (-1.0, 1.0), (0.0, -2.0)):
         moved = start.clone()
         moved[..., features.to(start.device)] = value
         total = total + factor * answer(moved)
     assert isinstance(total, Tensor)
-    return float(total.abs().max())
+    return total.abs().flatten(0, -2).amax(dim=0).cpu()
 
 
 def _answer_at(answer: Answer, start: Tensor, gate: Tensor, z: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from na_lora_lightning.core.lora_layers import lora_b, scaling
 from na_lora_lightning.core.sites import GateSite
 from na_lora_lightning.core.statistics import GateObserver
+from na_lora_lightning.core.token_selection import TokenSelection
 
 _MOVED, _FEATURE, _SELECTION, _COUNT = range(4)
 
@@ -117,25 +118,25 @@ class MisalignmentMeter:
             [_FEATURE, _SELECTION]
         ]
 
-    def _recording(self) -> bool:
-        return self.enabled and self._observer.selection is not None
+    def _selection(self, site: GateSite) -> TokenSelection | None:
+        return self._observer.selection_of(site) if self.enabled else None
 
     def _make_keeper(self, store: dict[int, Tensor], index: int, site: GateSite, factor: float) -> Callable[..., None]:
         """A hook that keeps the looked-at part of a layer's output, summed over adapters."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if not self._recording():
+            selection = self._selection(site)
+            if selection is None:
                 return
-            assert self._observer.selection is not None
             rows = site.row_slice
             kept = output[..., rows] if rows is not None else output[..., site.rows.to(output.device)]
-            part = self._observer.selection.rows(kept, site.name).float() * factor
+            part = selection.rows(kept, site.name).float() * factor
             store[index] = store[index] + part if index in store else part
 
         return hook
 
     def _on_pre_activation(self, index: int, site: GateSite, looked_at: Tensor, weight: Tensor) -> None:
-        if not self._recording():
+        if self._selection(site) is None:
             return
         if index in self._base:
             self._delta[index] = looked_at - self._base.pop(index)
@@ -150,12 +151,12 @@ class MisalignmentMeter:
         site = self._sites[index]
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if index not in self._moved or not self._recording():
+            selection = self._selection(site)
+            if index not in self._moved or selection is None:
                 return
             moved, weight = self._moved.pop(index)
-            assert self._observer.selection is not None
             with torch.no_grad():
-                hidden = self._observer.selection.rows(args[0], site.name).float()
+                hidden = selection.rows(args[0], site.name).float()
                 output = site.activation.evaluate(moved).output
                 silent = output == 0
                 other = torch.where(silent, 0.0, hidden / torch.where(silent, 1.0, output))

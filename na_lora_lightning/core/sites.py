@@ -39,6 +39,8 @@ class GateSite:
         found_by: ``"probe"`` (vector-Jacobian product), ``"storage"`` (shared memory) or ``"position"`` (as many
             outputs as channels, where each channel also depends a little on the others).
         experts: The stacked experts behind the site, which then stands for one network per expert; None for one.
+        branch: The part of a multimodal model that the site is in (a vision tower, a projector), which sees other
+            tokens than the text's; None where it sees those of the model's ``attention_mask``.
     """
 
     name: str
@@ -53,6 +55,7 @@ class GateSite:
     output_layer: nn.Module | None = None
     found_by: FoundBy = "probe"
     experts: Experts | None = None
+    branch: nn.Module | None = None
 
     @property
     def channels(self) -> int:

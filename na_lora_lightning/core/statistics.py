@@ -19,7 +19,7 @@ from na_lora_lightning.core.activations import ActivationValues
 from na_lora_lightning.core.experts import RoutedCall, look_at, routed_call
 from na_lora_lightning.core.pre_activations import Handle
 from na_lora_lightning.core.sites import GateSite
-from na_lora_lightning.core.token_selection import TokenSelection, token_mask_of_call
+from na_lora_lightning.core.token_selection import TokenSelection, mask_of_branch, token_mask_of_call
 from na_lora_lightning.errors import ConfigurationError, DiscoveryError
 
 _CPU_CHUNK_ELEMENTS = 64 * 1536
@@ -147,6 +147,7 @@ class GateObserver:
         self._tokens: Tensor | None = None
         self._calls: dict[int, int] = {}
         self._routed: dict[nn.Module, RoutedCall] = {}
+        self._branch_selections: dict[nn.Module, TokenSelection] = {}
         self._networks_of_site = Layout([(site.networks, 1) for site in sites], torch.device("cpu")).site_slices
         self._handles: list[Handle | torch.utils.hooks.RemovableHandle] = []
         self._listeners: list[Listener] = []
@@ -178,6 +179,8 @@ class GateObserver:
         self._handles.append(self._root.register_forward_hook(self._end, always_call=True))
         for owner in dict.fromkeys(site.experts.owner for site in self.sites if site.experts is not None):
             self._handles.append(owner.register_forward_pre_hook(self._begin_experts, with_kwargs=True))
+        for branch in dict.fromkeys(site.branch for site in self.sites if site.branch is not None):
+            self._handles.append(branch.register_forward_pre_hook(self._begin_branch, with_kwargs=True))
         watched: dict[tuple[type, nn.Module], list[int]] = {}
         for index, site in enumerate(self.sites):
             # Sites that share an activation module count its calls together; other sources are a site's own.
@@ -192,6 +195,7 @@ class GateObserver:
         self._handles.clear()
         self.selection = None
         self._routed.clear()
+        self._branch_selections.clear()
 
     def reset(self) -> None:
         """Forgets what was seen since the last step."""
@@ -243,9 +247,22 @@ class GateObserver:
         self.selection = TokenSelection(mask, self.options.max_tokens, offset=self.forward_passes)
         self.forward_passes += 1
         self._calls.clear()
+        self._branch_selections.clear()
 
     def _end(self, root: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.selection = None
+
+    def selection_of(self, site: GateSite) -> TokenSelection | None:
+        """Which tokens count at a site in the recorded forward pass under way; None outside of one."""
+        if self.selection is None or site.branch is None:
+            return self.selection
+        return self._branch_selections.get(site.branch)
+
+    def _begin_branch(self, branch: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.selection is not None:
+            mask = mask_of_branch(branch, args, kwargs)
+            selection = TokenSelection(mask, self.options.max_tokens, offset=self.forward_passes)
+            self._branch_selections[branch] = selection
 
     def _begin_experts(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.selection is not None:
@@ -255,16 +272,16 @@ class GateObserver:
         key = here[0]
 
         def watcher(pre_activation: Tensor) -> None:
-            selection = self.selection
             # None outside of a recorded pass: a checkpointed block that is run again in the backward pass, say.
-            if selection is None:
+            if self.selection is None:
                 return
             call = self._calls.get(key, 0)
             self._calls[key] = call + 1
             with torch.no_grad():
                 for index in here:
-                    calls = self.sites[index].calls
-                    if calls is None or call in calls:
+                    site = self.sites[index]
+                    selection = self.selection_of(site)
+                    if selection is not None and (site.calls is None or call in site.calls):
                         self._record(index, selection, pre_activation)
 
         return watcher

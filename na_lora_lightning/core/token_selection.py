@@ -101,6 +101,36 @@ class TokenSelection:
         )
 
 
+# Under these names vision towers are told which patches are padding, and text encoders which tokens.
+_BRANCH_MASKS = ("patch_attention_mask", "pixel_attention_mask", "attention_mask")
+
+
+def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The arguments of a forward call by their names."""
+    if not args:
+        return kwargs
+    return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+
+
+def mask_of_branch(branch: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Reads from a call of a part of a multimodal model which of its tokens (or patches) are real.
+
+    Args:
+        branch: The part that is called.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+
+    Returns:
+        ``[images or sequences, tokens]`` boolean, or None where the call has no such mask and every token counts.
+    """
+    given = _by_name(branch, args, kwargs)
+    for name in _BRANCH_MASKS:
+        mask = given.get(name)
+        if isinstance(mask, Tensor) and mask.ndim in (2, 3) and not mask.is_floating_point():
+            return mask.flatten(1).bool()
+    return None
+
+
 def token_mask_of_call(
     root: nn.Module,
     args: tuple[Any, ...],
@@ -124,9 +154,7 @@ def token_mask_of_call(
     Raises:
         DataError: The attention mask is not ``[batch, length]``, or targets are asked for and no labels are given.
     """
-    if args:
-        names = list(inspect.signature(root.forward).parameters)
-        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    kwargs = _by_name(root, args, kwargs)
     mask = kwargs.get("attention_mask")
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.ndim != 2:

@@ -1,0 +1,99 @@
+"""Identification of functional gates from their answers, on code whose gate is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from na_lora_lightning.core.activations import ElementwiseActivation
+from na_lora_lightning.core.functional import identify
+
+LIKE = torch.zeros(3, 12)
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (functional.silu, "silu"),
+        (functional.gelu, "gelu"),
+        (lambda z: functional.gelu(z, approximate="tanh"), "gelu_tanh"),
+        (lambda z: z * torch.sigmoid(1.702 * z), "quick_gelu"),
+        (torch.relu, "relu"),
+        (lambda z: torch.relu(z).square(), "relu_squared"),
+        (lambda z: z * torch.sigmoid(0.5 * z), "sigmoid_gated_0.5"),
+    ],
+)
+@pytest.mark.parametrize("factor", [1.0, -2.5])
+def test_known_activations_are_told_up_to_a_factor(function: object, name: str, factor: float) -> None:
+    found = identify(lambda output: factor * function(output), LIKE)  # type: ignore[operator]
+    assert found is not None
+    assert found.activation is not None
+    assert (found.activation.name, found.kind, found.is_self_gated) == (name, "plain", True)
+    assert (found.channels.lowest, found.channels.highest) == (None, None)
+    assert found.channels.features.tolist() == list(range(12))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**20),
+    highest=st.none() | st.floats(2.5, 30.0),
+    lowest=st.none() | st.floats(-11.0, -2.5),
+    offset=st.sampled_from([0.0, 1.0]),
+)
+def test_gate_features_and_clamp_of_a_fused_layer(
+    seed: int, highest: float | None, lowest: float | None, offset: float
+) -> None:
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(seed))
+    gate_features, other_features = order[:6], order[6:]
+
+    def answer(output: Tensor) -> Tensor:
+        gate, other = output[..., gate_features], output[..., other_features].clamp(-7.0, 7.0)
+        if highest is not None or lowest is not None:
+            gate = gate.clamp(lowest, highest)
+        return functional.silu(gate) * (other + offset)
+
+    found = identify(answer, LIKE)
+    assert found is not None
+    assert found.activation is not None
+    assert (found.activation.name, found.kind) == ("silu", "gated")
+    assert torch.equal(found.channels.features, gate_features)
+    for got, wanted in ((found.channels.lowest, lowest), (found.channels.highest, highest)):
+        assert got == (None if wanted is None else pytest.approx(wanted, rel=2e-2))
+
+
+def test_what_is_no_gate() -> None:
+    assert identify(lambda output: 3.0 * output + 1.0, LIKE) is None
+    assert identify(lambda output: functional.layer_norm(output, (12,)), LIKE) is None
+    assert identify(lambda output: torch.softmax(output, dim=-1), LIKE) is None
+    assert identify(lambda output: output[..., :6] * output[..., 6:], LIKE) is None
+
+
+def test_a_function_that_is_not_self_gated_is_said_to_be_none() -> None:
+    for function in (torch.sigmoid, torch.tanh, torch.exp):
+        found = identify(function, LIKE)
+        assert found is not None
+        assert (found.activation, found.is_self_gated) == (None, False)
+
+
+def test_an_unknown_self_gated_function_can_be_used_as_a_function() -> None:
+    def answer(output: Tensor) -> Tensor:
+        gate, other = output.chunk(2, dim=-1)
+        return 4.0 * torch.tanh(gate / 4.0) * torch.sigmoid(gate) * 10.0 * torch.tanh(other / 10.0)
+
+    found = identify(answer, LIKE)
+    assert found is not None
+    assert found.activation is None
+    assert found.channels.features.tolist() == list(range(6))
+    activation = ElementwiseActivation("capped", found.function_of(answer))
+    z = torch.linspace(-5.0, 5.0, 41)
+    expected = 4.0 * torch.tanh(z / 4.0) * torch.sigmoid(z)
+    values = activation.evaluate(z)
+    torch.testing.assert_close(values.output / values.output[-1], expected / expected[-1], rtol=1e-5, atol=1e-6)
+    slope = torch.autograd.functional.jacobian(lambda x: (4.0 * torch.tanh(x / 4.0) * torch.sigmoid(x)).sum(), z)
+    torch.testing.assert_close(
+        values.output_derivative / values.output[-1], slope / expected[-1], rtol=1e-4, atol=1e-5
+    )
