@@ -115,8 +115,7 @@ def is_exact_match(answer: str, reference: str, arguments: EvaluationArguments) 
 def generate_answers(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompt_input_ids: Tensor,
-    prompt_attention_mask: Tensor,
+    inputs: Mapping[str, Any],
     arguments: EvaluationArguments,
 ) -> list[str]:
     """Continues prompts deterministically, by greedy or beam search.
@@ -124,8 +123,8 @@ def generate_answers(
     Args:
         model: In evaluation mode.
         tokenizer: Of the model.
-        prompt_input_ids: ``[batch, length]``, int64, padded on the left.
-        prompt_attention_mask: ``[batch, length]``, 0 on padding.
+        inputs: ``input_ids`` ``[batch, length]``, int64, padded on the left, ``attention_mask`` ``[batch, length]``,
+            0 on padding, and what the model takes of images.
         arguments: ``max_new_tokens`` and ``num_beams``.
 
     Returns:
@@ -151,11 +150,28 @@ def generate_answers(
         bos_token_id=getattr(own, "bos_token_id", None),
     )
     try:
-        generated: Any = model.generate(input_ids=prompt_input_ids, attention_mask=prompt_attention_mask)
+        generated: Any = model.generate(**inputs)
     finally:
         base.generation_config = own
-    texts: list[str] = tokenizer.batch_decode(generated[:, prompt_input_ids.shape[1] :], skip_special_tokens=True)
+    texts: list[str] = tokenizer.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return texts
+
+
+def prompt_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's inputs to continue the prompts of a batch: its tensors named ``prompt_…``, without that."""
+    prefix = "prompt_"
+    return {
+        name.removeprefix(prefix): value
+        for name, value in batch.items()
+        if name.startswith(prefix) and isinstance(value, Tensor)
+    }
+
+
+def _first(inputs: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The first records of a batch; a batch with images stays whole, as they are not laid out record by record."""
+    if set(inputs) != {"input_ids", "attention_mask"}:
+        return dict(inputs)
+    return {name: value[:count] for name, value in inputs.items()}
 
 
 class Evaluator(nn.Module):
@@ -216,10 +232,9 @@ class Evaluator(nn.Module):
         texts = generate_answers(
             model,
             tokenizer,
-            batch["prompt_input_ids"][:count],
-            batch["prompt_attention_mask"][:count],
+            _first(prompt_inputs(batch), count),
             self.arguments,
-        )
+        )[:count]
         return [
             EvaluatedAnswer(prompt, reference, text, is_exact_match(text, reference, self.arguments))
             for prompt, reference, text in zip(

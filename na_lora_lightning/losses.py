@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 IGNORED_LABEL = -100
+# Not inputs, or asked for in another way.
+_NO_EXTRA = ("input_ids", "attention_mask", "labels", "logits_to_keep", "use_cache")
 
 
 @dataclass(frozen=True)
@@ -52,23 +54,49 @@ def target_positions(labels: Tensor) -> Tensor:
 
 def accepts_logits_to_keep(model: nn.Module) -> bool:
     """Whether the Hugging Face model inside a PEFT model can leave out logits."""
+    return "logits_to_keep" in _accepted(model)
+
+
+def _accepted(model: Any) -> Container[str]:
+    """Names of the arguments that the Hugging Face model inside a PEFT model takes."""
     base: Any = getattr(model, "get_base_model", lambda: model)()
-    return "logits_to_keep" in inspect.signature(base.forward).parameters
+    return inspect.signature(base.forward).parameters
+
+
+def model_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a batch the model is called with.
+
+    Args:
+        model: A PEFT model.
+        batch: ``input_ids``, ``attention_mask``, and, for a model that takes images, whatever its processor makes of
+            them (``pixel_values``, ``image_grid_thw``, ...). Labels and what the model does not take are left out.
+
+    Returns:
+        Keyword arguments.
+    """
+    accepted = _accepted(model)
+    extra = {
+        name: value
+        for name, value in batch.items()
+        if isinstance(value, Tensor) and name in accepted and name not in _NO_EXTRA
+    }
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], **extra}
 
 
 def token_sums(model: Callable[..., Any], batch: Mapping[str, Any], only_target_positions: bool) -> TokenSums:
     """Runs the model on a batch and sums over its target tokens.
 
     Args:
-        model: Called with ``input_ids`` and ``attention_mask`` as keywords; returns an output with ``logits``.
-        batch: ``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, length]`` and int64.
+        model: Called with what of the batch it takes as keywords; returns an output with ``logits``.
+        batch: ``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, length]`` and int64, and for a model
+            that takes images what its processor makes of them.
         only_target_positions: Have the model compute the logits at target positions alone.
 
     Returns:
         The sums. Auxiliary losses that a model may add to its own loss are not in them.
     """
     labels = batch["labels"]
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    inputs = {**model_inputs(model, batch), "use_cache": False}
     positions = target_positions(labels) if only_target_positions else None
     if positions is None:
         logits = model(**inputs).logits[:, :-1]

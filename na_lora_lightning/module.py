@@ -1,4 +1,4 @@
-"""The LightningModule: a Hugging Face causal language model with LoRA."""
+"""The LightningModule: a Hugging Face language model, or one for images and text, with LoRA."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from na_lora_lightning.arguments import (
 )
 from na_lora_lightning.callbacks.throughput import ThroughputCallback
 from na_lora_lightning.errors import ConfigurationError
-from na_lora_lightning.evaluation import Evaluator, generate_answers
-from na_lora_lightning.losses import StepAverage, accepts_logits_to_keep, token_sums
+from na_lora_lightning.evaluation import Evaluator, generate_answers, prompt_inputs
+from na_lora_lightning.losses import StepAverage, accepts_logits_to_keep, model_inputs, token_sums
 from na_lora_lightning.model_loading import (
     BaseModelSource,
     Dtype,
@@ -65,7 +65,7 @@ class NoTargetTokensWarning(UserWarning):
 
 
 class NALoRALightningModule(LightningModule):
-    """Fine-tunes a causal language model with LoRA.
+    """Fine-tunes a causal language model, or a model for images and text, with LoRA.
 
     The model is loaded when a trainer needs it and is then in ``model``, a ``peft.PeftModel`` whose LoRA parameters
     alone are trainable. Checkpoints hold the adapter and not the base model. Training is plain LoRA;
@@ -74,7 +74,8 @@ class NALoRALightningModule(LightningModule):
 
     A batch has ``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, length]`` and int64, with label -100
     off target; for generation also ``prompt_input_ids`` and ``prompt_attention_mask``, padded on the left, and the
-    lists of strings ``prompts`` and ``references``.
+    lists of strings ``prompts`` and ``references``. A model that takes images is also given whatever tensors of the
+    batch it has arguments for (``pixel_values``, ...), in generation those whose names begin with ``prompt_``.
 
     Logged in training: ``train/loss`` (nats per target token) and what
     :class:`~na_lora_lightning.callbacks.throughput.ThroughputCallback` logs. In validation and test, each over all
@@ -156,8 +157,17 @@ class NALoRALightningModule(LightningModule):
         self._step_average: StepAverage | None = None
         self._random_state: Tensor | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self.example_inputs: dict[str, Any] | None = None
+        self._example_batch: Mapping[str, Any] | None = None
 
     # ---- model ----
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Asks the data module for an example, with which the gates of image encoders can be found."""
+        example_batch = getattr(getattr(self.trainer, "datamodule", None), "example_batch", None)
+        if stage == "fit" and callable(example_batch):
+            self._example_batch = example_batch()
 
     @override
     def configure_model(self) -> None:
@@ -169,6 +179,8 @@ class NALoRALightningModule(LightningModule):
         if self.gradient_checkpointing:
             enable_gradient_checkpointing(base)
         self.model = add_lora(base, self.lora, self.source)
+        if self._example_batch is not None:
+            self.example_inputs = {**model_inputs(self.model, self._example_batch), "use_cache": False}
 
     @property
     def peft_model(self) -> PeftModel:
@@ -289,8 +301,7 @@ class NALoRALightningModule(LightningModule):
     @override
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[str]:
         """Generates an answer to each prompt of a batch."""
-        prompts, mask = batch["prompt_input_ids"], batch["prompt_attention_mask"]
-        return generate_answers(self.peft_model, self._answer_tokenizer(), prompts, mask, self.evaluation)
+        return generate_answers(self.peft_model, self._answer_tokenizer(), prompt_inputs(batch), self.evaluation)
 
     def _log_metrics(self, stage: str) -> None:
         for name, value in self.evaluator.metrics.compute().items():

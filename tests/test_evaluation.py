@@ -9,7 +9,14 @@ import torch
 from module_helpers import END, saved_model, some_batches, tiny_tokenizer
 
 from na_lora_lightning.arguments import EvaluationArguments, LoRAArguments
-from na_lora_lightning.evaluation import EvaluatedAnswer, EvaluationMetrics, Evaluator, generate_answers, is_exact_match
+from na_lora_lightning.evaluation import (
+    EvaluatedAnswer,
+    EvaluationMetrics,
+    Evaluator,
+    generate_answers,
+    is_exact_match,
+    prompt_inputs,
+)
 from na_lora_lightning.losses import TokenSums
 from na_lora_lightning.model_loading import BaseModelSource, add_lora, load_base_model
 
@@ -98,32 +105,32 @@ def test_padded_batches_generate_as_single_prompts_do(model: Any) -> None:
         ]
     tokenizer = tiny_tokenizer()
     arguments = EvaluationArguments(max_new_tokens=5)
-    texts = generate_answers(model, tokenizer, batch["prompt_input_ids"], batch["prompt_attention_mask"], arguments)
+    texts = generate_answers(model, tokenizer, prompt_inputs(batch), arguments)
     assert texts == [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in expected]
 
 
 def test_generation_is_greedy_whatever_the_models_settings(model: Any, caplog: pytest.LogCaptureFixture) -> None:
     batch = some_batches(1, rows=3)[0]
-    prompts = batch["prompt_input_ids"], batch["prompt_attention_mask"]
+    prompts = prompt_inputs(batch)
     arguments = EvaluationArguments(max_new_tokens=5)
-    expected = generate_answers(model, tiny_tokenizer(), *prompts, arguments)
+    expected = generate_answers(model, tiny_tokenizer(), prompts, arguments)
     own = model.get_base_model().generation_config
     own.do_sample, own.temperature, own.top_p, own.top_k, own.repetition_penalty = True, 0.7, 0.5, 3, 1.5
     own.max_length = 7
     for _ in range(3):
-        assert generate_answers(model, tiny_tokenizer(), *prompts, arguments) == expected
+        assert generate_answers(model, tiny_tokenizer(), prompts, arguments) == expected
     assert caplog.text == ""
 
 
 def test_generation_ends_at_the_tokenizers_end(model: Any) -> None:
     batch = some_batches(1, rows=1)[0]
-    prompts = batch["prompt_input_ids"], batch["prompt_attention_mask"]
+    prompts = prompt_inputs(batch)
     tokenizer = tiny_tokenizer()
-    text = generate_answers(model, tokenizer, *prompts, EvaluationArguments(max_new_tokens=5))[0]
+    text = generate_answers(model, tokenizer, prompts, EvaluationArguments(max_new_tokens=5))[0]
     token = tokenizer(text)["input_ids"][2]
     # A chat model's end of turn, which its generation settings do not know.
     tokenizer.add_special_tokens({"eos_token": tokenizer.convert_ids_to_tokens(token)})
-    shorter = generate_answers(model, tokenizer, *prompts, EvaluationArguments(max_new_tokens=5))[0]
+    shorter = generate_answers(model, tokenizer, prompts, EvaluationArguments(max_new_tokens=5))[0]
     # The fixture's text repeats no token before its third.
     assert shorter == text[:2]
 

@@ -61,7 +61,8 @@ class GateCallback(Callback, ABC):
     Args:
         observer: What the statistics look at; the same for both callbacks of a trainer.
         allow_unmasked_gates: Accept that some gates have no LoRA.
-        example_inputs: Keyword arguments of one small forward pass, for models without a vocabulary.
+        example_inputs: Keyword arguments of one small forward pass, for models that take more than text; by default
+            the LightningModule's attribute ``example_inputs``, where it has one.
     """
 
     def __init__(
@@ -112,7 +113,11 @@ class GateCallback(Callback, ABC):
 
     def _make_controller(self, trainer: Trainer, pl_module: LightningModule) -> GateController:
         model = find_peft_model(pl_module)
-        gates = discover_gates(model, self._example_inputs).require(self._allow_unmasked_gates)
+        example_inputs = self._example_inputs
+        if example_inputs is None:
+            # A module that knows what its model takes says so.
+            example_inputs = getattr(pl_module, "example_inputs", None)
+        gates = discover_gates(model, example_inputs).require(self._allow_unmasked_gates)
         return GateController(model, gates, self._observer, reduce_over_processes(trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
