@@ -16,6 +16,7 @@ _EXPORTS = {
     "StepScaleCallback": "na_lora_lightning.callbacks.step_scale",
     "FitSummaryCallback": "na_lora_lightning.callbacks.fit_summary",
     "discover_gates": "na_lora_lightning.core.discovery",
+    "lora_targets": "na_lora_lightning.targets",
 }
 
 __all__ = [*_EXPORTS, "__version__"]
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from na_lora_lightning.core.discovery import discover_gates
     from na_lora_lightning.data import InstructionDataModule
     from na_lora_lightning.module import NALoRALightningModule
+    from na_lora_lightning.targets import lora_targets
 
 
 def __getattr__(name: str) -> Any:

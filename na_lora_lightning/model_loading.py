@@ -14,7 +14,7 @@ import torch
 
 from na_lora_lightning.arguments import LoRAArguments
 from na_lora_lightning.errors import ConfigurationError
-from na_lora_lightning.lora_targets import ALL_EXPERTS, LoRATargets, lora_targets, mark_transposed_experts
+from na_lora_lightning.targets import ALL_EXPERTS, LoRATargets, lora_targets, mark_transposed_experts
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -16,8 +16,8 @@ from na_lora_lightning.core.experts import expert_owners, stacked_parameters
 from na_lora_lightning.core.lora_layers import active_adapters, is_linear, is_lora_layer, lora_a, lora_b, scaling
 from na_lora_lightning.core.pre_activations import GATE_METHOD
 from na_lora_lightning.errors import ConfigurationError
-from na_lora_lightning.lora_targets import mark_transposed_experts
 from na_lora_lightning.model_loading import BaseModelSource, auto_class, load_config, one_line, require_model
+from na_lora_lightning.targets import mark_transposed_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from na_lora_lightning.core.discovery import root_of
 from na_lora_lightning.core.importance import ImportanceOptions, ResponsivenessCollector, TemporalImportance
+from na_lora_lightning.core.lora_layers import is_on_parameter
 from na_lora_lightning.core.misalignment import MisalignmentMeter
 from na_lora_lightning.core.sites import GateMap
 from na_lora_lightning.core.statistics import GateObserver, Layout, ObserverOptions
@@ -71,10 +72,17 @@ class GateController:
         """Turns the temporal-importance mask on; before :meth:`attach`.
 
         Raises:
-            ConfigurationError: It is on already, or the criterion cannot rank the channels of an activation.
+            ConfigurationError: It is on already, the criterion cannot rank the channels of an activation, or an option
+                does not work for a site.
         """
         self._require_new(self.importance, "temporal-importance mask")
         options.check_activations(self.gates.sites)
+        on_parameters = [site.name for site in self.gates.sites if is_on_parameter(site.lora_layer)]
+        if options.mask_gradient_to_a and on_parameters:
+            raise ConfigurationError(
+                f"mask_gradient_to_a does not work for {on_parameters[0]!r}, whose LoRA is on a parameter, so that the "
+                "gradient of A cannot be told from that of B; set it to False."
+            )
         layout = self.observer.add(_IMPORTANCE, ResponsivenessCollector(options.criterion, options.signed))
         self.importance = TemporalImportance(options, layout)
         if options.mask_gradient_to_a:

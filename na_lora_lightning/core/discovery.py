@@ -22,7 +22,14 @@ from na_lora_lightning.core.blocks import Blocks, Unadaptable
 from na_lora_lightning.core.branches import branch_name, language_model_name
 from na_lora_lightning.core.discovery_experts import expert_gates, plain_name
 from na_lora_lightning.core.discovery_functional import functional_gates
-from na_lora_lightning.core.lora_layers import active_adapters, is_linear, is_lora_layer, lora_b, require_lora
+from na_lora_lightning.core.lora_layers import (
+    active_adapters,
+    is_linear,
+    is_lora_layer,
+    is_on_parameter,
+    lora_b,
+    require_lora,
+)
 from na_lora_lightning.core.pre_activations import ActivationInput
 from na_lora_lightning.core.row_probe import positional_rows, probe_rows, storage_rows
 from na_lora_lightning.core.sites import FoundBy, GateMap, GateSite, LeftOut
@@ -119,7 +126,7 @@ def _unreached(root: nn.Module, called: set[nn.Module]) -> list[LeftOut]:
     for name, module in root.named_modules():
         if not is_lora_layer(module) or module in called:
             continue
-        if hasattr(module, "parameter_name") and not isinstance(module.base_layer, nn.Linear):
+        if is_on_parameter(module) and not isinstance(module.base_layer, nn.Linear):
             found.setdefault(plain_name(name), LeftOut(plain_name(name), "experts", reason, not_supported=True))
             continue
         parent_name = name.rpartition(".")[0]

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from na_lora_lightning.core.lora_layers import is_linear, is_lora_layer
+from na_lora_lightning.core.lora_layers import is_linear, is_lora_layer, is_on_parameter
 from na_lora_lightning.core.pre_activations import GATE_METHOD
 from na_lora_lightning.core.token_selection import TokenSelection
 from na_lora_lightning.errors import DataError
@@ -69,7 +69,7 @@ def expert_owners(root: nn.Module) -> Iterator[tuple[str, nn.Module, list[tuple[
     wrappers: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in root.named_modules():
         inner = getattr(module, "base_layer", None)
-        if is_lora_layer(module) and hasattr(module, "parameter_name") and isinstance(inner, nn.Module):
+        if is_lora_layer(module) and is_on_parameter(module) and isinstance(inner, nn.Module):
             wrappers[id(inner)] = [*wrappers.get(id(module), []), (name, module)]
         elif stacked_parameters(module):
             yield name, module, wrappers.get(id(module), [])

@@ -31,6 +31,11 @@ def is_lora_layer(module: nn.Module) -> bool:
     return hasattr(module, "lora_B") and hasattr(module, "lora_A") and hasattr(module, "base_layer")
 
 
+def is_on_parameter(module: nn.Module) -> bool:
+    """Whether a LoRA layer adds its product to a parameter (PEFT's ``target_parameters``), not to a layer's output."""
+    return hasattr(module, "parameter_name")
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether ``module`` is a linear layer (quantised ones subclass ``nn.Linear``) or GPT-2's ``Conv1D``."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"

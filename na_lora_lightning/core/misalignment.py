@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from na_lora_lightning.core.lora_layers import lora_b, scaling
+from na_lora_lightning.core.lora_layers import is_on_parameter, lora_b, scaling
 from na_lora_lightning.core.sites import GateSite
 from na_lora_lightning.core.statistics import GateObserver
 from na_lora_lightning.core.token_selection import TokenSelection
@@ -65,7 +65,7 @@ class MisalignmentMeter:
     def attach(self) -> None:
         """Registers the hooks on ``lora_B`` (DoRA: on the base layer) and on the output layers."""
         for index, site in enumerate(self._sites):
-            if hasattr(site.lora_layer, "parameter_name"):
+            if is_on_parameter(site.lora_layer):
                 # PEFT adds the adapter to the parameter, so δ is nowhere to be seen.
                 continue
             if len(getattr(site.lora_layer, "lora_magnitude_vector", ())):

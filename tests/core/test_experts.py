@@ -20,8 +20,8 @@ from na_lora_lightning.core.pre_activations import GateMethod
 from na_lora_lightning.core.sites import GateSite
 from na_lora_lightning.core.statistics import ObserverOptions
 from na_lora_lightning.core.step_scale import StepScaleOptions
-from na_lora_lightning.errors import DataError
-from na_lora_lightning.lora_targets import lora_targets
+from na_lora_lightning.errors import ConfigurationError, DataError
+from na_lora_lightning.targets import lora_targets
 
 TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
 
@@ -167,6 +167,13 @@ def test_interleaved_experts_with_a_functional_activation() -> None:
     for site in gates:
         assert isinstance(site.source, GateMethod)
         assert site.source.channels.highest == pytest.approx(7.0, abs=1e-3)
+
+
+def test_masking_the_gradient_of_a_is_refused() -> None:
+    model = moe()
+    controller = GateController(model, discover_gates(model).require())
+    with pytest.raises(ConfigurationError, match="mask_gradient_to_a does not work for .*experts"):
+        controller.set_importance(ImportanceOptions(mask_gradient_to_a=True))
 
 
 def test_padding_that_does_not_fit_the_tokens_is_refused() -> None:

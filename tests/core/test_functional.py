@@ -94,6 +94,4 @@ def test_an_unknown_self_gated_function_can_be_used_as_a_function() -> None:
     values = activation.evaluate(z)
     torch.testing.assert_close(values.output / values.output[-1], expected / expected[-1], rtol=1e-5, atol=1e-6)
     slope = torch.autograd.functional.jacobian(lambda x: (4.0 * torch.tanh(x / 4.0) * torch.sigmoid(x)).sum(), z)
-    torch.testing.assert_close(
-        values.output_derivative / values.output[-1], slope / expected[-1], rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(values.output_derivative / values.output[-1], slope / expected[-1], rtol=1e-4, atol=1e-5)
