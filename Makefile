@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODEL := .cache/quickstart/SmolLM2-135M-Instruct
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test check format benchmark clean
+.PHONY: help install quickstart gemma test zoo check format benchmark clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -22,8 +22,15 @@ quickstart: install ## Fine-tune the pretrained SmolLM2-135M-Instruct with NA-Lo
 	$(BIN)/python examples/quickstart/prepare.py
 	$(BIN)/na-lora fit --config configs/quickstart.yaml
 
+gemma: install ## Fine-tune Gemma 3 270M (GeGLU) on the same riddles; Gemma's terms apply
+	$(BIN)/python examples/quickstart/prepare.py --model gemma3-270m
+	$(BIN)/na-lora fit --config configs/gemma3_270m.yaml
+
 test: install ## Run the tests
 	$(BIN)/python -m pytest
+
+zoo: install ## Check gates on a tiny model of every type of transformers, and write docs/model_zoo.md
+	cd tests && ../$(BIN)/python -m zoo.report --jobs 2 --output ../docs/model_zoo.md
 
 check: install ## Lint, format check and types
 	$(BIN)/ruff check
