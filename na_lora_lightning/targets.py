@@ -85,7 +85,10 @@ def lora_targets(
     converted = _converted(model, config)
     if converted is None:
         return LoRATargets(target_modules, parameters or None, exclude_modules)
-    lost = sorted(_matched_layers(model, config) - _matched_layers(model, converted))
+    wanted, matched = _matched_layers(model, config), _matched_layers(model, converted)
+    lost = sorted(wanted - matched)
+    # PEFT makes the last parts of names its targets, and a layer "0" is then also every first block.
+    kept = _short_names(wanted & matched, [name for name, _ in model.named_modules()], least=1)
     # The names that PEFT makes of layers are short enough to hit unrelated parameters of the same name.
     dense = _short_names([f"{name}.weight" for name in lost], [name for name, _ in model.named_parameters()])
     replaced = set(converted.target_parameters)
@@ -94,7 +97,7 @@ def lora_targets(
         replaced = {name for name in replaced if not name.endswith("gate.weight")}
     names = {*replaced, *dense}
     needed = {name for name in names if not any(name.endswith(f".{other}") for other in names)}
-    return LoRATargets(sorted(converted.target_modules), sorted(needed), exclude_modules)
+    return LoRATargets(kept or None, sorted(needed), exclude_modules)
 
 
 def expert_parameters(model: nn.Module, parts: Collection[Part] = _ALL_PARTS) -> list[str]:
@@ -223,13 +226,13 @@ def _matched_layers(model: PreTrainedModel, config: Any) -> set[str]:
     }
 
 
-def _short_names(names: Collection[str], all_names: Iterable[str]) -> list[str]:
-    """Endings of names that together match these names and no others."""
+def _short_names(names: Collection[str], all_names: Iterable[str], least: int = 2) -> list[str]:
+    """Endings of names, of ``least`` parts or more, that together match these names and no others."""
     wanted, others = set(names), set(all_names) - set(names)
     short: set[str] = set()
     for name in wanted:
         parts = name.split(".")
-        endings = [".".join(parts[-length:]) for length in range(2, len(parts) + 1)]
+        endings = [".".join(parts[-length:]) for length in range(least, len(parts) + 1)]
         short.add(
             next((e for e in endings if not any(other == e or other.endswith(f".{e}") for other in others)), name)
         )

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from na_lora_lightning.core.branches import vocabulary_size
 from na_lora_lightning.core.lora_layers import is_linear, is_lora_layer
 from na_lora_lightning.core.tracing import ActivationCall, LinearCall, Trace
 
@@ -91,6 +92,7 @@ class Blocks:
         self._root = root
         get_head = getattr(root, "get_output_embeddings", None)
         self._head = get_head() if callable(get_head) else None
+        self._vocabulary = vocabulary_size(root)
         self._linear_of_leaf = trace.linear_of_leaf()
         self._nodes = {call.output.grad_fn for call in activations if call.output.grad_fn is not None}
         # One walk per linear layer, from its input back to the activations, serves all activations.
@@ -131,7 +133,8 @@ class Blocks:
 
         In one, what the consumer takes is made of the branches token by token and from one input.
         """
-        if self._head is not None and consumer.module is self._head:
+        width = getattr(consumer.module, "out_features", None)
+        if consumer.module is self._head or (width is not None and width == self._vocabulary):
             return "it belongs to the output head"
         inside = self._inside_of(branches[0].name)
         if inside is not None:
@@ -168,12 +171,12 @@ class Blocks:
     def _inside_of(self, name: str) -> str | None:
         """The class of an enclosing module that is no feed-forward block whatever it computes, told by its name.
 
-        Small networks inside these make the weights of a norm or of a residual, and select no features.
+        Small networks inside these make the weights of a norm, a residual or experts, and select no features.
         """
         parts = name.split(".")
         for length in range(1, len(parts)):
             kind = type(self._root.get_submodule(".".join(parts[:length]))).__name__
-            if kind.lower().endswith("norm") or "hyper_connection" in parts[length - 1]:
+            if kind.lower().endswith(("norm", "router")) or "hyper_connection" in parts[length - 1]:
                 return kind
         return None
 
@@ -203,9 +206,10 @@ def _mixes_tokens(branch: LinearCall, consumer: LinearCall) -> bool:
     rows = branch.leaf.numel() // branch.leaf.shape[-1]
     if result.numel() // result.shape[-1] != rows or rows < 2:
         return False
-    cotangent = torch.zeros_like(result)
+    cotangent = torch.zeros(rows, result.shape[-1], device=result.device, dtype=result.dtype)
     # Unequal values, because a normalisation hides a constant one.
-    cotangent.view(rows, -1)[-1] = torch.linspace(1.0, 2.0, result.shape[-1], device=result.device).to(result.dtype)
+    cotangent[-1] = torch.linspace(1.0, 2.0, result.shape[-1])
+    cotangent = cotangent.view(result.shape)
     (gradient,) = torch.autograd.grad(result, branch.leaf, cotangent, retain_graph=True, allow_unused=True)
     if gradient is None:
         return False

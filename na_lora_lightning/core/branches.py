@@ -8,9 +8,10 @@ from torch import nn
 
 Part = Literal["language", "vision", "projector", "other"]
 
-_NO_IMAGES = ("audio", "speech", "vq", "generation")
+_TOWERS = ("Vision", "Image", "Video", "ViT", "Audio", "Speech", "Protein", "Perceiver", "Resampler", "QFormer")
+_NO_IMAGES = ("audio", "speech", "vq", "generation", "protein")
 _JOINING_INSIDE = ("merger", "projector", "connector")
-_JOINING = ("project", "merger", "connector", "aligner", "resampler", "adapter", "qformer")
+_JOINING = ("project", "merger", "connector", "aligner", "resampler", "adapter", "qformer", "perceiver")
 
 
 def language_model_name(root: nn.Module) -> str | None:
@@ -29,11 +30,28 @@ def language_model_name(root: nn.Module) -> str | None:
     return next((name for name, module in root.named_modules() if module is decoder and name), None)
 
 
+def vocabulary_size(root: nn.Module) -> int | None:
+    """Number of tokens that a Hugging Face model's configuration names; None where it names none."""
+    config = getattr(root, "config", None)
+    get_text_config = getattr(config, "get_text_config", None)
+    text_config = get_text_config() if callable(get_text_config) else config
+    size = getattr(text_config, "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
 def is_multimodal(root: nn.Module) -> bool:
-    """Whether a Hugging Face model has a configuration for images or sound beside that for text."""
+    """Whether a Hugging Face model has parts for images or sound beside that for text."""
     config = getattr(root, "config", None)
     names = ("vision_config", "audio_config", "vq_config", "vision_model_config")
-    return any(getattr(config, name, None) is not None for name in names)
+    if any(getattr(config, name, None) is not None for name in names):
+        return True
+    return any(_sees_no_text(module) for module in root.modules() if module is not root)
+
+
+def _sees_no_text(module: nn.Module) -> bool:
+    """Told by the class's name, which is transformers' convention and the only thing that all towers share."""
+    kind = type(module).__name__
+    return "Text" not in kind and any(word in kind for word in _TOWERS)
 
 
 def branch_name(root: nn.Module, language_model: str | None, name: str) -> str | None:
@@ -45,18 +63,17 @@ def branch_name(root: nn.Module, language_model: str | None, name: str) -> str |
         name: Qualified name of the module.
 
     Returns:
-        Name of the part; None for modules of the language model, and in models of one part.
+        Name of the part; None for modules that see the tokens of the text, and in models of one part.
     """
-    if not is_multimodal(root):
-        return None
     path = name.split(".")
-    if language_model is None:
-        # A dual encoder: each encoder is a part.
-        return path[0] if len(path) > 1 else None
-    common = language_model.split(".")
-    if path[: len(common)] == common:
+    text = [] if language_model is None else language_model.split(".")
+    for depth in range(1, len(path)):
+        part = path[:depth]
+        if text[:depth] != part and _sees_no_text(root.get_submodule(".".join(part))):
+            return ".".join(part)
+    if language_model is None or path[: len(text)] == text or not is_multimodal(root):
         return None
-    depth = next(i for i, step in enumerate(path) if i >= len(common) or step != common[i])
+    depth = next(i for i, step in enumerate(path) if i >= len(text) or step != text[i])
     return ".".join(path[: depth + 1])
 
 
@@ -83,11 +100,11 @@ def part_of(root: nn.Module, language_model: str | None, name: str) -> Part:
     if any(word in f"{kind} {branch}".lower() for word in _NO_IMAGES):
         return "other"
     inside = name[len(branch) + 1 :].lower()
+    here = f"{kind} {branch.rpartition('.')[2]}".lower()
     # Qwen-VL keeps its own inside of the vision tower.
-    if any(word in branch.rpartition(".")[2].lower() for word in _JOINING) or any(w in inside for w in _JOINING_INSIDE):
+    if any(word in here for word in _JOINING) or any(word in inside for word in _JOINING_INSIDE):
         return "projector"
-    if "vis" in kind or "image" in kind or "vit" in kind:
+    if _sees_no_text(module) or "vis" in kind or "vit" in kind:
         return "vision"
-    if language_model is None:
-        return "language"
-    return "projector"
+    # The other part of an encoder-decoder is the encoder of the text.
+    return "language" if getattr(root.config, "is_encoder_decoder", False) else "projector"

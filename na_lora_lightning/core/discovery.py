@@ -19,7 +19,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from na_lora_lightning.core.activations import Activation, activation_of
 from na_lora_lightning.core.blocks import Blocks, Unadaptable
-from na_lora_lightning.core.branches import branch_name, language_model_name
+from na_lora_lightning.core.branches import branch_name, language_model_name, vocabulary_size
 from na_lora_lightning.core.discovery_experts import expert_gates, plain_name
 from na_lora_lightning.core.discovery_functional import functional_gates
 from na_lora_lightning.core.lora_layers import (
@@ -57,11 +57,8 @@ def default_inputs(root: nn.Module) -> dict[str, Any]:
     Raises:
         DiscoveryError: The model is of another kind, so the caller must give inputs.
     """
-    config = getattr(root, "config", None)
-    get_text_config = getattr(config, "get_text_config", None)
-    text_config = get_text_config() if callable(get_text_config) else config
-    vocabulary = getattr(text_config, "vocab_size", None)
-    if not isinstance(vocabulary, int):
+    vocabulary = vocabulary_size(root)
+    if vocabulary is None:
         raise DiscoveryError(
             f"{type(root).__name__} has no vocabulary size in its config, so no probe input can be made for it; pass "
             "example_inputs, a dictionary of keyword arguments for one small forward pass."
@@ -130,7 +127,11 @@ def _unreached(root: nn.Module, called: set[nn.Module]) -> list[LeftOut]:
             found.setdefault(plain_name(name), LeftOut(plain_name(name), "experts", reason, not_supported=True))
             continue
         parent_name = name.rpartition(".")[0]
-        for child_name, child in root.get_submodule(parent_name).named_children():
+        parent = root.get_submodule(parent_name)
+        if any(child in called for child in parent.children()):
+            # The block was entered; some blocks read a layer's weight without calling it.
+            continue
+        for child_name, child in parent.named_children():
             if is_linear(child) or isinstance(child, _DropoutNd) or any(True for _ in child.children()):
                 continue
             activation = activation_of(child)

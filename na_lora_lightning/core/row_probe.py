@@ -149,7 +149,7 @@ def positional_rows(pre_activation: Tensor, layer_output: Tensor | None) -> Tens
         tokens = alive[:, channel].nonzero()
         if not len(tokens):
             continue
-        cotangent = torch.zeros_like(pre_activation)
+        cotangent = torch.zeros(pre_activation.shape, device=pre_activation.device, dtype=pre_activation.dtype)
         cotangent.view(-1, len(rows))[tokens[0, 0], channel] = 1.0
         (gradient,) = torch.autograd.grad(pre_activation, layer_output, cotangent, retain_graph=True, allow_unused=True)
         if gradient is None or int(gradient.abs().flatten(0, -2).sum(dim=0).argmax()) != channel:

@@ -156,6 +156,11 @@ def token_mask_of_call(
     """
     kwargs = _by_name(root, args, kwargs)
     mask = kwargs.get("attention_mask")
+    if getattr(getattr(root, "config", None), "is_encoder_decoder", False):
+        # That is the encoder's; the text is the decoder's, whose padding has no label.
+        mask = kwargs.get("decoder_attention_mask")
+        if mask is None and isinstance(kwargs.get("labels"), Tensor):
+            mask = kwargs["labels"] != -100
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
