@@ -26,6 +26,8 @@ from na_lora_lightning.core.discovery import default_inputs, discover_gates, roo
 from na_lora_lightning.core.row_probe import probe_rows, storage_rows
 from na_lora_lightning.errors import DiscoveryError
 
+TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
+
 
 def pre_activation(model: nn.Module, module: nn.Module) -> torch.Tensor:
     """The input of an activation module in one forward pass."""
@@ -230,3 +232,31 @@ def test_discovery_runs_beside_gradient_checkpointing() -> None:
     enable_checkpointing(model)
     assert len(discover_gates(model)) == 2
     model(**random_batch(0)).loss.backward()
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_of_several_adapters_the_active_one_counts(experts: bool) -> None:
+    targets = {"target_modules": [] if experts else ["gate_proj"]}
+    if experts:
+        targets["target_parameters"] = TARGETS
+    base = tiny_mixtral() if experts else tiny_llama()
+    model = get_peft_model(base, LoraConfig(r=2, task_type="CAUSAL_LM", **targets))  # type: ignore[arg-type]
+    model.add_adapter("second", LoraConfig(r=3, task_type="CAUSAL_LM", **targets))  # type: ignore[arg-type]
+    for active in ("second", "default"):
+        model.set_adapter(active)
+        gates = discover_gates(model).require(allow_unmasked_gates=True)
+        for site in gates:
+            assert site.adapters == [active]
+            (rows,) = site.parameters()
+            assert f".lora_B.{active}." in rows.name
+            assert rows.parameter.shape[1] == {"default": 2, "second": 3}[active] * site.networks
+
+
+def test_two_active_adapters_are_masked_together() -> None:
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["gate_proj"]))
+    model.add_adapter("second", LoraConfig(r=3, task_type="CAUSAL_LM", target_modules=["gate_proj"]))
+    model.base_model.set_adapter(["default", "second"])
+    gates = discover_gates(model).require()
+    assert [[tuple(rows.parameter.shape) for rows in site.parameters()] for site in gates] == [
+        [(GATE_CHANNELS, 2), (GATE_CHANNELS, 3)]
+    ] * 2

@@ -172,7 +172,7 @@ def test_interleaved_experts_with_a_functional_activation() -> None:
 def test_masking_the_gradient_of_a_is_refused() -> None:
     model = moe()
     controller = GateController(model, discover_gates(model).require())
-    with pytest.raises(ConfigurationError, match="mask_gradient_to_a does not work for .*experts"):
+    with pytest.raises(ConfigurationError, match=r"mask_gradient_to_a does not work for .*experts"):
         controller.set_importance(ImportanceOptions(mask_gradient_to_a=True))
 
 
