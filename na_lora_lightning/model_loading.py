@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 _HUB_TIMEOUT_SECONDS = 10.0
+# Models that compare an image with a text, and generate none.
+DUAL_ENCODERS = ("clip", "siglip", "siglip2")
 
 
 @dataclass(frozen=True)
@@ -143,12 +145,16 @@ def load_config(source: BaseModelSource) -> PreTrainedConfig:
 def auto_class(config: PreTrainedConfig) -> Any:
     """The class of transformers with which a model is made: for images and text, or else a causal language model.
 
+    Dual encoders such as CLIP are made with ``AutoModel``.
+
     Args:
         config: The model's configuration, whose ``architectures`` decides.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+    if getattr(config, "model_type", None) in DUAL_ENCODERS:
+        return AutoModel
     with_images: set[str] = set()
     for names in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values():
         with_images.update([names] if isinstance(names, str) else names)
@@ -203,7 +209,7 @@ def _require_all_weights(source: BaseModelSource, loading: Mapping[str, Any]) ->
     mismatched = sorted(str(entry[0]) for entry in loading.get("mismatched_keys", ()))
     if missing or mismatched:
         raise ConfigurationError(
-            f"The model {source.name_or_path!r} lacks weights of a language model (such as "
+            f"The model {source.name_or_path!r} lacks weights (such as "
             f"{(missing + mismatched)[0]!r}); give a complete checkpoint."
         )
 
@@ -229,7 +235,7 @@ def add_lora(model: PreTrainedModel, lora: LoRAArguments, source: BaseModelSourc
 
     targets = _targets(model, lora, source)
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=None if model.config.model_type in DUAL_ENCODERS else "CAUSAL_LM",
         base_model_name_or_path=source.resolved_name_or_path,
         revision=source.revision,
         r=lora.r,

@@ -141,14 +141,17 @@ def mark_transposed_experts(model: PreTrainedModel) -> None:
 def _without_incompatible(model: PreTrainedModel, exclude: list[str] | str | None) -> list[str] | str | None:
     """Also leaves out what ``all-linear`` names and PEFT cannot adapt.
 
-    These are layers that it refuses in models with Mamba blocks, and a model's own kinds of linear layer that do
-    something else, such as Llama 4's router.
+    These are layers that it refuses in models with Mamba blocks, a model's own kinds of linear layer that do something
+    else, such as Llama 4's router, and the insides of PyTorch's own attention.
     """
     from peft import LoraConfig
     from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 
-    refused = set()
+    refused: set[str] = set()
     for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            # PyTorch reads the weights of its layers and does not call them.
+            refused.update(f"{name}.{inner}" for inner, _ in module.named_modules() if inner)
         if isinstance(module, nn.Linear):
             if not _is_linear_map(module):
                 refused.add(name)

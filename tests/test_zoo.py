@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 from zoo import check as zoo_check
+from zoo import report
 from zoo.check import Verdict, check
-from zoo.report import examine_all
 from zoo.tables import Outcome, document, share_right
 from zoo.tiny_models import Mapping, build
 
@@ -177,10 +177,19 @@ def test_counted_padding_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_process_for_each_type() -> None:
-    found = {o.model_type: o for o in examine_all([("causal-lm", "gpt2"), ("causal-lm", "gemma4_assistant")], jobs=1)}
+    found = {
+        o.model_type: o for o in report.examine_all([("causal-lm", "gpt2"), ("causal-lm", "gemma4_assistant")], jobs=1)
+    }
     assert found["gpt2"].is_right
     assert found["gemma4_assistant"].not_buildable is not None
     assert not found["gemma4_assistant"].is_red
+
+
+def test_a_process_that_does_not_answer_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "SECONDS", 0.01)
+    (outcome,) = report.examine_all([("causal-lm", "gpt_oss")], jobs=1)
+    assert outcome.error == "no answer within 0 s"
+    assert outcome.is_red
 
 
 def test_the_page_counts_and_explains() -> None:
@@ -195,8 +204,11 @@ def test_the_page_counts_and_explains() -> None:
     assert [outcome.is_red for outcome in outcomes] == [False, False, True, False, True]
     assert share_right(outcomes) == 0.25
     page = document(outcomes)
-    assert "5 types, 4 buildable, 1 of these fully right (25.0%), 1 refused." in page
+    assert (
+        "5 types, 4 buildable, 1 of these fully right (25.0%), 1 refused for a reason, 2 wrong or unexplained." in page
+    )
     assert "- `b`: it has no feed-forward block.\n" in page
     assert "| `a` | 2 | 8 | silu | gated | yes | yes |  |\n" in page
     assert "| `c` | 2 |  | silu | gated | **no** | yes | one (and 1 more) |\n" in page
-    assert "| `e` |  |  |  |  |  |  | **error**: ValueError: no |\n" in page
+    assert "- `c`: one (and 1 more).\n- `e`: ValueError: no.\n" in page
+    assert "| `e` |  |  |  |  |  |  | **error** |\n" in page

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from na_lora_lightning.core.activations import Activation, activation_of
 from na_lora_lightning.core.blocks import Blocks, Unadaptable
-from na_lora_lightning.core.branches import branch_name, language_model_name, vocabulary_size
+from na_lora_lightning.core.branches import branch_name, is_multimodal, language_model_name, vocabulary_size
 from na_lora_lightning.core.discovery_experts import expert_gates, plain_name
 from na_lora_lightning.core.discovery_functional import functional_gates
 from na_lora_lightning.core.lora_layers import (
@@ -95,19 +96,20 @@ def discover_gates(model: nn.Module, example_inputs: Mapping[str, Any] | None = 
     found = GateMap()
     for module, activation in activations.items():
         outside = [call for call in calls[module] if call.experts is None]
-        results = [result for call in outside for result in _classify(call, activation, blocks)]
-        found.sites += _share_module([r for r in results if isinstance(r, tuple)])
-        # One reason for a module, however often it is called; none where some of its calls are a gate's.
-        if not any(isinstance(result, tuple) for result in results):
-            found.left_out += list(dict.fromkeys(r for r in results if isinstance(r, LeftOut)))
+        results = [(call, result) for call in outside for result in _classify(call, activation, blocks)]
+        sites = [result for _, result in results if isinstance(result, tuple)]
+        left_out = [(call, result) for call, result in results if isinstance(result, LeftOut)]
+        # A call without a graph (of a cycle that is not trained, say) is the gate's like the others.
+        exclusive = all(call.output.grad_fn is None for call, _ in left_out)
+        found.sites += _share_module(sites, exclusive)
+        if not sites:
+            # One reason for a module, however often it is called.
+            found.left_out += list(dict.fromkeys(reason for _, reason in left_out))
     for extra in (expert_gates(trace, activations), functional_gates(root, blocks)):
         found.sites += extra.sites
         found.left_out += extra.left_out
     _order(found, root)
-    language_model = language_model_name(root)
-    for site in found.sites:
-        name = branch_name(root, language_model, site.lora_layer_name)
-        site.branch = None if name is None else root.get_submodule(name)
+    _assign_branches(found, root)
     called = {call.module for call in trace.linear_calls}
     found.left_out += _unreached(root, called.union(*({w for _, w in call.wrappers} for call in trace.experts_calls)))
     return found
@@ -159,13 +161,29 @@ def _trace(root: nn.Module, example_inputs: Mapping[str, Any] | None) -> Trace:
         ) from error
 
 
+def _assign_branches(gates: GateMap, root: nn.Module) -> None:
+    """Says of each site in which part of a multimodal model it is, and excuses parts that have no LoRA at all."""
+    if not is_multimodal(root):
+        return
+    language_model = language_model_name(root)
+    for site in gates.sites:
+        name = branch_name(root, language_model, site.lora_layer_name)
+        site.branch = None if name is None else root.get_submodule(name)
+    with_lora = {branch_name(root, language_model, name) for name, m in root.named_modules() if is_lora_layer(m)}
+    for index, entry in enumerate(gates.left_out):
+        part = branch_name(root, language_model, plain_name(entry.producers[0])) if entry.gate_without_lora else None
+        if entry.gate_without_lora and part not in with_lora:
+            reason = f"its part of the model ({part or language_model or 'the text side'}) has no LoRA"
+            gates.left_out[index] = replace(entry, gate_without_lora=False, reason=reason)
+
+
 def _order(gates: GateMap, root: nn.Module) -> None:
     """Puts the sites in the order in which their LoRA layers stand in the model."""
     place = {name: index for index, (name, _) in enumerate(root.named_modules())}
     gates.sites.sort(key=lambda site: place[site.lora_layer_name])
 
 
-def _share_module(found: list[tuple[int, GateSite]]) -> list[GateSite]:
+def _share_module(found: list[tuple[int, GateSite]], exclusive: bool) -> list[GateSite]:
     """Sites of one activation module, by its calls: one site for each LoRA layer that it follows."""
     shared: dict[int, GateSite] = {}
     for index, site in found:
@@ -176,8 +194,8 @@ def _share_module(found: list[tuple[int, GateSite]]) -> list[GateSite]:
                 "exclude this layer from the LoRA targets."
             )
         known.calls = frozenset({index}) | (known.calls or frozenset())
-    if len({site.calls for site in shared.values()}) == 1:
-        # They follow the same calls, so these are all that there are.
+    if exclusive and len({site.calls for site in shared.values()}) == 1:
+        # They follow the same calls, and these are all that there are.
         for site in shared.values():
             site.calls = None
     return list(shared.values())

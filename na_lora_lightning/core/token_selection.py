@@ -41,7 +41,9 @@ class TokenSelection:
             if self._mask is None:
                 weights = torch.ones(tokens if positions is None else positions.numel(), device=device)
             else:
-                real = self._mask.reshape(-1).to(device, torch.float32)
+                # One pooled token stands for a whole sequence.
+                mask = self._mask.any(dim=1) if tokens == len(self._mask) else self._mask
+                real = mask.reshape(-1).to(device, torch.float32)
                 positions = torch.arange(tokens, device=device) if positions is None else positions
                 weights = real.index_select(0, positions)
                 # Padding may hold anything, NaN included, which a weight of zero would not silence: look at some
@@ -92,7 +94,7 @@ class TokenSelection:
         return (torch.arange(tokens, device=device) if positions is None else positions), weights
 
     def _check(self, leading: tuple[int, ...], name: str) -> None:
-        if self._mask is None or leading == tuple(self._mask.shape) or leading == (self._mask.numel(),):
+        if self._mask is None or leading in (tuple(self._mask.shape), (self._mask.numel(),), (len(self._mask), 1)):
             return
         raise DataError(
             f"the padding mask of shape {tuple(self._mask.shape)} cannot be matched to the gate {name!r}, "

@@ -17,6 +17,7 @@ from na_lora_lightning.core.discovery import discover_gates
 from na_lora_lightning.core.importance import ImportanceOptions
 from na_lora_lightning.core.statistics import ObserverOptions
 from na_lora_lightning.core.token_selection import mask_of_branch, token_mask_of_call
+from na_lora_lightning.errors import DiscoveryError
 from na_lora_lightning.targets import lora_targets
 
 PATCHES, IMAGE_TOKEN = 16, 60
@@ -155,3 +156,17 @@ def test_the_mask_of_an_encoder_decoder_is_the_decoders() -> None:
     assert found is not None
     assert found.tolist() == [[True, True, False], [True, False, False]]
     assert token_mask_of_call(root, (), {"attention_mask": encoder}, targets_only=False) is None
+
+
+def test_a_part_without_any_lora_is_no_error_and_a_part_with_some_is() -> None:
+    inputs = {name: value for name, value in image_batch().items() if name != "labels"}
+    gates = discover_gates(with_lora(tiny_llava(), r".*language_model.*(gate|up|down)_proj"), inputs).require()
+    assert {site.branch for site in gates} == {None}
+    excused = [entry for entry in gates.left_out if "has no LoRA" in entry.reason]
+    assert {entry.reason.split("(")[1].split(")")[0] for entry in excused} == {
+        "model.vision_tower",
+        "model.multi_modal_projector",
+    }
+    partly = with_lora(tiny_llava(), r".*(gate_proj|q_proj)")
+    with pytest.raises(DiscoveryError, match=r"2 of 4 gates have no LoRA \(model\.vision_tower"):
+        discover_gates(partly, inputs).require()
