@@ -17,6 +17,7 @@ _UNKNOWN_IN_CLASS = re.compile(r"[Oo]ption '(?P<option>[^']*)' is not accepted")
 _EXPECTED = re.compile(r"Expected an? (?P<kind>.*?)\. Got value: (?P<value>.*)", re.DOTALL)
 _NO_CLASS = re.compile(r"Expected a dot import path string: (?P<value>\S+)")
 _GIVEN = re.compile(r"Given value: (?P<value>.*)\Z", re.DOTALL)
+_NESTED = re.compile(r"NestedArg\(key='(?P<key>[^']*)', val='?(?P<value>.*?)'?\)")
 _CHOICES = re.compile(r"typing\.Literal\[(?P<choices>.*)\]")
 
 
@@ -71,7 +72,10 @@ def _explain_value(key: str, rest: str, switches: Collection[str]) -> str:
     if match := _NO_CLASS.search(rest):
         return f"The option {key!r} is {match['value']!r}, which is no known class; give its import path."
     if match := _GIVEN.search(rest):
-        return f"The option {key!r} cannot be {match['value'].strip()!r}; '--help' shows what it takes."
+        value = match["value"].strip()
+        if nested := _NESTED.fullmatch(value):
+            key, value = f"{key}.{nested['key']}", nested["value"]
+        return f"The option {key!r} cannot be {value!r}; '--help' shows what it takes."
     return _sentence(f"{key}: {rest}" if key not in rest else rest)
 
 
@@ -87,11 +91,16 @@ def _sentence(message: str) -> str:
     return " ".join(line for line in lines if line).rstrip(".") + "."
 
 
-def _keys_of_file(file: str, known: Collection[str]) -> Iterator[str]:
+def read_yaml(file: str) -> Any:
+    """What a configuration file holds; None if that cannot be told."""
     try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        return yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
-        return
+        return None
+
+
+def _keys_of_file(file: str, known: Collection[str]) -> Iterator[str]:
+    content = read_yaml(file)
     if isinstance(content, Mapping):
         yield from _unknown_in(content, "", known)
 

@@ -23,3 +23,7 @@ class DataError(NALoRAError):
 
 class UpdateError(NALoRAError):
     """The update of a gate's LoRA rows cannot be reached (optimizer, strategy, or frozen parameters)."""
+
+
+class ImageError(DataError):
+    """An image of a record is missing, broken, or larger than is allowed."""

@@ -132,6 +132,9 @@ def generate_answers(
     """
     from transformers import GenerationConfig
 
+    if len(inputs["input_ids"]) == 0:
+        # All records of a batch were left out.
+        return []
     base: Any = model.get_base_model()
     own = base.generation_config
     ends = getattr(own, "eos_token_id", None)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, Namespace
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -18,9 +18,9 @@ from typing_extensions import override
 from na_lora_lightning.callbacks.fit_summary import FitSummaryCallback
 from na_lora_lightning.callbacks.gate_importance import GateImportanceCallback
 from na_lora_lightning.callbacks.step_scale import StepScaleCallback
-from na_lora_lightning.cli_errors import explain
+from na_lora_lightning.cli_errors import explain, read_yaml
 from na_lora_lightning.data import InstructionDataModule
-from na_lora_lightning.errors import ConfigurationError
+from na_lora_lightning.errors import ConfigurationError, NALoRAError
 from na_lora_lightning.model_loading import BaseModelSource, one_line, require_model
 from na_lora_lightning.module import NALoRALightningModule
 
@@ -50,7 +50,8 @@ class NALoRACLI(LightningCLI):
     """A ``LightningCLI`` for one subcommand, with the two mechanisms as option groups of their own.
 
     ``gate_importance``, ``step_scale`` and ``fit_summary`` are callbacks of every fit, whatever
-    ``trainer.callbacks`` says, unless their ``enabled`` is false. The tokenizer is the model's. Options always come
+    ``trainer.callbacks`` says, unless their ``enabled`` is false. The data module is ``InstructionDataModule``, or the
+    class that ``--data`` or ``data.class_path`` names; its tokenizer or processor is the model's. Options always come
     from the configuration, also with ``--ckpt_path``; a checkpoint of another model or LoRA is refused.
 
     Args:
@@ -62,9 +63,13 @@ class NALoRACLI(LightningCLI):
         # Lightning sets it too late for what is overridden here.
         self.subcommand = self._requested = subcommand
         self._full_config: Namespace | None = None
+        names_data_class = _names_data_class(arguments)
+        if names_data_class:
+            _require_init_args(arguments)
         super().__init__(
             NALoRALightningModule,
-            InstructionDataModule,
+            LightningDataModule if names_data_class else InstructionDataModule,
+            subclass_mode_data=names_data_class,
             save_config_kwargs={"overwrite": True},
             trainer_defaults=dict(TRAINER_DEFAULTS),
             seed_everything_default=0,
@@ -86,9 +91,14 @@ class NALoRACLI(LightningCLI):
         for name, kind in CALLBACKS.items():
             parser.add_lightning_class_args(kind, name)
             parser.add_argument(f"--{name}.enabled", type=bool, default=True, help=f"Whether fit uses {kind.__name__}.")
-        parser.link_arguments("model.model_name_or_path", "data.tokenizer_name_or_path")
-        parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
-        parser.link_arguments("model.revision", "data.tokenizer_revision")
+        group, readers = "data", ["tokenizer"]
+        if self.subclass_mode_data:
+            # A class is not handed what it has no use for.
+            group, readers = "data.init_args", ["tokenizer", "processor"]
+        for reader in readers:
+            parser.link_arguments("model.model_name_or_path", f"{group}.{reader}_name_or_path")
+            parser.link_arguments("model.revision", f"{group}.{reader}_revision")
+        parser.link_arguments("model.trust_remote_code", f"{group}.trust_remote_code")
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -128,7 +138,16 @@ class NALoRACLI(LightningCLI):
         # The switches are of the command line, not of the callbacks.
         for name in CALLBACKS:
             del self.config[self._requested][name]["enabled"]
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            # The parser puts what a named class says into a report of everything else that the value is not.
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, NALoRAError):
+                cause = cause.__cause__
+            if cause is None:
+                raise
+            raise cause from None
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -162,6 +181,35 @@ class NALoRACLI(LightningCLI):
         assert loader is not None
         _write_predictions(path, loader, answers)
         print(f"Predictions {path}")
+
+
+def _names_data_class(arguments: Sequence[str]) -> bool:
+    """Whether a class of data modules is asked for, on the command line or in a configuration file."""
+    if any(argument.partition("=")[0] in ("--data", "--data.class_path") for argument in arguments):
+        return True
+    return any("class_path" in data for data in _data_of_files(arguments).values())
+
+
+def _require_init_args(arguments: Sequence[str]) -> None:
+    """Refuses options of a data module beside its class."""
+    for file, data in _data_of_files(arguments).items():
+        stray = next((name for name in data if name not in ("class_path", "init_args")), None)
+        if stray is not None:
+            raise ConfigurationError(
+                f"The option 'data.{stray}' of {file!r} is beside the class of the data and not among its arguments; "
+                "write it under data.init_args, after data.class_path."
+            )
+
+
+def _data_of_files(arguments: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+    """The options of the data in each configuration file that has any."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for file in _config_files(arguments):
+        content = read_yaml(file)
+        data = content.get("data") if isinstance(content, Mapping) else None
+        if isinstance(data, (str, Mapping)):
+            found[file] = {"class_path": data} if isinstance(data, str) else data
+    return found
 
 
 def _with_switches(arguments: Sequence[str]) -> list[str]:

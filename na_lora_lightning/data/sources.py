@@ -39,7 +39,7 @@ def load_records(
     Raises:
         DataError: If the source does not exist, cannot be read, or has no records.
     """
-    name, split = _separate_split(source)
+    name, split = separate_split(source)
     path = Path(name).expanduser()
     if path.suffix in _READERS and not path.is_dir():
         records = _load_file(path, source, split)
@@ -69,7 +69,7 @@ def _renamed(records: Dataset, source: str, columns: dict[str, str]) -> Dataset:
     )
 
 
-def _separate_split(source: str) -> tuple[str, str | None]:
+def separate_split(source: str) -> tuple[str, str | None]:
     """Separates ``name:split``; an existing path is never taken apart."""
     matched = _SOURCE_WITH_SPLIT.fullmatch(source)
     if matched is None or Path(source).expanduser().exists():
