@@ -12,11 +12,14 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "NALoRALightningModule": "na_lora_lightning.module",
     "InstructionDataModule": "na_lora_lightning.data",
+    "VisionInstructionDataModule": "na_lora_lightning.data",
     "GateImportanceCallback": "na_lora_lightning.callbacks.gate_importance",
     "StepScaleCallback": "na_lora_lightning.callbacks.step_scale",
     "FitSummaryCallback": "na_lora_lightning.callbacks.fit_summary",
     "discover_gates": "na_lora_lightning.core.discovery",
     "lora_targets": "na_lora_lightning.targets",
+    "DualEncoderLightningModule": "na_lora_lightning.dual_encoder",
+    "LabelledImageDataModule": "na_lora_lightning.data.labelled_images",
 }
 
 __all__ = [*_EXPORTS, "__version__"]
@@ -26,7 +29,9 @@ if TYPE_CHECKING:
     from na_lora_lightning.callbacks.gate_importance import GateImportanceCallback
     from na_lora_lightning.callbacks.step_scale import StepScaleCallback
     from na_lora_lightning.core.discovery import discover_gates
-    from na_lora_lightning.data import InstructionDataModule
+    from na_lora_lightning.data import InstructionDataModule, VisionInstructionDataModule
+    from na_lora_lightning.data.labelled_images import LabelledImageDataModule
+    from na_lora_lightning.dual_encoder import DualEncoderLightningModule
     from na_lora_lightning.module import NALoRALightningModule
     from na_lora_lightning.targets import lora_targets
 
