@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODEL := .cache/quickstart/SmolLM2-135M-Instruct
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart gemma test zoo check format benchmark clean
+.PHONY: help install quickstart gemma digits test zoo check format benchmark clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -25,6 +25,9 @@ quickstart: install ## Fine-tune the pretrained SmolLM2-135M-Instruct with NA-Lo
 gemma: install ## Fine-tune Gemma 3 270M (GeGLU) on the same riddles; Gemma's terms apply
 	$(BIN)/python examples/quickstart/prepare.py --model gemma3-270m
 	$(BIN)/na-lora fit --config configs/gemma3_270m.yaml
+
+digits: install ## Give SmolLM2 a vision tower, train it on real images, fine-tune all of it with NA-LoRA
+	$(BIN)/python examples/vlm_digits/run.py
 
 test: install ## Run the tests
 	$(BIN)/python -m pytest
