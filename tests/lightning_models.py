@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,37 @@ from conftest import GPT2_TARGETS, LLAMA_TARGETS, random_batch, tiny_gpt2, tiny_
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from vision_helpers import IMAGE_TOKEN, picture, tiny_vlm_model, tiny_vlm_processor, tiny_vlm_tokenizer
+
+from na_lora_lightning.targets import lora_targets
+
+VISION_KINDS = ("llava", "idefics3", "qwen2_vl")
 
 
 def tiny_peft_model(kind: str, **options: object) -> nn.Module:
-    """A fresh, identical tiny PEFT model at each call."""
+    """A fresh, identical tiny PEFT model at each call; of a model for images with LoRA on all of its parts."""
+    if kind in VISION_KINDS:
+        model: Any = tiny_vlm_model(kind, tiny_vlm_tokenizer(kind))
+        return with_lora(model, "all-linear", exclude_modules=lora_targets(model).exclude_modules, **options)
     if kind == "llama":
         return with_lora(tiny_llama(), LLAMA_TARGETS, **options)
     return with_lora(tiny_gpt2(), GPT2_TARGETS, **options)
+
+
+def image_batch(kind: str, numbers: Sequence[int]) -> dict[str, Tensor]:
+    """What a real processor makes of one picture and a text for each number, longer for even ones."""
+    processor = tiny_vlm_processor(kind)
+    texts = ["abcdefgh" if number % 2 == 0 else "abc" for number in numbers]
+    messages = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text in texts]
+    batch: Any = processor(
+        text=[processor.apply_chat_template(message) for message in messages],
+        images=[[picture(number)] for number in numbers],
+        padding=True,
+        return_tensors="pt",
+    )
+    image_token = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN[kind])
+    ignored = (batch["attention_mask"] == 0) | (batch["input_ids"] == image_token)
+    return {**batch, "labels": batch["input_ids"].masked_fill(ignored, -100)}
 
 
 class ForeignModule(LightningModule):
@@ -25,6 +50,9 @@ class ForeignModule(LightningModule):
     def __init__(self, kind: str = "llama", fail_at_step: int | None = None, **options: object) -> None:
         super().__init__()
         self.network = nn.ModuleDict({"language": tiny_peft_model(kind, **options)})
+        self.kind = kind
+        # With it the callbacks find the gates of an image encoder.
+        self.example_inputs = image_batch(kind, [0, 1]) if kind in VISION_KINDS else None
         self.fail_at_step = fail_at_step
         self.losses: list[float] = []
 
@@ -49,17 +77,21 @@ class ForeignModule(LightningModule):
 class Batches(Dataset):
     """Ready-made batches, one per index."""
 
-    def __init__(self, count: int, rows: int = 4, rank: int | None = None, world_size: int = 1) -> None:
+    def __init__(
+        self, count: int, rows: int = 4, rank: int | None = None, world_size: int = 1, kind: str = "llama"
+    ) -> None:
         self.batches = []
+        share = rows // world_size
+        own = range(rows) if rank is None else range(rank * share, (rank + 1) * share)
+        if kind in VISION_KINDS:
+            self.batches = [image_batch(kind, [index * rows + row for row in own]) for index in range(count)]
+            return
         for index in range(count):
             batch = random_batch(index, batch=rows, padded=False)
             # Every second row is padded alike, so that shards hold equally many targets.
             for name, padding in (("attention_mask", 0), ("labels", -100)):
                 batch[name][1::2, 4:] = padding
-            if rank is not None:
-                share = rows // world_size
-                batch = {name: value[rank * share : (rank + 1) * share] for name, value in batch.items()}
-            self.batches.append(batch)
+            self.batches.append({name: value[own.start : own.stop] for name, value in batch.items()})
 
     def __len__(self) -> int:
         return len(self.batches)
