@@ -17,6 +17,7 @@ from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.discovery import discover_gates
 from na_lora_lightning.core.importance import TemporalImportance
 from na_lora_lightning.core.lora_layers import is_lora_layer
+from na_lora_lightning.core.metrics import misalignment_metrics
 from na_lora_lightning.core.statistics import ObserverOptions
 from na_lora_lightning.core.step_scale import StepScale
 from na_lora_lightning.errors import ConfigurationError, DiscoveryError
@@ -146,7 +147,7 @@ class GateCallback(Callback, ABC):
         if self._logs_this_step:
             self._log(trainer, self.controller, self._step_to_log)
             # The first of the callbacks writes the measurement that belongs to neither.
-            monitor.write(trainer, monitor.misalignment_metrics(self.controller), self._step_to_log)
+            monitor.write(trainer, misalignment_metrics(self.controller), self._step_to_log)
             self.controller.misalignment = None
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -18,6 +18,7 @@ from na_lora_lightning.core.importance import (
     Scope,
     TemporalImportance,
 )
+from na_lora_lightning.core.metrics import by_layer_and_activation, importance_metrics
 from na_lora_lightning.core.statistics import ObserverOptions
 from na_lora_lightning.errors import ConfigurationError
 
@@ -94,8 +95,8 @@ class GateImportanceCallback(GateCallback):
 
     def _log(self, trainer: Trainer, controller: GateController, step: int) -> None:
         assert controller.importance is not None
-        metrics = monitor.importance_metrics(controller.importance)
-        monitor.write(trainer, monitor.by_layer_and_activation(controller, metrics), step)
+        tagged = by_layer_and_activation(controller, importance_metrics(controller.importance))
+        monitor.write(trainer, tagged, step)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Logs the step, and the histograms when they are due."""

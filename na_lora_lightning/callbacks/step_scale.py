@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 from na_lora_lightning.callbacks import monitor
 from na_lora_lightning.callbacks.gate_callback import GateCallback
 from na_lora_lightning.core.controller import GateController
+from na_lora_lightning.core.metrics import by_layer_and_activation, step_scale_metrics
 from na_lora_lightning.core.statistics import ObserverOptions
 from na_lora_lightning.core.step_scale import Granularity, StepScale, StepScaleOptions
 
@@ -66,5 +67,5 @@ class StepScaleCallback(GateCallback):
 
     def _log(self, trainer: Trainer, controller: GateController, step: int) -> None:
         assert controller.step_scale is not None
-        metrics = monitor.step_scale_metrics(controller.step_scale)
-        monitor.write(trainer, monitor.by_layer_and_activation(controller, metrics), step)
+        tagged = by_layer_and_activation(controller, step_scale_metrics(controller.step_scale))
+        monitor.write(trainer, tagged, step)
