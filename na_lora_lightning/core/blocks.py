@@ -151,7 +151,8 @@ class Blocks:
         if not any(is_origin(branch.source) for branch in branches):
             names = ", ".join(dict.fromkeys(branch.name for branch in branches))
             return f"what {consumer.name} takes is made by {names}, which have different inputs"
-        mixing = next((branch.name for branch in branches if _mixes_tokens(branch, consumer)), None)
+        with self.trace.shards.whole(*(branch.module for branch in branches), consumer.module):
+            mixing = next((branch.name for branch in branches if _mixes_tokens(branch, consumer)), None)
         return None if mixing is None else f"between {mixing} and {consumer.name} tokens are mixed"
 
     def _holder_of_weights(self, call: ActivationCall) -> str | None:

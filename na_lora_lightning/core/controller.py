@@ -7,21 +7,27 @@ It is all that a plain PyTorch loop needs::
     controller.attach([optimizer])
     ...  # train as usual
     controller.detach()
+
+:func:`~na_lora_lightning.plain_pytorch.nonlinearity_aware` does just that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from na_lora_lightning.core.discovery import root_of
+from na_lora_lightning.core.gradient_watch import Aside, GradientWatch
 from na_lora_lightning.core.importance import ImportanceOptions, ResponsivenessCollector, TemporalImportance
 from na_lora_lightning.core.lora_layers import is_on_parameter
+from na_lora_lightning.core.metrics import as_floats, gate_metrics
 from na_lora_lightning.core.misalignment import MisalignmentMeter
+from na_lora_lightning.core.sharding import Shards, is_sharded
 from na_lora_lightning.core.sites import GateMap
 from na_lora_lightning.core.statistics import GateObserver, Layout, ObserverOptions
 from na_lora_lightning.core.step_scale import RegimeCollector, StepScale, StepScaleOptions
@@ -29,6 +35,21 @@ from na_lora_lightning.core.update import GradientMask, RowUpdate
 from na_lora_lightning.errors import ConfigurationError, UpdateError
 
 _IMPORTANCE, _STEP_SCALE = "importance", "step_scale"
+
+# Optimizers whose steps are corrected: twice would be once too often.
+_corrected: WeakSet[Optimizer] = WeakSet()
+
+
+def stepping_optimizer(optimizer: Optimizer) -> Optimizer:
+    """The optimizer whose ``step`` moves the parameters, inside of wrappers such as accelerate's."""
+    inner = getattr(optimizer, "optimizer", None)
+    return stepping_optimizer(inner) if isinstance(inner, Optimizer) else optimizer
+
+
+def _skips(optimizer: Optimizer) -> bool:
+    """Whether the step under way moves nothing: a fused optimizer is called by a ``GradScaler`` and skips by itself."""
+    overflow = getattr(optimizer, "found_inf", None)
+    return isinstance(overflow, Tensor) and bool(overflow)
 
 
 class GateController:
@@ -43,8 +64,9 @@ class GateController:
     Attributes:
         importance: Mechanism one, when set.
         step_scale: Mechanism two, when set.
-        steps: Optimizer steps since :meth:`attach`.
+        steps: Optimizer steps so far, those before a resume included where :meth:`load_state_dict` was called.
         misalignment: Result of the last measured step: mean |Δρ| ``[sites]`` and squared norms ``[2, sites]``.
+        gradients: Tells when gradients are thrown away without a step, and the statistics with them.
     """
 
     def __init__(
@@ -55,6 +77,11 @@ class GateController:
         reduce: Callable[[Tensor], None] | None = None,
     ) -> None:
         self.gates = gates
+        self._shards = Shards(model)
+        self._shards.reshard()
+        self._parameters = [entry for site in gates.sites for entry in site.parameters()]
+        for entry in self._parameters:
+            self._shards.require_gathered(entry.parameter, entry.name)
         self.observer = GateObserver(root_of(model), gates.sites, observer_options or ObserverOptions())
         self.meter = MisalignmentMeter(self.observer)
         self.layout = Layout([(site.networks, site.channels) for site in gates.sites], self.observer.device)
@@ -66,7 +93,13 @@ class GateController:
         self._update = RowUpdate(gates.sites, self.layout)
         self._gradient_mask: GradientMask | None = None
         self._handles: list[Any] = []
+        self._optimizer: Optimizer | None = None
         self._stepped = False
+        self._every_site_fired = False
+        self._aside = Aside()
+        parameters = {id(rows.parameter): rows.parameter for site in gates.sites for rows in site.parameters()}
+        self.gradients = GradientWatch(list(parameters.values()), self._aside.drop)
+        self.observer.before_pass = self._before_pass
 
     def set_importance(self, options: ImportanceOptions) -> TemporalImportance:
         """Turns the temporal-importance mask on; before :meth:`attach`.
@@ -82,6 +115,12 @@ class GateController:
             raise ConfigurationError(
                 f"mask_gradient_to_a does not work for {on_parameters[0]!r}, whose LoRA is on a parameter, so that the "
                 "gradient of A cannot be told from that of B; set it to False."
+            )
+        sharded = [entry.name for entry in self._parameters if is_sharded(entry.parameter)]
+        if options.mask_gradient_to_a and sharded:
+            raise ConfigurationError(
+                f"mask_gradient_to_a does not work for {sharded[0]!r}, which is sharded, so that no process has the "
+                "whole gradient of A; set it to False, or use strategy='ddp'."
             )
         layout = self.observer.add(_IMPORTANCE, ResponsivenessCollector(options.criterion, options.signed))
         self.importance = TemporalImportance(options, layout)
@@ -129,17 +168,16 @@ class GateController:
         Raises:
             UpdateError: None does, some rows are in none, or they are spread over several optimizers.
         """
-        optimizers = list(optimizers)
+        optimizers = [stepping_optimizer(optimizer) for optimizer in optimizers]
         holders: dict[int, Optimizer] = {}
         missing: list[str] = []
         owner_of = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]}
-        for site in self.gates.sites:
-            for entry in site.parameters():
-                owner = owner_of.get(id(entry.parameter))
-                if owner is None:
-                    missing.append(entry.name)
-                else:
-                    holders[id(owner)] = owner
+        for entry in self._parameters:
+            owner = owner_of.get(id(entry.parameter))
+            if owner is None:
+                missing.append(entry.name)
+            else:
+                holders[id(owner)] = owner
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise UpdateError(
@@ -159,13 +197,20 @@ class GateController:
 
         Raises:
             UpdateError: The update cannot be reached.
-            ConfigurationError: No mechanism is set.
+            ConfigurationError: No mechanism is set, or the optimizer's steps are corrected already.
         """
         if self.importance is None and self.step_scale is None:
             raise ConfigurationError(
                 "no mechanism is set, so training would be plain LoRA; call set_importance() or set_step_scale() first."
             )
         optimizer = self.optimizer_of_gates(optimizers)
+        if optimizer in _corrected:
+            raise ConfigurationError(
+                f"the steps of this {type(optimizer).__name__} are corrected by NA-LoRA already, and would be twice; "
+                "keep one callback or one `with` block for both mechanisms, or detach() the earlier controller."
+            )
+        _corrected.add(optimizer)
+        self._optimizer = optimizer
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -173,6 +218,7 @@ class GateController:
         # The meter's hooks on lora_B must exist before a pre-activation is observed; order does not matter further.
         self.meter.attach()
         self.observer.attach()
+        self.gradients.attach()
         if self._gradient_mask is not None:
             self._gradient_mask.attach()
             self._share_mask()
@@ -182,28 +228,89 @@ class GateController:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self._optimizer is not None:
+            _corrected.discard(self._optimizer)
+        self._optimizer = None
         self.observer.detach()
         self.meter.detach()
+        self.gradients.detach()
+        self._forget()
         if self._gradient_mask is not None:
             self._gradient_mask.detach()
 
     def discard_unstepped(self) -> None:
-        """At the end of a step: forgets its statistics if the optimizer did not step (a skipped fp16 step)."""
+        """At the end of a step: forgets its statistics if the optimizer did not step (a skipped fp16 step).
+
+        Where it is not called, they are forgotten when the next backward pass finds the gradients cleared.
+        """
         if not self._stepped:
-            self.observer.reset()
-            self.meter.reset()
+            self._forget()
         self._stepped = False
+
+    def _forget(self) -> None:
+        self.observer.reset()
+        self.meter.reset()
+        self._aside.drop()
+        self.gradients.forget()
+
+    def metrics(self) -> dict[str, float]:
+        """What TensorBoard shows, by the same tags: each curve by layer and by activation.
+
+        Selection misalignment is among them where the last step was measured (``meter.enabled``).
+        """
+        return as_floats(gate_metrics(self))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values that restore both mechanisms exactly; to be taken between optimizer steps."""
+        state: dict[str, Any] = {"steps": self.steps, "forward_passes": self.observer.forward_passes}
+        return state | {name: mechanism.state_dict() for name, mechanism in self._mechanisms().items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned.
+
+        Raises:
+            ConfigurationError: The state is of other mechanisms, gates or options.
+        """
+        mechanisms = self._mechanisms()
+        saved = sorted({_IMPORTANCE, _STEP_SCALE} & state.keys())
+        if saved != sorted(mechanisms):
+            raise ConfigurationError(
+                f"the checkpoint holds the state of {' and '.join(saved) or 'no mechanism'} and this run has "
+                f"{' and '.join(sorted(mechanisms)) or 'none'}; resume with the mechanisms of the checkpoint."
+            )
+        for name, mechanism in mechanisms.items():
+            mechanism.load_state_dict(state[name])
+        self.steps = int(state["steps"])
+        self.observer.forward_passes = int(state["forward_passes"])
+        self._forget()
+        self._share_mask()
+
+    def _mechanisms(self) -> dict[str, TemporalImportance | StepScale]:
+        both = {_IMPORTANCE: self.importance, _STEP_SCALE: self.step_scale}
+        return {name: mechanism for name, mechanism in both.items() if mechanism is not None}
+
+    def _before_pass(self) -> None:
+        # Whether the step that these passes belong to is skipped shows in the next backward pass.
+        if self.gradients.begin_pass():
+            self._aside.take([*self.observer.buffers, self.meter.sums])
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._update.remember()
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if _skips(optimizer):
+            self._forget()
+            return
+        self._aside.give_back([*self.observer.buffers, self.meter.sums])
+        self.gradients.stepped()
         statistics = self.observer.finish_step(self._reduce)
         self.misalignment = self.meter.finish_step(self._reduce)
         self.steps += 1
         self._stepped = True
-        if self.steps == 1:
+        if not self._every_site_fired:
+            self._every_site_fired = True
             self.observer.require_fired(next(iter(statistics.values())).tokens)
         active = False
         if self.importance is not None:

@@ -33,6 +33,7 @@ from na_lora_lightning.core.lora_layers import (
 )
 from na_lora_lightning.core.pre_activations import ActivationInput
 from na_lora_lightning.core.row_probe import positional_rows, probe_rows, storage_rows
+from na_lora_lightning.core.sharding import Shards
 from na_lora_lightning.core.sites import FoundBy, GateMap, GateSite, LeftOut
 from na_lora_lightning.core.tracing import ActivationCall, LinearCall, Trace, trace_forward
 from na_lora_lightning.errors import DiscoveryError
@@ -87,11 +88,12 @@ def discover_gates(model: nn.Module, example_inputs: Mapping[str, Any] | None = 
     """
     require_lora(model)
     root = root_of(model)
-    trace = _trace(root, example_inputs)
+    trace = _trace(model, root, example_inputs)
     calls: dict[nn.Module, list[ActivationCall]] = defaultdict(list)
     for call in trace.activation_calls:
         calls[call.module].append(call)
-    activations = {module: activation for module, activation in _identify(calls).items() if activation is not None}
+    identified = _identify(calls, trace.shards)
+    activations = {module: activation for module, activation in identified.items() if activation is not None}
     blocks = Blocks(root, trace, [call for module in activations for call in calls[module]])
     found = GateMap()
     for module, activation in activations.items():
@@ -143,17 +145,17 @@ def _unreached(root: nn.Module, called: set[nn.Module]) -> list[LeftOut]:
     return list(found.values())
 
 
-def _trace(root: nn.Module, example_inputs: Mapping[str, Any] | None) -> Trace:
+def _trace(model: nn.Module, root: nn.Module, example_inputs: Mapping[str, Any] | None) -> Trace:
     if example_inputs is not None:
         device = next(root.parameters()).device
         inputs = {
             name: value.to(device) if isinstance(value, torch.Tensor) else value
             for name, value in example_inputs.items()
         }
-        return trace_forward(root, inputs)
+        return trace_forward(root, inputs, model)
     inputs = default_inputs(root)
     try:
-        return trace_forward(root, inputs)
+        return trace_forward(root, inputs, model)
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, AssertionError) as error:
         raise DiscoveryError(
             f"{type(root).__name__} does not take {' and '.join(inputs)} alone ({type(error).__name__}: {error}); pass "
@@ -201,14 +203,15 @@ def _share_module(found: list[tuple[int, GateSite]], exclusive: bool) -> list[Ga
     return list(shared.values())
 
 
-def _identify(modules: Iterable[nn.Module]) -> dict[nn.Module, Activation | None]:
+def _identify(modules: Iterable[nn.Module], shards: Shards) -> dict[nn.Module, Activation | None]:
     """The activation that each module computes; modules alike in class and settings are looked at once."""
     alike: dict[tuple[type, str], Activation | None] = {}
     identified: dict[nn.Module, Activation | None] = {}
     for module in modules:
         key = (type(module), repr(module))
         if key not in alike or any(True for _ in module.parameters()):
-            alike[key] = activation_of(module)
+            with shards.whole(*([module] if any(True for _ in module.parameters()) else [])):
+                alike[key] = activation_of(module)
         identified[module] = alike[key]
     return identified
 
@@ -228,7 +231,8 @@ def _classify(call: ActivationCall, activation: Activation, blocks: Blocks) -> l
         return left_out(f"{', '.join(names)} has no LoRA", gate_without_lora=True, producers=names)
     sites: list[tuple[int, GateSite] | LeftOut] = []
     for producer in with_lora:
-        mapped = _map_rows(call, producer, alone=len(block.producers) == 1)
+        with blocks.trace.shards.whole(producer.module):
+            mapped = _map_rows(call, producer, alone=len(block.producers) == 1)
         if mapped is None:
             continue
         site = GateSite(

@@ -60,7 +60,8 @@ def expert_gates(trace: Trace, activations: Mapping[nn.Module, Activation]) -> G
         if gate is None or not gate.activation.self_gated:
             # The module may compute only a part of the activation.
             gate = _gate_by_method(call) or gate
-        result = _site(gate, known) if gate is not None else _without_gate(call)
+        with trace.shards.whole(*(wrapper for _, wrapper in call.wrappers)):
+            result = _site(gate, known) if gate is not None else _without_gate(call)
         if isinstance(result, GateSite):
             found.sites.append(result)
         elif result is not None:

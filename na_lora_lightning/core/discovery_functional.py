@@ -62,8 +62,12 @@ def _gate_of(
     owner = root.get_submodule(owner_name)
     key = (type(owner), repr(owner), producer.name[len(owner_name) :])
     if key not in known:
-        answer = _make_answer(owner, blocks.trace.arguments[owner_name], producer, producers, consumer)
-        known[key] = identify(answer, producer.output.detach())
+        with blocks.trace.shards.whole(owner):
+            # A unit has to finish what it has begun.
+            to_the_end = blocks.trace.shards.has_unit_in(owner)
+            arguments = blocks.trace.arguments[owner_name]
+            answer = _make_answer(owner, arguments, producer, producers, consumer, to_the_end)
+            known[key] = identify(answer, producer.output.detach())
     gate = known[key]
     if gate is None:
         return None
@@ -110,6 +114,7 @@ def _make_answer(
     producer: LinearCall,
     producers: list[LinearCall],
     consumer: LinearCall,
+    to_the_end: bool,
 ) -> Callable[[Tensor], Tensor]:
     """Maps an output of ``producer`` to what ``consumer`` takes; the outputs of other producers are ones."""
 
@@ -121,7 +126,8 @@ def _make_answer(
 
         def take(module: nn.Module, args: Any) -> None:
             taken.append(args[0])
-            raise _ReachedError
+            if not to_the_end:
+                raise _ReachedError
 
         with ExitStack() as stack:
             for other in producers:

@@ -38,7 +38,8 @@ def is_on_parameter(module: nn.Module) -> bool:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether ``module`` is a linear layer (quantised ones subclass ``nn.Linear``) or GPT-2's ``Conv1D``."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    # Sharding makes a subclass of a module's class.
+    return isinstance(module, nn.Linear) or any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
 
 
 def active_adapters(layer: nn.Module) -> list[str]:

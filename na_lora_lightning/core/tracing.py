@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from na_lora_lightning.core.experts import RoutedCall, expert_owners, routed_call, stacked_parameters
 from na_lora_lightning.core.lora_layers import is_linear, is_lora_layer
 from na_lora_lightning.core.pre_activations import GATE_METHOD, wrap_gate_method
+from na_lora_lightning.core.sharding import Shards
 
 
 @dataclass(eq=False)
@@ -87,6 +88,7 @@ class Trace:
     """What happened in the traced forward pass, in order.
 
     Attributes:
+        shards: How the model's parameters are sharded; those of a layer have to be gathered for gradients through it.
         linear_calls: Calls of linear layers.
         activation_calls: Calls of what may be activation modules.
         experts_calls: Calls of stacked experts.
@@ -94,6 +96,7 @@ class Trace:
         call_counts: Number of calls of each childless module.
     """
 
+    shards: Shards
     linear_calls: list[LinearCall] = field(default_factory=list)
     activation_calls: list[ActivationCall] = field(default_factory=list)
     experts_calls: list[ExpertsCall] = field(default_factory=list)
@@ -138,8 +141,8 @@ def evaluation_mode(root: nn.Module) -> Iterator[None]:
 class _Recorder:
     """The hooks that fill a trace."""
 
-    def __init__(self) -> None:
-        self.trace = Trace()
+    def __init__(self, shards: Shards) -> None:
+        self.trace = Trace(shards)
         self._experts: list[ExpertsCall] = []
 
     def cut_input(self, name: str) -> Callable[..., Any]:
@@ -208,7 +211,7 @@ class _Recorder:
         return hook
 
 
-def trace_forward(root: nn.Module, inputs: Mapping[str, Any]) -> Trace:
+def trace_forward(root: nn.Module, inputs: Mapping[str, Any], model: nn.Module | None = None) -> Trace:
     """Runs one forward pass of ``root`` and records linear layers, stacked experts and childless modules.
 
     Evaluation mode, random state and hooks are restored afterwards; no parameter's ``grad`` is touched.
@@ -216,11 +219,13 @@ def trace_forward(root: nn.Module, inputs: Mapping[str, Any]) -> Trace:
     Args:
         root: Model with LoRA layers.
         inputs: Keyword arguments of its forward.
+        model: What is around it and passes these arguments on to it, which matters where parameters are sharded.
 
     Returns:
         The trace, whose tensors hold the graph until it is dropped.
     """
-    recorder = _Recorder()
+    shards = Shards(model or root)
+    recorder = _Recorder(shards)
     owners = {owner: (name, wrappers) for name, owner, wrappers in expert_owners(root)}
     wrapping = {wrapper for _, wrappers in owners.values() for _, wrapper in wrappers}
     with ExitStack() as stack:
@@ -247,5 +252,6 @@ def trace_forward(root: nn.Module, inputs: Mapping[str, Any]) -> Trace:
         stack.enter_context(evaluation_mode(root))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        root(**inputs)
+        shards.entry(root)(**inputs)
+    shards.reshard()
     return recorder.trace

@@ -9,12 +9,15 @@ gradients, keep moving zero-gradient rows through momentum, and decay weights wh
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from na_lora_lightning.core.lora_layers import lora_a, lora_b
+from na_lora_lightning.core.lora_layers import LoRARows, lora_a, lora_b
+from na_lora_lightning.core.pre_activations import as_slice
+from na_lora_lightning.core.sharding import is_sharded, local_part, local_rows
 from na_lora_lightning.core.sites import GateSite
 from na_lora_lightning.core.statistics import Layout
 
@@ -41,11 +44,62 @@ def blend_rows(before: Tensor, after: Tensor, weight: Tensor) -> Tensor:
 
 def by_network(parameter: Tensor, networks: int) -> Tensor:
     """A view of LoRA rows with the experts apart: ``[out, r·E]`` to ``[out, r, E]``; unchanged for one network."""
-    return parameter if networks == 1 else parameter.view(parameter.shape[0], -1, networks)
+    return parameter if networks == 1 else parameter.unflatten(1, (parameter.shape[1] // networks, networks))
+
+
+@dataclass(frozen=True)
+class _GateRows:
+    """The rows of one parameter that make channels of one site, as far as this process holds them.
+
+    Attributes:
+        parameter: ``[rows, ...]``.
+        index: Where the rows are in :func:`local_part` of it.
+        before: A copy of them, ``[own channels, ...]``.
+        columns: The site's channels among all of them.
+        own: Which of a network's channels they make.
+        networks: Number of networks of the site.
+    """
+
+    parameter: Tensor
+    index: slice | Tensor
+    before: Tensor
+    columns: slice
+    own: slice | Tensor
+    networks: int
+
+    def rows(self) -> Tensor:
+        """The part of the parameter that this process holds, with the experts apart; a view."""
+        return by_network(local_part(self.parameter), self.networks)
+
+    def weight_of_rows(self, weights: Tensor) -> Tensor:
+        """m·η of each own row, ``[own channels]`` or ``[own channels, 1, experts]``, from that of all channels."""
+        weight = weights[self.columns].to(self.before.device)
+        if self.networks > 1:
+            weight = weight.view(self.networks, -1).T[:, None]
+        return weight[self.own]
+
+
+def _gate_rows(entry: LoRARows, site: GateSite, columns: slice) -> _GateRows | None:
+    """The rows of a site in a parameter; None where this process holds none of them."""
+    held = local_rows(entry.parameter, entry.name)
+    own: slice | Tensor = slice(None)
+    numbers, device = site.rows, entry.parameter.device
+    if is_sharded(entry.parameter):
+        own = ((numbers >= held.start) & (numbers < held.stop)).nonzero()[:, 0]
+        if not own.numel():
+            return None
+        numbers = numbers[own] - held.start
+    evenly = as_slice(numbers)
+    index = evenly if evenly is not None else numbers.to(device)
+    before = torch.empty_like(by_network(local_part(entry.parameter), site.networks)[index])
+    own = own if isinstance(own, slice) else own.to(device)
+    return _GateRows(entry.parameter, index, before, columns, own, site.networks)
 
 
 class RowUpdate:
     """Remembers the gate rows before an optimizer's step and corrects them after it.
+
+    Each process works on the rows that it holds.
 
     Args:
         sites: Gate sites whose LoRA rows are trained.
@@ -53,19 +107,18 @@ class RowUpdate:
     """
 
     def __init__(self, sites: Sequence[GateSite], layout: Layout) -> None:
-        self._targets: list[tuple[Tensor, Tensor, slice | Tensor, slice, int]] = []
-        for site, channels in zip(sites, layout.site_slices, strict=True):
-            rows = site.row_slice
-            index = rows if rows is not None else site.rows.to(layout.network_of_column.device)
-            for entry in site.parameters():
-                before = torch.empty_like(by_network(entry.parameter.detach(), site.networks)[index])
-                self._targets.append((entry.parameter, before, index, channels, site.networks))
+        found = [
+            _gate_rows(entry, site, columns)
+            for site, columns in zip(sites, layout.site_slices, strict=True)
+            for entry in site.parameters()
+        ]
+        self._targets = [rows for rows in found if rows is not None]
 
     @torch.no_grad()
     def remember(self) -> None:
         """Copies the rows; called before the optimizer's step."""
-        for parameter, before, index, _, networks in self._targets:
-            before.copy_(by_network(parameter, networks)[index])
+        for target in self._targets:
+            target.before.copy_(target.rows()[target.index])
 
     @torch.no_grad()
     def correct(self, weights: Tensor) -> None:
@@ -74,12 +127,9 @@ class RowUpdate:
         Args:
             weights: m·η per channel of all sites, ``[channels]`` float32.
         """
-        for parameter, before, index, channels, networks in self._targets:
-            rows = by_network(parameter, networks)
-            weight = weights[channels].to(parameter.device)
-            if networks > 1:
-                weight = weight.view(networks, -1).T[:, None]
-            rows[index] = blend_rows(before, rows[index], weight)
+        for target in self._targets:
+            rows = target.rows()
+            rows[target.index] = blend_rows(target.before, rows[target.index], target.weight_of_rows(weights))
 
 
 class GradientMask:
