@@ -132,6 +132,7 @@ class GateObserver:
         labels: Labels of the coming forward passes, ``[batch, length]``, for models that are called without them.
         selection: Tokens of the recorded forward pass under way, or None outside of one.
         forward_passes: Recorded forward passes so far.
+        enabled: Whether forward passes with gradients are recorded; False while they are not of training.
     """
 
     def __init__(self, root: nn.Module, sites: Sequence[GateSite], options: ObserverOptions) -> None:
@@ -140,6 +141,7 @@ class GateObserver:
         self.options = options
         self.selection: TokenSelection | None = None
         self.forward_passes = 0
+        self.enabled = True
         self.labels: Tensor | None = None
         self._collectors: dict[str, Collector] = {}
         self._layouts: dict[str, Layout] = {}
@@ -240,7 +242,7 @@ class GateObserver:
 
     def _begin(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Evaluation runs without gradients; a checkpointed model is run again inside the backward pass.
-        if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
+        if not self.enabled or not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
             self.selection = None
             return
         mask = token_mask_of_call(root, args, kwargs, self.options.exclude_prompt, self.labels)
