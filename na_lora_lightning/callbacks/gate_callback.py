@@ -1,4 +1,4 @@
-"""What the two callbacks share: finding the model, one controller for both, and the trainer's life cycle."""
+"""What the two callbacks share: one controller for both, and the trainer's life cycle."""
 
 from __future__ import annotations
 
@@ -9,51 +9,24 @@ from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
+from torch import Tensor
+from torch.optim import Optimizer
 
 from na_lora_lightning.callbacks import monitor
+from na_lora_lightning.callbacks.model_search import find_peft_model
 from na_lora_lightning.callbacks.strategies import reduce_over_processes, require_supported_strategy
+from na_lora_lightning.callbacks.trainer_progress import is_logging_step, logged_step, require_progress
+from na_lora_lightning.callbacks.tuner_sweeps import Sweep, follow_sweeps, leave_sweeps
 from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.discovery import discover_gates
 from na_lora_lightning.core.importance import TemporalImportance
-from na_lora_lightning.core.lora_layers import is_lora_layer
 from na_lora_lightning.core.metrics import misalignment_metrics
 from na_lora_lightning.core.statistics import ObserverOptions
 from na_lora_lightning.core.step_scale import StepScale
-from na_lora_lightning.errors import ConfigurationError, DiscoveryError
+from na_lora_lightning.errors import ConfigurationError, UpdateError
 
 # Both callbacks of a fit join the controller of their LightningModule, in whichever order they come.
 _controllers: WeakKeyDictionary[LightningModule, tuple[GateController, GateCallback]] = WeakKeyDictionary()
-
-
-def find_peft_model(pl_module: nn.Module) -> nn.Module:
-    """Finds the model with LoRA anywhere inside a LightningModule.
-
-    Args:
-        pl_module: The module to search.
-
-    Returns:
-        Its only ``PeftModel``, or the outermost Hugging Face model that holds LoRA layers.
-
-    Raises:
-        DiscoveryError: There is none.
-        ConfigurationError: There are several.
-    """
-    peft_models = [m for m in pl_module.modules() if hasattr(m, "peft_config") and hasattr(m, "get_base_model")]
-    if len(peft_models) > 1:
-        raise ConfigurationError(
-            f"{type(pl_module).__name__} holds {len(peft_models)} PEFT models, so whose gates are meant is unclear; "
-            "keep one of them as a registered submodule."
-        )
-    if peft_models:
-        return peft_models[0]
-    for module in pl_module.modules():
-        if hasattr(module, "config") and any(is_lora_layer(inner) for inner in module.modules()):
-            return module
-    raise DiscoveryError(
-        f"{type(pl_module).__name__} holds no PEFT model; wrap the network with peft.get_peft_model(...) and assign it "
-        "to an attribute of the LightningModule (not inside a plain list or dict) before fit."
-    )
 
 
 class GateCallback(Callback, ABC):
@@ -64,6 +37,9 @@ class GateCallback(Callback, ABC):
         allow_unmasked_gates: Accept that some gates have no LoRA.
         example_inputs: Keyword arguments of one small forward pass, for models that take more than text; by default
             the LightningModule's attribute ``example_inputs``, where it has one.
+
+    Attributes:
+        controller: Of the fit under way, or of the last one, whose hooks are off.
     """
 
     def __init__(
@@ -76,10 +52,17 @@ class GateCallback(Callback, ABC):
         self._allow_unmasked_gates = allow_unmasked_gates
         self._example_inputs = example_inputs
         self._pending_state: dict[str, Any] | None = None
-        self._mechanism: TemporalImportance | StepScale | None = None
-        self._logs_this_step = False
-        self._step_to_log = 0
+        self._state_before_run: dict[str, Any] | None = None
+        self._forget_fit()
+
+    def _forget_fit(self) -> None:
         self.controller: GateController | None = None
+        self._mechanism: TemporalImportance | StepScale | None = None
+        self._optimizer: Optimizer | None = None
+        self._is_fitting = False
+        self._logs_next_step = False
+        self._step_to_log = 0
+        self._steps_before_batch = (0, 0)
 
     @abstractmethod
     def _set_mechanism(self, controller: GateController) -> TemporalImportance | StepScale:
@@ -89,23 +72,45 @@ class GateCallback(Callback, ABC):
     def _log(self, trainer: Trainer, controller: GateController, step: int) -> None:
         """Writes this callback's metrics."""
 
+    def _after_step(self, trainer: Trainer, controller: GateController, step: int) -> None:
+        """Called after every optimizer step."""
+
+    # ---- a run of the trainer ----
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Follows the finders of the tuner, whose sweeps begin before everything else."""
+        self._state_before_run = self._pending_state
+        if stage == "fit":
+            follow_sweeps(trainer, _sweep_with_gates)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the gates and checks everything that can be checked before training."""
         require_supported_strategy(trainer)
-        if pl_module not in _controllers:
-            _controllers[pl_module] = (self._make_controller(trainer, pl_module), self)
-        controller, first = _controllers[pl_module]
+        require_progress(trainer)
+        controller, first = self._join_controller(trainer, pl_module)
         self._require_same_settings(first, pl_module)
+        self._forget_fit()
         self.controller = controller
         self._mechanism = self._set_mechanism(controller)
-        controller.optimizer_of_gates(trainer.optimizers)
+        self._optimizer = controller.optimizer_of_gates(trainer.optimizers)
+        self._is_fitting = True
         if self._pending_state is not None:
             self._restore(self._pending_state)
             self._pending_state = None
 
+    def _join_controller(self, trainer: Trainer, pl_module: LightningModule) -> tuple[GateController, GateCallback]:
+        known = _controllers.get(pl_module)
+        if known is not None and known[1] not in trainer.callbacks:  # type: ignore[attr-defined]
+            # Left behind by a fit that ended without telling its callbacks.
+            known[0].detach()
+            known = None
+        if known is None:
+            known = _controllers[pl_module] = (self._make_controller(trainer, pl_module), self)
+        return known
+
     def _require_same_settings(self, first: GateCallback, pl_module: LightningModule) -> None:
         for name in ("observer", "allow_unmasked_gates", "example_inputs"):
-            if getattr(self, f"_{name}") != getattr(first, f"_{name}"):
+            if not _are_same(getattr(self, f"_{name}"), getattr(first, f"_{name}")):
                 _controllers.pop(pl_module)
                 raise ConfigurationError(
                     f"the two NA-LoRA callbacks find and observe gates together and were given different values of "
@@ -121,51 +126,100 @@ class GateCallback(Callback, ABC):
         gates = discover_gates(model, example_inputs).require(self._allow_unmasked_gates)
         return GateController(model, gates, self._observer, reduce_over_processes(trainer))
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes the hooks off."""
+        self._release(pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Takes the hooks off, where fit ended before training."""
+        self._end_run(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Takes the hooks off when training fails."""
+        self._end_run(trainer, pl_module)
+
+    def _end_run(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self._release(pl_module)
+            leave_sweeps(trainer.callbacks)  # type: ignore[attr-defined]
+        if self._pending_state is not None:
+            # Of a checkpoint that was loaded to validate, say, which the next fit must not begin with.
+            self._pending_state = self._state_before_run
+
+    def _release(self, pl_module: LightningModule) -> None:
+        _controllers.pop(pl_module, None)
+        self._is_fitting = False
+        if self.controller is not None:
+            self.controller.detach()
+
+    # ---- training ----
+
+    def _fitted(self) -> GateController:
+        if self.controller is None or not self._is_fitting:
+            raise ConfigurationError(
+                f"{type(self).__name__} was added to the trainer after fit began, so the gates are not hooked; pass it "
+                "to Trainer(callbacks=[...]) or return it from configure_callbacks."
+            )
+        return self.controller
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the hooks on model and optimizer, once for both callbacks."""
-        assert self.controller is not None
-        if not self.controller.is_attached:
-            self.controller.attach(trainer.optimizers)
+        controller = self._fitted()
+        if not controller.is_attached:
+            controller.attach(trainer.optimizers)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Decides whether this step is logged, and so measured for selection misalignment."""
-        assert self.controller is not None
-        self._logs_this_step = trainer._logger_connector.should_update_logs and bool(trainer.loggers)
-        self._step_to_log = trainer.fit_loop.epoch_loop._batches_that_stepped
-        self.controller.meter.enabled = self._logs_this_step
+        controller = self._fitted()
+        if not any(optimizer is self._optimizer for optimizer in trainer.optimizers):
+            raise UpdateError(
+                "the trainer's optimizers were replaced after training began, so the steps of the gates' rows cannot "
+                "be reached; make the final optimizer in configure_optimizers."
+            )
+        self._steps_before_batch = (trainer.global_step, controller.steps)
+        # A manual optimization may step some batches later.
+        self._logs_next_step = self._logs_next_step or is_logging_step(trainer)
+        self._step_to_log = logged_step(trainer)
+        controller.meter.enabled = self._logs_next_step
         # Modules that compute the loss themselves call the model without labels.
-        self.controller.observer.labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        controller.observer.labels = batch.get("labels") if isinstance(batch, Mapping) else None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After an optimizer step, logs it if it is a logging step."""
-        assert self.controller is not None
-        if trainer.fit_loop._should_accumulate():
+        controller = self._fitted()
+        trainer_steps, steps = self._steps_before_batch
+        if pl_module.automatic_optimization and trainer.global_step != trainer_steps:
+            # In a manual optimization another optimizer may have stepped, or none on purpose.
+            controller.discard_unstepped()
+        if controller.steps == steps:
             return
-        self.controller.discard_unstepped()
-        if self._logs_this_step:
-            self._log(trainer, self.controller, self._step_to_log)
+        self._after_step(trainer, controller, self._step_to_log)
+        if self._logs_next_step:
+            self._logs_next_step = False
+            self._log(trainer, controller, self._step_to_log)
             # The first of the callbacks writes the measurement that belongs to neither.
-            monitor.write(trainer, misalignment_metrics(self.controller), self._step_to_log)
-            self.controller.misalignment = None
+            monitor.write(trainer, misalignment_metrics(controller), self._step_to_log)
+            controller.misalignment = None
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes the hooks off."""
-        self._release(pl_module)
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Looks away: validation may compute gradients of its own."""
+        self._observe(False)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Takes the hooks off when training fails."""
-        self._release(pl_module)
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Looks at training again."""
+        self._observe(True)
 
-    def _release(self, pl_module: LightningModule) -> None:
-        _controllers.pop(pl_module, None)
-        if self.controller is not None:
-            self.controller.detach()
+    def _observe(self, enabled: bool) -> None:
+        if self._is_fitting and self.controller is not None:
+            self.controller.observer.enabled = enabled
+
+    # ---- state ----
 
     def state_dict(self) -> dict[str, Any]:
         """State of the mechanism: tensors and plain values."""
-        if self._mechanism is None or self.controller is None:
+        if self._mechanism is None or self.controller is None or self._pending_state is not None:
             return self._pending_state or {}
         return {
             "mechanism": self._mechanism.state_dict(),
@@ -176,10 +230,10 @@ class GateCallback(Callback, ABC):
         """Restores the state, at once or at the start of fit."""
         if not state_dict:
             return
-        if self._mechanism is None or self.controller is None or not self.controller.is_attached:
-            self._pending_state = state_dict
-        else:
+        if self._is_fitting:
             self._restore(state_dict)
+        else:
+            self._pending_state = state_dict
 
     @torch.no_grad()
     def _restore(self, state: dict[str, Any]) -> None:
@@ -187,3 +241,46 @@ class GateCallback(Callback, ABC):
         assert self.controller is not None
         self._mechanism.load_state_dict(state["mechanism"])
         self.controller.observer.forward_passes = int(state["forward_passes"])
+        self.controller.observer.reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, also one for another process, has the settings and what it is to resume from, and no model."""
+        copied = object.__new__(type(self))
+        # Lightning leaves the LightningModule's own methods on a callback.
+        copied.__dict__.update({name: value for name, value in vars(self).items() if name not in ("log", "log_dict")})
+        copied._forget_fit()
+        return vars(copied)
+
+
+def _are_same(first: Any, second: Any) -> bool:
+    """Equality of settings, tensors among them."""
+    if isinstance(first, Tensor) or isinstance(second, Tensor):
+        return isinstance(first, Tensor) and isinstance(second, Tensor) and torch.equal(first, second)
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        return first.keys() == second.keys() and all(_are_same(value, second[name]) for name, value in first.items())
+    return bool(first == second)
+
+
+def _sweep_with_gates(sweep: Sweep, trainer: Trainer, pl_module: LightningModule) -> None:
+    """Runs a finder's sweep as the callbacks would have trained, on statistics that are dropped afterwards.
+
+    Raises:
+        ConfigurationError: The callbacks cannot follow the sweep.
+    """
+    callbacks = [callback for callback in trainer.callbacks if isinstance(callback, GateCallback)]  # type: ignore[attr-defined]
+    if trainer.state.fn != "fit" or any(callback._is_fitting for callback in callbacks):
+        # In the middle of a fit the hooks are on, and Lightning restores the callbacks' state itself.
+        sweep(trainer, pl_module)
+        return
+    states = [(callback, callback._pending_state) for callback in callbacks]
+    try:
+        for callback in callbacks:
+            callback.on_fit_start(trainer, pl_module)
+        for callback in callbacks:
+            callback.on_train_start(trainer, pl_module)
+        sweep(trainer, pl_module)
+    finally:
+        for callback, state in states:
+            callback._release(pl_module)
+            callback._forget_fit()
+            callback._pending_state = state

@@ -98,12 +98,8 @@ class GateImportanceCallback(GateCallback):
         tagged = by_layer_and_activation(controller, importance_metrics(controller.importance))
         monitor.write(trainer, tagged, step)
 
-    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        """Logs the step, and the histograms when they are due."""
-        super().on_train_batch_end(trainer, *args, **kwargs)
+    def _after_step(self, trainer: Trainer, controller: GateController, step: int) -> None:
+        assert controller.importance is not None
         every = self._histogram_every_n_steps
-        if not every or trainer.fit_loop._should_accumulate() or self._step_to_log % every:
-            return
-        assert self.controller is not None
-        assert self.controller.importance is not None
-        monitor.write_histograms(trainer, self.controller.importance, self.controller.gates.labels, self._step_to_log)
+        if every and (controller.importance.steps - 1) % every == 0:
+            monitor.write_histograms(trainer, controller.importance, controller.gates.labels, step)

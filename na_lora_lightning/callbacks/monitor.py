@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from na_lora_lightning.core.importance import TemporalImportance
@@ -24,7 +23,12 @@ def write(trainer: Trainer, metrics: Mapping[str, Tensor], step: int) -> None:
 def write_histograms(trainer: Trainer, importance: TemporalImportance, labels: list[str], step: int) -> None:
     """Writes the responsiveness of each site's channels as a histogram to TensorBoard loggers."""
     for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+        if _is_tensorboard(logger) and trainer.is_global_zero:
             for label, columns in zip(labels, importance.layout.site_slices, strict=True):
                 values = importance.responsiveness[columns].cpu()
                 logger.experiment.add_histogram(f"gate_responsiveness_of_channels/{label}", values, step)
+
+
+def _is_tensorboard(logger: object) -> bool:
+    """By name, because the classes of ``lightning`` and ``pytorch_lightning`` differ."""
+    return any(kind.__name__ == "TensorBoardLogger" for kind in type(logger).__mro__)

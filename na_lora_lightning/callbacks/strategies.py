@@ -18,7 +18,7 @@ def require_supported_strategy(trainer: Trainer) -> None:
     Raises:
         UpdateError: The strategy shards or copies parameters, so the update of a row cannot be reached.
     """
-    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+    if not _is_a(trainer.strategy, SingleDeviceStrategy, DDPStrategy):
         raise UpdateError(
             f"the strategy {type(trainer.strategy).__name__} shards or copies the LoRA parameters, so the update of a "
             "gate's rows cannot be reached; use a single device or strategy='ddp'."
@@ -34,3 +34,9 @@ def reduce_over_processes(trainer: Trainer) -> Callable[[Tensor], None] | None:
         torch.distributed.all_reduce(tensor)
 
     return reduce
+
+
+def _is_a(strategy: object, *kinds: type) -> bool:
+    """Whether a strategy is one of ``kinds``, of ``lightning`` or of ``pytorch_lightning``, whose classes differ."""
+    names = {kind.__name__ for kind in kinds}
+    return any(kind.__name__ in names for kind in type(strategy).__mro__)
