@@ -27,6 +27,7 @@ from na_lora_lightning.core.importance import ImportanceOptions, ResponsivenessC
 from na_lora_lightning.core.lora_layers import is_on_parameter
 from na_lora_lightning.core.metrics import as_floats, gate_metrics
 from na_lora_lightning.core.misalignment import MisalignmentMeter
+from na_lora_lightning.core.optimizers import skips_by_itself, stepping_optimizer
 from na_lora_lightning.core.sharding import Shards, is_sharded
 from na_lora_lightning.core.sites import GateMap
 from na_lora_lightning.core.statistics import GateObserver, Layout, ObserverOptions
@@ -38,18 +39,6 @@ _IMPORTANCE, _STEP_SCALE = "importance", "step_scale"
 
 # Optimizers whose steps are corrected: twice would be once too often.
 _corrected: WeakSet[Optimizer] = WeakSet()
-
-
-def stepping_optimizer(optimizer: Optimizer) -> Optimizer:
-    """The optimizer whose ``step`` moves the parameters, inside of wrappers such as accelerate's."""
-    inner = getattr(optimizer, "optimizer", None)
-    return stepping_optimizer(inner) if isinstance(inner, Optimizer) else optimizer
-
-
-def _skips(optimizer: Optimizer) -> bool:
-    """Whether the step under way moves nothing: a fused optimizer is called by a ``GradScaler`` and skips by itself."""
-    overflow = getattr(optimizer, "found_inf", None)
-    return isinstance(overflow, Tensor) and bool(overflow)
 
 
 class GateController:
@@ -300,7 +289,7 @@ class GateController:
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if _skips(optimizer):
+        if skips_by_itself(optimizer):
             self._forget()
             return
         self._aside.give_back([*self.observer.buffers, self.meter.sums])

@@ -133,6 +133,7 @@ class GateObserver:
         selection: Tokens of the recorded forward pass under way, or None outside of one.
         forward_passes: Recorded forward passes so far.
         enabled: Whether forward passes with gradients are recorded; False while they are not of training.
+        before_pass: Called when a recorded forward pass begins.
     """
 
     def __init__(self, root: nn.Module, sites: Sequence[GateSite], options: ObserverOptions) -> None:
@@ -143,6 +144,7 @@ class GateObserver:
         self.forward_passes = 0
         self.enabled = True
         self.labels: Tensor | None = None
+        self.before_pass: Callable[[], None] | None = None
         self._collectors: dict[str, Collector] = {}
         self._layouts: dict[str, Layout] = {}
         self._sums: dict[str, Tensor] = {}
@@ -199,6 +201,11 @@ class GateObserver:
         self._routed.clear()
         self._branch_selections.clear()
 
+    @property
+    def buffers(self) -> list[Tensor]:
+        """What was summed up since the last step, the sums themselves."""
+        return [*self._sums.values(), *([] if self._tokens is None else [self._tokens])]
+
     def reset(self) -> None:
         """Forgets what was seen since the last step."""
         for sums in self._sums.values():
@@ -245,6 +252,8 @@ class GateObserver:
         if not self.enabled or not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
             self.selection = None
             return
+        if self.before_pass is not None:
+            self.before_pass()
         mask = token_mask_of_call(root, args, kwargs, self.options.exclude_prompt, self.labels)
         self.selection = TokenSelection(mask, self.options.max_tokens, offset=self.forward_passes)
         self.forward_passes += 1
