@@ -27,7 +27,12 @@ from na_lora_lightning.core.importance import ImportanceOptions, ResponsivenessC
 from na_lora_lightning.core.lora_layers import is_on_parameter
 from na_lora_lightning.core.metrics import as_floats, gate_metrics
 from na_lora_lightning.core.misalignment import MisalignmentMeter
-from na_lora_lightning.core.optimizers import skips_by_itself, stepping_optimizer
+from na_lora_lightning.core.optimizers import (
+    only_first_evaluation,
+    require_reachable,
+    skips_by_itself,
+    stepping_optimizer,
+)
 from na_lora_lightning.core.sharding import Shards, is_sharded
 from na_lora_lightning.core.sites import GateMap
 from na_lora_lightning.core.statistics import GateObserver, Layout, ObserverOptions
@@ -80,6 +85,7 @@ class GateController:
         self.steps = 0
         self._reduce = reduce
         self._update = RowUpdate(gates.sites, self.layout)
+        self._adapters = [site.adapters for site in gates.sites]
         self._gradient_mask: GradientMask | None = None
         self._handles: list[Any] = []
         self._optimizer: Optimizer | None = None
@@ -155,9 +161,11 @@ class GateController:
         """Finds the optimizer that holds every LoRA row parameter of the gates.
 
         Raises:
-            UpdateError: None does, some rows are in none, or they are spread over several optimizers.
+            UpdateError: None does, some rows are in none, they are spread over several optimizers, or the optimizer
+                moves parameters at other moments than its step.
         """
-        optimizers = [stepping_optimizer(optimizer) for optimizer in optimizers]
+        outermost = {id(stepping_optimizer(optimizer)): optimizer for optimizer in optimizers}
+        optimizers = [stepping_optimizer(optimizer) for optimizer in outermost.values()]
         holders: dict[int, Optimizer] = {}
         missing: list[str] = []
         owner_of = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]}
@@ -179,7 +187,9 @@ class GateController:
                 f"the gates' LoRA rows are spread over {len(holders)} optimizers, whose steps have no common moment "
                 "for one mask; put all LoRA parameters into one optimizer (parameter groups are fine)."
             )
-        return next(iter(holders.values()))
+        (found,) = holders.values()
+        require_reachable(outermost[id(found)])
+        return found
 
     def attach(self, optimizers: Sequence[Optimizer]) -> None:
         """Registers the hooks on the model and on the optimizer that holds the gates' rows.
@@ -284,8 +294,26 @@ class GateController:
         if self.gradients.begin_pass():
             self._aside.take([*self.observer.buffers, self.meter.sums])
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._update.remember()
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        self._require_same_adapters()
+        self._update.remember(optimizer)
+        return only_first_evaluation(args, kwargs, self._look_away)
+
+    def _look_away(self, closure: Callable[[], Any]) -> Any:
+        enabled, self.observer.enabled = self.observer.enabled, False
+        try:
+            return closure()
+        finally:
+            self.observer.enabled = enabled
+
+    def _require_same_adapters(self) -> None:
+        for site, adapters in zip(self.gates.sites, self._adapters, strict=True):
+            if site.adapters != adapters:
+                raise UpdateError(
+                    f"the active adapters of {site.lora_layer_name!r} were {adapters} when training began and are "
+                    f"{site.adapters} now, so other rows train than those that are masked; call set_adapter() before "
+                    "training, and train one adapter after the other in a fit of its own."
+                )
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -309,7 +337,7 @@ class GateController:
             self.step_scale.update(statistics[_STEP_SCALE])
             active |= self.step_scale.is_active
         if active:
-            self._update.correct(self.weights)
+            self._update.correct(self.weights, optimizer)
         self._share_mask()
 
     def _share_mask(self) -> None:

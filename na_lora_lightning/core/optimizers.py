@@ -1,15 +1,67 @@
-"""What optimizers are wrapped in, and how they skip a step."""
+"""What differs between optimizers: wrappers around them, how they skip, closures, and weights that they keep."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 from torch.optim import Optimizer
+
+from na_lora_lightning.errors import UpdateError
+
+# Packages whose wrappers do nothing to the weights after the optimizer inside has stepped.
+_PLAIN_WRAPPERS = ("accelerate", "lightning", "lightning_fabric", "pytorch_lightning")
+_SCHEDULE_FREE = "schedulefree"
+_SCHEDULE_FREE_WEIGHTS = ("x", "y", "z")
 
 
 def stepping_optimizer(optimizer: Optimizer) -> Optimizer:
     """The optimizer whose ``step`` moves the parameters, inside of wrappers such as accelerate's."""
     inner = getattr(optimizer, "optimizer", None)
     return stepping_optimizer(inner) if isinstance(inner, Optimizer) else optimizer
+
+
+def require_reachable(optimizer: Any) -> None:
+    """Checks that what an optimizer does to a parameter can be undone when its step ends.
+
+    Args:
+        optimizer: As it was given, wrappers included.
+
+    Raises:
+        UpdateError: It has no hooks, or moves parameters at another moment as well.
+    """
+    inner = getattr(optimizer, "optimizer", None)
+    if isinstance(inner, Optimizer):
+        if not _is_of(optimizer, *_PLAIN_WRAPPERS):
+            raise UpdateError(
+                f"{type(optimizer).__name__} wraps {type(inner).__name__} and may move weights after it has stepped, "
+                f"masked rows among them; train with {type(inner).__name__} alone."
+            )
+        require_reachable(inner)
+        return
+    name = type(optimizer).__name__
+    if not hasattr(optimizer, "_optimizer_step_post_hooks"):
+        raise UpdateError(
+            f"{name} is no torch.optim.Optimizer with hooks on its steps, so the update of a gate's rows cannot be "
+            "reached; train with a subclass that calls super().__init__()."
+        )
+    swaps = callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
+    if swaps and not _is_of(optimizer, _SCHEDULE_FREE):
+        raise UpdateError(
+            f"{name} has train() and eval(), between which it exchanges the weights, and where it keeps the others is "
+            "not known, so a masked row could move in them; use the optimizers of the package schedulefree, or one "
+            "that keeps no weights."
+        )
+
+
+def weights_in_state(optimizer: Optimizer) -> tuple[str, ...]:
+    """Names of the tensors in an optimizer's state that are weights, and move with its parameters.
+
+    Schedule-free optimizers keep the sequence z beside the parameter, which is x or y by turns, linear in the other
+    two. Where z follows the mask as the parameter does, so does the third.
+    """
+    return _SCHEDULE_FREE_WEIGHTS if _is_of(optimizer, _SCHEDULE_FREE) else ()
 
 
 def skips_by_itself(optimizer: Optimizer) -> bool:
@@ -19,3 +71,41 @@ def skips_by_itself(optimizer: Optimizer) -> bool:
     """
     overflow = getattr(optimizer, "found_inf", None)
     return isinstance(overflow, Tensor) and bool(overflow)
+
+
+def only_first_evaluation(
+    args: tuple[Any, ...], kwargs: dict[str, Any], look_away: Callable[[Callable[[], Any]], Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Arguments of a step in which all evaluations of the closure but the first are not looked at.
+
+    The first evaluation is at the weights from which the step starts. Those after it are of the same tokens at weights
+    that are tried out (LBFGS), and would count these tokens again.
+
+    Args:
+        args: Positional arguments of ``step``, the optimizer among them.
+        kwargs: Keyword arguments of ``step``.
+        look_away: Calls a closure unobserved and returns what it returns.
+
+    Returns:
+        The arguments to use instead; None where there is no closure.
+    """
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if not callable(closure):
+        return None
+    evaluated = False
+
+    def observed_once() -> Any:
+        nonlocal evaluated
+        if evaluated:
+            return look_away(closure)
+        evaluated = True
+        return closure()
+
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": observed_once}
+    return (args[0], observed_once, *args[2:]), kwargs
+
+
+def _is_of(optimizer: Any, *packages: str) -> bool:
+    """Whether a class of the optimizer comes from one of the packages."""
+    return any(kind.__module__.partition(".")[0] in packages for kind in type(optimizer).__mro__)

@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from na_lora_lightning.core.lora_layers import LoRARows, lora_a, lora_b
+from na_lora_lightning.core.optimizers import weights_in_state
 from na_lora_lightning.core.pre_activations import as_slice
 from na_lora_lightning.core.sharding import is_sharded, local_part, local_rows
 from na_lora_lightning.core.sites import GateSite
@@ -69,7 +71,11 @@ class _GateRows:
 
     def rows(self) -> Tensor:
         """The part of the parameter that this process holds, with the experts apart; a view."""
-        return by_network(local_part(self.parameter), self.networks)
+        return self.rows_of(self.parameter)
+
+    def rows_of(self, like: Tensor) -> Tensor:
+        """The same of a tensor that is laid out like the parameter, such as one of the optimizer's state."""
+        return by_network(local_part(like), self.networks)
 
     def weight_of_rows(self, weights: Tensor) -> Tensor:
         """m·η of each own row, ``[own channels]`` or ``[own channels, 1, experts]``, from that of all channels."""
@@ -96,6 +102,11 @@ def _gate_rows(entry: LoRARows, site: GateSite, columns: slice) -> _GateRows | N
     return _GateRows(entry.parameter, index, before, columns, own, site.networks)
 
 
+def _in_state(optimizer: Optimizer, target: _GateRows, name: str) -> Tensor | None:
+    kept: Tensor | None = optimizer.state.get(target.parameter, {}).get(name)
+    return kept
+
+
 class RowUpdate:
     """Remembers the gate rows before an optimizer's step and corrects them after it.
 
@@ -113,23 +124,43 @@ class RowUpdate:
             for entry in site.parameters()
         ]
         self._targets = [rows for rows in found if rows is not None]
+        self._state_before: list[list[Tensor]] = []
 
     @torch.no_grad()
-    def remember(self) -> None:
-        """Copies the rows; called before the optimizer's step."""
+    def remember(self, optimizer: Optimizer) -> None:
+        """Copies the rows, and those of weights that the optimizer keeps; called before its step."""
         for target in self._targets:
             target.before.copy_(target.rows()[target.index])
+        self._state_before = [
+            [self._weights_before(target, _in_state(optimizer, target, name)) for target in self._targets]
+            for name in weights_in_state(optimizer)
+        ]
+
+    @staticmethod
+    def _weights_before(target: _GateRows, weights: Tensor | None) -> Tensor:
+        # In its first step the optimizer copies them from the parameter.
+        return target.before if weights is None else target.rows_of(weights)[target.index].clone()
 
     @torch.no_grad()
-    def correct(self, weights: Tensor) -> None:
+    def correct(self, weights: Tensor, optimizer: Optimizer) -> None:
         """Blends the rows.
 
         Args:
             weights: m·η per channel of all sites, ``[channels]`` float32.
+            optimizer: The one that stepped.
         """
         for target in self._targets:
-            rows = target.rows()
-            rows[target.index] = blend_rows(target.before, rows[target.index], target.weight_of_rows(weights))
+            self._blend(target, target.parameter, target.before, weights)
+        for name, before in zip(weights_in_state(optimizer), self._state_before, strict=True):
+            for target, rows_before in zip(self._targets, before, strict=True):
+                kept = _in_state(optimizer, target, name)
+                if kept is not None:
+                    self._blend(target, kept, rows_before, weights)
+
+    @staticmethod
+    def _blend(target: _GateRows, moved: Tensor, before: Tensor, weights: Tensor) -> None:
+        rows = target.rows_of(moved)
+        rows[target.index] = blend_rows(before, rows[target.index], target.weight_of_rows(weights))
 
 
 class GradientMask:

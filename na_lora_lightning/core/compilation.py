@@ -1,0 +1,42 @@
+"""What ``torch.compile`` needs of hooks.
+
+Dynamo reads a module's hooks while it compiles and does not look at them again. So graphs that were made without the
+hooks are dropped when hooks come or go, and the hooks themselves run outside of graphs, as they do in eager mode.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+_REASON = "NA-LoRA reads gates between graphs; compile with fullgraph=False, or train without the NA-LoRA callbacks"
+
+Hook = TypeVar("Hook", bound=Callable[..., Any])
+
+
+def outside_of_graphs(hook: Hook) -> Hook:
+    """The hook, left out of compiled graphs.
+
+    Args:
+        hook: A module's hook.
+
+    Returns:
+        The same function where nothing can have been compiled. Otherwise one that ends a graph and runs eagerly, and
+        raises under ``fullgraph=True``.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return hook
+    reason = {"reason": _REASON} if "reason" in inspect.signature(torch.compiler.disable).parameters else {}
+    disabled: Hook = torch.compiler.disable(hook, **reason)  # type: ignore[arg-type]
+    return disabled
+
+
+def forget_graphs() -> None:
+    """Has compiled models be compiled anew when they are called next, with the hooks that they have then."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and dynamo.utils.counters["frames"]["total"]:
+        torch.compiler.reset()
