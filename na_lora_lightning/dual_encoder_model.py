@@ -33,6 +33,7 @@ _PARTS: dict[EncoderPart, Part] = {"text": "language", "vision": "vision", "proj
 # Of text encoders before transformers 4.31, which take the token of the largest number for the end.
 _LEGACY_END = 2
 _EXAMPLE_PATCHES = (2, 2)
+_EXAMPLE_TOKENS = 8
 
 
 def lora_parts(parts: Collection[EncoderPart], lora: LoRAArguments) -> LoRAArguments:
@@ -205,15 +206,22 @@ def trains_texts(model: nn.Module) -> bool:
     return any(parameter.requires_grad and "text_" in name for name, parameter in model.named_parameters())
 
 
-def example_inputs(config: Any, prompts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def example_inputs(config: Any, prompts: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Keyword arguments of one small forward pass through both encoders: two prompts and an image of noise.
 
     Args:
         config: The model's configuration.
-        prompts: What :func:`encode_prompts` returned.
+        prompts: What :func:`encode_prompts` returned; None stands for some tokens.
     """
     vision = config.vision_config
     generator = torch.Generator().manual_seed(0)
+    if prompts is None:
+        longest, end = config.text_config.max_position_embeddings, config.text_config.eos_token_id
+        tokens = torch.arange(longest if config.model_type != "clip" else min(_EXAMPLE_TOKENS, longest))
+        tokens = tokens.remainder(config.text_config.vocab_size)
+        if end is not None and end != _LEGACY_END:
+            tokens[-1] = end
+        prompts = {"input_ids": tokens[None]}
     few = {name: value[:2] for name, value in prompts.items()}
     if config.model_type != "siglip2":
         size = vision.image_size

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from na_lora_lightning.core.pre_activations import ActivationInput, GateMethod, LayerOutput
 from na_lora_lightning.core.sites import GateMap, GateSite
+from na_lora_lightning.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from transformers import PreTrainedModel
 
     from na_lora_lightning.arguments import LoRAArguments
     from na_lora_lightning.model_loading import BaseModelSource
@@ -39,12 +41,40 @@ def inspect_model(source: BaseModelSource, lora: LoRAArguments) -> GateMap:
         DiscoveryError: The gates cannot be determined.
     """
     from na_lora_lightning.core.discovery import discover_gates
+    from na_lora_lightning.losses import model_inputs
     from na_lora_lightning.model_loading import add_lora
     from na_lora_lightning.weightless import fill_in, model_without_weights
 
-    model = add_lora(model_without_weights(source), lora, source)
+    base = model_without_weights(source)
+    inputs = _example_inputs(base, source, lora)
+    model = add_lora(base, lora, source)
     fill_in(model)
-    return discover_gates(model)
+    if inputs is not None:
+        inputs = {**model_inputs(model, inputs), "use_cache": False} if "attention_mask" in inputs else inputs
+    return discover_gates(model, inputs)
+
+
+def _example_inputs(base: PreTrainedModel, source: BaseModelSource, lora: LoRAArguments) -> dict[str, Any] | None:
+    """What reaches every part with LoRA; None stands for a few tokens of text."""
+    from na_lora_lightning.core.branches import is_multimodal
+    from na_lora_lightning.data.processors import load_processor
+    from na_lora_lightning.data.vision_example import example_of_processor
+    from na_lora_lightning.dual_encoder_model import example_inputs
+    from na_lora_lightning.model_loading import DUAL_ENCODERS
+
+    if base.config.model_type in DUAL_ENCODERS:
+        return dict(example_inputs(base.config))
+    if not is_multimodal(base) or not {"vision", "projector"} & set(lora.parts):
+        return None
+    try:
+        processor = load_processor(
+            source.resolved_name_or_path, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+        return dict(example_of_processor(processor))
+    except ConfigurationError as error:
+        raise ConfigurationError(
+            f"To find the gates that images reach, an example is made with the model's processor: {error}"
+        ) from error
 
 
 def describe_rows(site: GateSite) -> str:
@@ -63,6 +93,7 @@ def as_dictionary(gates: GateMap) -> dict[str, Any]:
             {
                 "name": site.name,
                 "layer": site.layer,
+                "part": site.part,
                 "kind": site.kind,
                 "activation": site.activation.name,
                 "self_gated": site.activation.self_gated,
@@ -88,18 +119,24 @@ def as_tables(gates: GateMap) -> list[Table]:
     """The map as tables for a terminal."""
     from rich.table import Table
 
+    sites = as_dictionary(gates)["sites"]
+    # Only models of several parts have something to say in the first column.
+    with_parts = any(site["part"] is not None for site in sites)
     found = Table(title=f"{len(gates)} gate sites, {gates.channels} gate channels", title_justify="left")
+    if with_parts:
+        found.add_column("part")
     for column in ("layer", "activation", "kind", "channels", "experts", "LoRA layer", "rows of lora_B", "rank"):
         justify: Literal["right", "left"] = "right" if column in ("layer", "channels", "experts", "rank") else "left"
         found.add_column(column, justify=justify, overflow="fold")
-    for site in as_dictionary(gates)["sites"]:
+    for site in sites:
         layer = "" if site["layer"] is None else str(site["layer"])
         ranks = ", ".join(str(rank) for rank in site["rank"].values())
         activation = site["activation"] if site["self_gated"] else f"{site['activation']} (not self-gated)"
         experts = "" if site["experts"] is None else str(site["experts"])
         lora_layer = site["lora_layer"] if site["parameter"] is None else f"{site['lora_layer']} ({site['parameter']})"
         channels = str(site["channels"])
-        found.add_row(layer, activation, site["kind"], channels, experts, lora_layer, site["rows"], ranks)
+        row = [layer, activation, site["kind"], channels, experts, lora_layer, site["rows"], ranks]
+        found.add_row(*([site["part"] or ""] if with_parts else []), *row)
     if not gates.left_out:
         return [found]
     left_out = Table(title=f"{len(gates.left_out)} activations left out", title_justify="left")

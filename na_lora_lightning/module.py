@@ -155,6 +155,7 @@ class NALoRALightningModule(LightningModule):
         self.evaluator = Evaluator(self.evaluation)
         self.written_adapter_folder: Path | None = None
         self._step_average: StepAverage | None = None
+        self._is_written = False
         self._random_state: Tensor | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self.example_inputs: dict[str, Any] | None = None
@@ -172,14 +173,14 @@ class NALoRALightningModule(LightningModule):
     @override
     def configure_model(self) -> None:
         """Loads the base model and adds LoRA, once."""
-        if self.model is not None:
-            return
-        device = self.trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
-        base = load_base_model(self.source, device)
-        if self.gradient_checkpointing:
-            enable_gradient_checkpointing(base)
-        self.model = add_lora(base, self.lora, self.source)
+        if self.model is None:
+            device = self.trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
+            base = load_base_model(self.source, device)
+            if self.gradient_checkpointing:
+                enable_gradient_checkpointing(base)
+            self.model = add_lora(base, self.lora, self.source)
         if self._example_batch is not None:
+            # Also where an evaluation before training has loaded the model.
             self.example_inputs = {**model_inputs(self.model, self._example_batch), "use_cache": False}
 
     @property
@@ -261,9 +262,16 @@ class NALoRALightningModule(LightningModule):
     @override
     def on_train_end(self) -> None:
         """Writes the adapter."""
-        if self.adapter.write != "never":
+        self._is_written = self.adapter.write != "never"
+        if self._is_written:
             # A collective call where the parameters are sharded.
             self._write_adapter(self.trainer.strategy.lightning_module_state_dict())
+
+    @override
+    def on_fit_end(self) -> None:
+        """Writes the adapter where the checkpoint to go on from was the last one, so that there was no training."""
+        if self.adapter.write != "never" and not self._is_written:
+            self._write_adapter(None)
 
     # ---- evaluation ----
 
@@ -356,7 +364,7 @@ class NALoRALightningModule(LightningModule):
         result.missing_keys.clear()
         return result
 
-    def _write_adapter(self, state: Mapping[str, Tensor]) -> None:
+    def _write_adapter(self, state: Mapping[str, Tensor] | None) -> None:
         folder = self.adapter.folder
         if folder is None:
             # The trainer broadcasts it, so every process has to ask.

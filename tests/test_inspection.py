@@ -28,6 +28,7 @@ def test_json_lists_every_site_with_its_rows(tmp_path: Path, capsys: pytest.Capt
     assert found["sites"][1] == {
         "name": "model.layers.1.mlp.act_fn",
         "layer": 1,
+        "part": None,
         "kind": "gated",
         "activation": "silu",
         "self_gated": True,

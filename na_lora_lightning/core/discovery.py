@@ -20,7 +20,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from na_lora_lightning.core.activations import Activation, activation_of
 from na_lora_lightning.core.blocks import Blocks, Unadaptable
-from na_lora_lightning.core.branches import branch_name, is_multimodal, language_model_name, vocabulary_size
+from na_lora_lightning.core.branches import branch_name, is_multimodal, language_model_name, part_of, vocabulary_size
 from na_lora_lightning.core.discovery_experts import expert_gates, plain_name
 from na_lora_lightning.core.discovery_functional import functional_gates
 from na_lora_lightning.core.lora_layers import (
@@ -170,6 +170,7 @@ def _assign_branches(gates: GateMap, root: nn.Module) -> None:
     language_model = language_model_name(root)
     for site in gates.sites:
         name = branch_name(root, language_model, site.lora_layer_name)
+        site.part = part_of(root, language_model, site.lora_layer_name)
         site.branch = None if name is None else root.get_submodule(name)
     with_lora = {branch_name(root, language_model, name) for name, m in root.named_modules() if is_lora_layer(m)}
     for index, entry in enumerate(gates.left_out):

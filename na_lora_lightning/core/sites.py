@@ -10,6 +10,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from na_lora_lightning.core.activations import Activation
+from na_lora_lightning.core.branches import Part
 from na_lora_lightning.core.experts import Experts
 from na_lora_lightning.core.lora_layers import LoRARows, active_adapters, lora_rows
 from na_lora_lightning.core.pre_activations import PreActivationSource, as_slice
@@ -39,8 +40,9 @@ class GateSite:
         found_by: ``"probe"`` (vector-Jacobian product), ``"storage"`` (shared memory) or ``"position"`` (as many
             outputs as channels, where each channel also depends a little on the others).
         experts: The stacked experts behind the site, which then stands for one network per expert; None for one.
-        branch: The part of a multimodal model that the site is in (a vision tower, a projector), which sees other
-            tokens than the text's; None where it sees those of the model's ``attention_mask``.
+        part: The part of a multimodal model that the site is in; None in a model of one part.
+        branch: The module of that part where it sees other tokens than the text's (a vision tower, a projector); None
+            where it sees those of the model's ``attention_mask``.
     """
 
     name: str
@@ -55,6 +57,7 @@ class GateSite:
     output_layer: nn.Module | None = None
     found_by: FoundBy = "probe"
     experts: Experts | None = None
+    part: Part | None = None
     branch: nn.Module | None = None
 
     @property
@@ -75,8 +78,10 @@ class GateSite:
 
     @property
     def label(self) -> str:
-        """Short name for logs, ``layer_03``, or the full name where no block index is found."""
-        return self.name.replace(".", "_") if self.layer is None else f"layer_{self.layer:02d}"
+        """Short name for logs: ``layer_03``, ``vision_layer_03``, ``projector``, or the full name."""
+        if self.layer is None or self.part == "projector":
+            return self.part or self.name.replace(".", "_")
+        return f"layer_{self.layer:02d}" if self.part is None else f"{self.part}_layer_{self.layer:02d}"
 
     @property
     def row_slice(self) -> slice | None:

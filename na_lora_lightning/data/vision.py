@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from datasets import Dataset
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from na_lora_lightning.data.base import SupervisedDataModule, require_at_least
@@ -17,10 +15,10 @@ from na_lora_lightning.data.record_images import RecordImages, folder_of
 from na_lora_lightning.data.splits import SplitSummary, encode_split
 from na_lora_lightning.data.vision_batching import SKIP_REMEDY, VisionCollator, VisionDataLoader, VisionRecords
 from na_lora_lightning.data.vision_encoding import NUMBER_OF_IMAGES, VisionRecordEncoder, require_options_of
+from na_lora_lightning.data.vision_example import noise_image
 from na_lora_lightning.errors import ImageError
 
 _WARNINGS_IN_FULL = 5
-_EXAMPLE_SIDE = 64
 
 
 class LeftOutRecordsWarning(UserWarning):
@@ -197,9 +195,8 @@ class VisionInstructionDataModule(SupervisedDataModule):
         encoded = self._encoded_split("train")
         rows = enumerate(zip(encoded["images"], encoded["tokens"], strict=True))
         index = min(rows, key=lambda row: (row[1][0] == 0, row[1][1]))[0]
-        noise = np.random.default_rng(0).integers(0, 256, (_EXAMPLE_SIDE, _EXAMPLE_SIDE, 3), dtype=np.uint8)
         row = encoded[index]
-        return self._collator("train").inputs_of([{**row, "pictures": [Image.fromarray(noise)] * row["images"]}])
+        return self._collator("train").inputs_of([{**row, "pictures": [noise_image()] * row["images"]}])
 
     def _encode(self, split: str, source: str) -> Dataset:
         records = self._load(split, source)
