@@ -16,6 +16,8 @@ _EXPORTS = {
     "GateImportanceCallback": "na_lora_lightning.callbacks.gate_importance",
     "StepScaleCallback": "na_lora_lightning.callbacks.step_scale",
     "FitSummaryCallback": "na_lora_lightning.callbacks.fit_summary",
+    "nonlinearity_aware": "na_lora_lightning.plain_pytorch",
+    "NALoRATrainerCallback": "na_lora_lightning.transformers_callback",
     "discover_gates": "na_lora_lightning.core.discovery",
     "lora_targets": "na_lora_lightning.targets",
     "DualEncoderLightningModule": "na_lora_lightning.dual_encoder",
@@ -33,7 +35,9 @@ if TYPE_CHECKING:
     from na_lora_lightning.data.labelled_images import LabelledImageDataModule
     from na_lora_lightning.dual_encoder import DualEncoderLightningModule
     from na_lora_lightning.module import NALoRALightningModule
+    from na_lora_lightning.plain_pytorch import nonlinearity_aware
     from na_lora_lightning.targets import lora_targets
+    from na_lora_lightning.transformers_callback import NALoRATrainerCallback
 
 
 def __getattr__(name: str) -> Any:
