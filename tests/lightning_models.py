@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from conftest import GPT2_TARGETS, LLAMA_TARGETS, random_batch, tiny_gpt2, tiny_llama, with_lora
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from vision_helpers import IMAGE_TOKEN, picture, tiny_vlm_model, tiny_vlm_processor, tiny_vlm_tokenizer
 
+from na_lora_lightning import GateImportanceCallback
 from na_lora_lightning.targets import lora_targets
 
 VISION_KINDS = ("llava", "idefics3", "qwen2_vl")
@@ -131,3 +132,36 @@ def assert_equal_states(first: dict[str, Tensor], second: dict[str, Tensor]) -> 
     assert first.keys() == second.keys()
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
+
+
+def hooks_of(module: nn.Module) -> list[int]:
+    """Number of hooks on each submodule; transformers puts some of its own on vision towers."""
+    return [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in module.modules()]
+
+
+class RowWatch(Callback):
+    """Checks at each batch that masked rows stay and kept rows move, and that none moves without an optimizer step."""
+
+    def __init__(self, importance: GateImportanceCallback) -> None:
+        self.importance = importance
+        self.before: list[Tensor] = []
+        self.steps_before = 0
+        self.masked = 0
+
+    @property
+    def _controller(self) -> Any:
+        assert self.importance.controller is not None
+        return self.importance.controller
+
+    def _rows(self) -> list[Tensor]:
+        return [site.parameters()[0].parameter.detach()[site.rows].clone() for site in self._controller.gates]
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.before, self.steps_before = self._rows(), self._controller.steps
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        weights = self._controller.weights
+        moved = torch.cat([(a != b).any(dim=1) for a, b in zip(self._rows(), self.before, strict=True)])
+        stepped = self._controller.steps > self.steps_before
+        assert torch.equal(moved, (weights > 0) & stepped)
+        self.masked += int((weights == 0).sum()) * stepped

@@ -14,13 +14,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_models import (
     VISION_KINDS,
     ForeignModule,
+    RowWatch,
     assert_equal_states,
+    hooks_of,
     loader,
     lora_state,
     make_trainer,
     tiny_peft_model,
 )
-from torch import Tensor, nn
+from torch import nn
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback
 from na_lora_lightning.callbacks.gate_callback import find_peft_model
@@ -57,29 +59,6 @@ def test_all_rows_kept_is_bitwise_vanilla_lora(tmp_path: Path, kind: str) -> Non
     assert_equal_states(lora_state(vanilla), lora_state(watched))
 
 
-class RowWatch(Callback):
-    """Checks at each step that masked rows stay and kept rows move."""
-
-    def __init__(self, importance: GateImportanceCallback) -> None:
-        self.importance = importance
-        self.before: list[Tensor] = []
-        self.masked = 0
-
-    def _rows(self) -> list[Tensor]:
-        assert self.importance.controller is not None
-        sites = self.importance.controller.gates
-        return [site.parameters()[0].parameter.detach()[site.rows].clone() for site in sites]
-
-    def on_train_batch_start(self, *args: Any) -> None:
-        self.before = self._rows()
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        weights = self.importance.controller.weights  # type: ignore[union-attr]
-        moved = torch.cat([(a != b).any(dim=1) for a, b in zip(self._rows(), self.before, strict=True)])
-        assert torch.equal(moved, weights > 0)
-        self.masked += int((weights == 0).sum())
-
-
 @KINDS
 def test_masked_rows_do_not_move(tmp_path: Path, kind: str) -> None:
     importance = GateImportanceCallback(keep_fraction=0.25, warmup_steps=1, refresh_every=1)
@@ -88,11 +67,6 @@ def test_masked_rows_do_not_move(tmp_path: Path, kind: str) -> None:
     channels = importance.controller.gates.channels  # type: ignore[union-attr]
     # Eight steps, the first of them warm-up; a quarter of each site's channels is kept.
     assert watch.masked == 7 * channels * 3 // 4
-
-
-def hooks_of(module: nn.Module) -> list[int]:
-    """Number of hooks on each submodule; transformers puts some of its own on vision towers."""
-    return [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in module.modules()]
 
 
 @KINDS
@@ -273,18 +247,6 @@ def test_the_mask_holds_under_other_optimizers(tmp_path: Path, optimizer: Callab
     watch = RowWatch(importance)
     fit(tmp_path, "llama", [importance, watch], Other())
     assert watch.masked == 8 * 48 // 2
-
-
-def test_a_strategy_that_shards_is_refused_by_name() -> None:
-    from lightning.pytorch.strategies import FSDPStrategy
-
-    from na_lora_lightning.callbacks.strategies import require_supported_strategy
-
-    class Sharded:
-        strategy = FSDPStrategy.__new__(FSDPStrategy)
-
-    with pytest.raises(UpdateError, match="FSDPStrategy shards or copies"):
-        require_supported_strategy(Sharded())  # type: ignore[arg-type]
 
 
 def test_fit_can_be_called_again(tmp_path: Path) -> None:
