@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -16,14 +17,15 @@ from na_lora_lightning.callbacks import monitor
 from na_lora_lightning.callbacks.model_search import find_peft_model
 from na_lora_lightning.callbacks.strategies import reduce_over_processes, require_supported_strategy
 from na_lora_lightning.callbacks.trainer_progress import is_logging_step, logged_step, require_progress
-from na_lora_lightning.callbacks.tuner_sweeps import Sweep, follow_sweeps, leave_sweeps
+from na_lora_lightning.callbacks.tuner_sweeps import Sweep, batches_shown, follow_sweeps, leave_sweeps
 from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.discovery import discover_gates
 from na_lora_lightning.core.importance import TemporalImportance
 from na_lora_lightning.core.metrics import misalignment_metrics
+from na_lora_lightning.core.optimizers import stepping_optimizer
 from na_lora_lightning.core.statistics import ObserverOptions
 from na_lora_lightning.core.step_scale import StepScale
-from na_lora_lightning.errors import ConfigurationError, UpdateError
+from na_lora_lightning.errors import ConfigurationError, NALoRAError, UpdateError
 
 # Both callbacks of a fit join the controller of their LightningModule, in whichever order they come.
 _controllers: WeakKeyDictionary[LightningModule, tuple[GateController, GateCallback]] = WeakKeyDictionary()
@@ -136,7 +138,18 @@ class GateCallback(Callback, ABC):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Takes the hooks off when training fails."""
+        if trainer.state.fn == "fit" and not self._is_fitting and isinstance(exception, ValueError):
+            self._explain(pl_module, exception)
         self._end_run(trainer, pl_module)
+
+    def _explain(self, pl_module: LightningModule, exception: ValueError) -> None:
+        """The optimizer is made before callbacks can look, and fails without parameters: says why there are none."""
+        if "empty parameter list" not in str(exception):
+            return
+        try:
+            find_peft_model(pl_module)
+        except NALoRAError as reason:
+            rank_zero_warn(str(reason))
 
     def _end_run(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":
@@ -171,7 +184,7 @@ class GateCallback(Callback, ABC):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Decides whether this step is logged, and so measured for selection misalignment."""
         controller = self._fitted()
-        if not any(optimizer is self._optimizer for optimizer in trainer.optimizers):
+        if not any(stepping_optimizer(optimizer) is self._optimizer for optimizer in trainer.optimizers):
             raise UpdateError(
                 "the trainer's optimizers were replaced after training began, so the steps of the gates' rows cannot "
                 "be reached; make the final optimizer in configure_optimizers."
@@ -181,8 +194,11 @@ class GateCallback(Callback, ABC):
         self._logs_next_step = self._logs_next_step or is_logging_step(trainer)
         self._step_to_log = logged_step(trainer)
         controller.meter.enabled = self._logs_next_step
+        self._show_labels(batch)
+
+    def _show_labels(self, batch: Any) -> None:
         # Modules that compute the loss themselves call the model without labels.
-        controller.observer.labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        self._fitted().observer.labels = batch.get("labels") if isinstance(batch, Mapping) else None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -268,7 +284,7 @@ def _sweep_with_gates(sweep: Sweep, trainer: Trainer, pl_module: LightningModule
         ConfigurationError: The callbacks cannot follow the sweep.
     """
     callbacks = [callback for callback in trainer.callbacks if isinstance(callback, GateCallback)]  # type: ignore[attr-defined]
-    if trainer.state.fn != "fit" or any(callback._is_fitting for callback in callbacks):
+    if trainer.state.fn != "fit" or not callbacks or any(callback._is_fitting for callback in callbacks):
         # In the middle of a fit the hooks are on, and Lightning restores the callbacks' state itself.
         sweep(trainer, pl_module)
         return
@@ -278,7 +294,8 @@ def _sweep_with_gates(sweep: Sweep, trainer: Trainer, pl_module: LightningModule
             callback.on_fit_start(trainer, pl_module)
         for callback in callbacks:
             callback.on_train_start(trainer, pl_module)
-        sweep(trainer, pl_module)
+        with batches_shown(pl_module, callbacks[0]._show_labels):
+            sweep(trainer, pl_module)
     finally:
         for callback, state in states:
             callback._release(pl_module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from lightning.pytorch import Trainer
 from torch import Tensor
@@ -24,9 +25,10 @@ def write_histograms(trainer: Trainer, importance: TemporalImportance, labels: l
     """Writes the responsiveness of each site's channels as a histogram to TensorBoard loggers."""
     for logger in trainer.loggers:
         if _is_tensorboard(logger) and trainer.is_global_zero:
+            experiment: Any = logger.experiment  # type: ignore[attr-defined]
             for label, columns in zip(labels, importance.layout.site_slices, strict=True):
                 values = importance.responsiveness[columns].cpu()
-                logger.experiment.add_histogram(f"gate_responsiveness_of_channels/{label}", values, step)
+                experiment.add_histogram(f"gate_responsiveness_of_channels/{label}", values, step)
 
 
 def _is_tensorboard(logger: object) -> bool:

@@ -6,7 +6,8 @@ not called and the rate of plain training is found. Here the method is put aroun
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -40,6 +41,22 @@ def leave_sweeps(callbacks: list[Any]) -> None:
     for callback, name, sweep in _sweeps(callbacks):
         if isinstance(sweep, _FollowedSweep):
             delattr(callback, name)
+
+
+@contextmanager
+def batches_shown(pl_module: LightningModule, show: Callable[[Any], None]) -> Iterator[None]:
+    """Calls ``show(batch)`` before each training batch, by a hook of the module's, which sweeps leave in place."""
+    hook = pl_module.on_train_batch_start
+
+    def on_train_batch_start(batch: Any, batch_idx: int) -> int | None:
+        show(batch)
+        return hook(batch, batch_idx)
+
+    pl_module.on_train_batch_start = on_train_batch_start  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del pl_module.on_train_batch_start
 
 
 def _sweeps(callbacks: list[Any]) -> list[tuple[Any, str, Any]]:
