@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,22 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
+_PROCESSOR_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+
+
 @dataclass(frozen=True)
 class MergeArguments:
     """What to merge, and where to.
 
     Attributes:
         adapter: An adapter folder, or a checkpoint file of this package.
-        output: The folder to write model and tokenizer to.
+        output: The folder to write model, tokenizer and processor to.
         base: Folder or hub name of the base model; None stands for the one that the adapter names.
         dtype: Of the merged weights; ``"auto"`` is that of the base checkpoint.
         overwrite: Accept that ``output`` already has files.
@@ -40,7 +50,7 @@ class MergeArguments:
 
 
 def merge_adapter(arguments: MergeArguments) -> Path:
-    """Writes the merged model as safetensors, with the base model's tokenizer.
+    """Writes the merged model as safetensors, with the base model's tokenizer and, for images, its processor.
 
     Returns:
         The output folder.
@@ -149,6 +159,23 @@ def _copy_tokenizer(source: BaseModelSource, output: Path) -> None:
         )
         return
     tokenizer.save_pretrained(output)
+    _copy_processor(source, output)
+
+
+def _copy_processor(source: BaseModelSource, output: Path) -> None:
+    """Copies what a model for images needs besides; as files, so that parts not usable here are kept."""
+    from transformers.utils import cached_file
+
+    for name in _PROCESSOR_FILES:
+        found = cached_file(
+            source.resolved_name_or_path,
+            name,
+            revision=source.revision or "main",
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if found is not None:
+            shutil.copyfile(found, output / name)
 
 
 class _Parser(argparse.ArgumentParser):
