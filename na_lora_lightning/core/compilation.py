@@ -31,7 +31,7 @@ def outside_of_graphs(hook: Hook) -> Hook:
     if "torch._dynamo" not in sys.modules:
         return hook
     reason = {"reason": _REASON} if "reason" in inspect.signature(torch.compiler.disable).parameters else {}
-    disabled: Hook = torch.compiler.disable(hook, **reason)  # type: ignore[arg-type]
+    disabled: Hook = torch.compiler.disable(hook, **reason)
     return disabled
 
 

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from na_lora_lightning.core.discovery import root_of
+from na_lora_lightning.core.compilation import forget_graphs
+from na_lora_lightning.core.discovery import entrance_of, root_of
 from na_lora_lightning.core.gradient_watch import Aside, GradientWatch
 from na_lora_lightning.core.importance import ImportanceOptions, ResponsivenessCollector, TemporalImportance
-from na_lora_lightning.core.lora_layers import is_on_parameter
+from na_lora_lightning.core.lora_layers import is_on_parameter, is_product_of_modules
 from na_lora_lightning.core.metrics import as_floats, gate_metrics
 from na_lora_lightning.core.misalignment import MisalignmentMeter
 from na_lora_lightning.core.optimizers import (
@@ -76,7 +77,9 @@ class GateController:
         self._parameters = [entry for site in gates.sites for entry in site.parameters()]
         for entry in self._parameters:
             self._shards.require_gathered(entry.parameter, entry.name)
-        self.observer = GateObserver(root_of(model), gates.sites, observer_options or ObserverOptions())
+        self.observer = GateObserver(
+            root_of(model), gates.sites, observer_options or ObserverOptions(), entrance_of(model)
+        )
         self.meter = MisalignmentMeter(self.observer)
         self.layout = Layout([(site.networks, site.channels) for site in gates.sites], self.observer.device)
         self.importance: TemporalImportance | None = None
@@ -110,6 +113,16 @@ class GateController:
             raise ConfigurationError(
                 f"mask_gradient_to_a does not work for {on_parameters[0]!r}, whose LoRA is on a parameter, so that the "
                 "gradient of A cannot be told from that of B; set it to False."
+            )
+        others = [
+            site.name
+            for site in self.gates.sites
+            if not all(is_product_of_modules(site.lora_layer, adapter) for adapter in site.adapters)
+        ]
+        if options.mask_gradient_to_a and others:
+            raise ConfigurationError(
+                f"mask_gradient_to_a does not work for {others[0]!r}, whose adapter is not the product of two "
+                "layers (AdaLoRA, or a variant of LoRA other than DoRA); set it to False."
             )
         sharded = [entry.name for entry in self._parameters if is_sharded(entry.parameter)]
         if options.mask_gradient_to_a and sharded:
@@ -221,9 +234,12 @@ class GateController:
         if self._gradient_mask is not None:
             self._gradient_mask.attach()
             self._share_mask()
+        forget_graphs()
 
     def detach(self) -> None:
         """Removes every hook from the model and the optimizer."""
+        if self._handles:
+            forget_graphs()
         for handle in self._handles:
             handle.remove()
         self._handles = []

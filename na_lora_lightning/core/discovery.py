@@ -28,8 +28,9 @@ from na_lora_lightning.core.lora_layers import (
     is_linear,
     is_lora_layer,
     is_on_parameter,
-    lora_b,
     require_lora,
+    tuners_of,
+    weight_b,
 )
 from na_lora_lightning.core.pre_activations import ActivationInput
 from na_lora_lightning.core.row_probe import positional_rows, probe_rows, storage_rows
@@ -45,6 +46,15 @@ def root_of(model: nn.Module) -> nn.Module:
     """The model whose forward is always called: inside a ``PeftModel`` its base model, else the model itself."""
     base = getattr(model, "get_base_model", None)
     return base() if callable(base) else model
+
+
+def entrance_of(model: nn.Module) -> nn.Module:
+    """The module whose hooks see every forward pass, with the arguments of :func:`root_of`'s forward.
+
+    AdaLoRA's tuner calls the forward method of the root, past its hooks.
+    """
+    entrance: nn.Module = model.base_model if "ADALORA" in tuners_of(model) else root_of(model)  # type: ignore[assignment]
+    return entrance
 
 
 def default_inputs(root: nn.Module) -> dict[str, Any]:
@@ -259,7 +269,7 @@ def _classify(call: ActivationCall, activation: Activation, blocks: Blocks) -> l
 
 def _map_rows(call: ActivationCall, producer: LinearCall, alone: bool) -> tuple[torch.Tensor, FoundBy] | None:
     adapter = active_adapters(producer.module)[0]
-    weight: torch.Tensor = lora_b(producer.module, adapter).weight  # type: ignore[assignment]
+    weight = weight_b(producer.module, adapter)
     probed = probe_rows(call.pre_activation, weight) if weight.requires_grad else None
     stored = storage_rows(call.pre_activation, producer.output)
     if probed is not None and stored is not None and not torch.equal(probed, stored):

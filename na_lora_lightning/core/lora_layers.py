@@ -6,6 +6,7 @@ which LoRA layers were injected without a ``PeftModel`` around them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -53,8 +54,28 @@ def lora_a(layer: nn.Module, adapter: str) -> nn.Module:
 
 
 def lora_b(layer: nn.Module, adapter: str) -> nn.Module:
-    """The module whose weight is B, ``[out_features, r]``."""
+    """The module whose weight is B, ``[out_features, r]``; AdaLoRA has none."""
     return layer.lora_B[adapter]  # type: ignore[index, return-value]
+
+
+def weight_b(layer: nn.Module, adapter: str) -> Tensor:
+    """B itself, ``[out_features, r]``: the weight of a module, or with AdaLoRA a parameter."""
+    matrix: nn.Module | Tensor = layer.lora_B[adapter]  # type: ignore[index]
+    if isinstance(matrix, Tensor):
+        return matrix
+    weight: Tensor = matrix.weight  # type: ignore[assignment]
+    return weight
+
+
+def adds_output_of_b(layer: nn.Module, adapter: str) -> bool:
+    """Whether the layer adds s·B·A·x to its base layer's output, B being a module, and does nothing else."""
+    variants = getattr(layer, "lora_variant", {})
+    return isinstance(layer.lora_B[adapter], nn.Module) and adapter not in variants  # type: ignore[index]
+
+
+def is_product_of_modules(layer: nn.Module, adapter: str) -> bool:
+    """Whether the module B makes what the adapter adds from the output of the module A, rescaled perhaps (DoRA)."""
+    return adds_output_of_b(layer, adapter) or adapter in getattr(layer, "lora_magnitude_vector", {})
 
 
 def scaling(layer: nn.Module, adapter: str) -> float:
@@ -63,7 +84,7 @@ def scaling(layer: nn.Module, adapter: str) -> float:
 
 
 def lora_rows(layer: nn.Module, layer_name: str) -> list[LoRARows]:
-    """Row parameters of the active adapters: ``lora_B`` weight and bias, and DoRA's magnitude.
+    """Row parameters of the active adapters: ``lora_B`` weight and bias, DoRA's magnitude, and a trained base bias.
 
     Args:
         layer: A PEFT LoRA layer.
@@ -75,25 +96,30 @@ def lora_rows(layer: nn.Module, layer_name: str) -> list[LoRARows]:
     Raises:
         UpdateError: No active adapter of this layer is trainable.
     """
-    found: list[LoRARows] = []
+    candidates: list[tuple[str, object]] = []
     for adapter in active_adapters(layer):
-        matrix_b = lora_b(layer, adapter)
-        candidates: list[tuple[str, Tensor | None]] = [
-            (f"{layer_name}.lora_B.{adapter}.weight", getattr(matrix_b, "weight", None)),
-            (f"{layer_name}.lora_B.{adapter}.bias", getattr(matrix_b, "bias", None)),
-        ]
+        name = f"{layer_name}.lora_B.{adapter}"
+        candidates.append((f"{name}.weight", weight_b(layer, adapter)))
+        candidates.append((f"{name}.bias", getattr(layer.lora_B[adapter], "bias", None)))  # type: ignore[index]
         magnitudes = getattr(layer, "lora_magnitude_vector", {})
         if adapter in magnitudes:
-            name = f"{layer_name}.lora_magnitude_vector.{adapter}.weight"
-            candidates.append((name, magnitudes[adapter].weight))
-        for name, parameter in candidates:
-            if isinstance(parameter, nn.Parameter) and parameter.requires_grad:
-                found.append(LoRARows(name, parameter))
+            candidates.append((f"{layer_name}.lora_magnitude_vector.{adapter}.weight", magnitudes[adapter].weight))
+    found = [
+        LoRARows(name, parameter)
+        for name, parameter in candidates
+        if isinstance(parameter, nn.Parameter) and parameter.requires_grad
+    ]
     if not found:
         raise UpdateError(
-            f"the LoRA layer {layer_name!r} has no trainable parameter in its active adapter; activate the adapter "
-            "that you train (set_adapter) and leave its parameters unfrozen."
+            f"the LoRA layer {layer_name!r} has no trainable parameter with a row for each channel (lora_B, its bias, "
+            "or DoRA's magnitude) in its active adapter, so there is nothing to mask; activate the adapter that you "
+            "train (set_adapter), leave these parameters unfrozen, or train without the NA-LoRA callbacks."
         )
+    base = getattr(layer, "base_layer", None)
+    bias = getattr(base, "bias", None) if isinstance(base, nn.Module) and is_linear(base) else None
+    if isinstance(bias, nn.Parameter) and bias.requires_grad:
+        # PEFT's bias="lora_only": it shifts the pre-activation of a channel as the row of B does.
+        found.append(LoRARows(f"{layer_name}.base_layer.bias", bias))
     return found
 
 
@@ -104,7 +130,21 @@ def require_lora(model: nn.Module) -> None:
         DiscoveryError: It holds none.
     """
     if not any(is_lora_layer(module) for module in model.modules()):
+        tuners = tuners_of(model)
+        if tuners:
+            raise DiscoveryError(
+                f"{type(model).__name__} is adapted by {' and '.join(tuners)}, which has no lora_B whose rows make the "
+                "channels of a gate; use peft.LoraConfig or AdaLoraConfig, or train without the NA-LoRA callbacks."
+            )
         raise DiscoveryError(
             f"{type(model).__name__} holds no LoRA layer; wrap it with peft.get_peft_model(model, LoraConfig(...)) "
             "before NA-LoRA looks for gates."
         )
+
+
+def tuners_of(model: nn.Module) -> list[str]:
+    """What PEFT calls the methods of a ``PeftModel``'s adapters; empty for other modules."""
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(configs, Mapping):
+        return []
+    return sorted({str(getattr(config.peft_type, "value", config.peft_type)) for config in configs.values()})

@@ -7,6 +7,10 @@ With g the frozen pre-activation, δ the adapter's part and g' = g + δ, what δ
 
 The misalignment of a site is mean |ρ(g') − ρ(g)|; its share is ‖selection ⊙ u‖ / (‖feature ⊙ u‖ + ‖selection ⊙ u‖).
 The other branch u is read off the input h = φ(g') ⊙ u of the output layer, so no second pass is needed.
+
+"Frozen" means the base layer as it trains. PiSSA, OLoRA, LoftQ and CorDA take what they put into the adapter out of the
+base layer's weight: there δ is not zero at the start and counts as moved selection what the pretrained layer had, so
+that a curve begins above zero and its change is what training did. With LoRA's usual start, B = 0, both mean the same.
 """
 
 from __future__ import annotations
@@ -17,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from na_lora_lightning.core.lora_layers import is_on_parameter, lora_b, scaling
+from na_lora_lightning.core.compilation import outside_of_graphs
+from na_lora_lightning.core.lora_layers import adds_output_of_b, is_on_parameter, lora_b, scaling
 from na_lora_lightning.core.sites import GateSite
 from na_lora_lightning.core.statistics import GateObserver
 from na_lora_lightning.core.token_selection import TokenSelection
@@ -68,16 +73,21 @@ class MisalignmentMeter:
             if is_on_parameter(site.lora_layer):
                 # PEFT adds the adapter to the parameter, so δ is nowhere to be seen.
                 continue
-            if len(getattr(site.lora_layer, "lora_magnitude_vector", ())):
-                # DoRA rescales the frozen part as well, so δ is what differs from the base layer's output.
-                base: nn.Module = site.lora_layer.base_layer  # type: ignore[assignment]
-                self._handles.append(base.register_forward_hook(self._make_keeper(self._base, index, site, 1.0)))
-            else:
+            if all(adds_output_of_b(site.lora_layer, adapter) for adapter in site.adapters):
                 for adapter in site.adapters:
-                    keeper = self._make_keeper(self._delta, index, site, scaling(site.lora_layer, adapter))
-                    self._handles.append(lora_b(site.lora_layer, adapter).register_forward_hook(keeper))
+                    keeper = self._make_keeper(self._delta, index, site, adapter)
+                    self._handles.append(
+                        lora_b(site.lora_layer, adapter).register_forward_hook(outside_of_graphs(keeper))
+                    )
+            else:
+                # DoRA, say, rescales the frozen part as well: δ is what differs from the base layer's output.
+                base: nn.Module = site.lora_layer.base_layer  # type: ignore[assignment]
+                keeper = self._make_keeper(self._base, index, site, None)
+                self._handles.append(base.register_forward_hook(outside_of_graphs(keeper)))
             if site.kind == "gated" and site.output_layer is not None:
-                self._handles.append(site.output_layer.register_forward_pre_hook(self._make_output_hook(index)))
+                self._handles.append(
+                    site.output_layer.register_forward_pre_hook(outside_of_graphs(self._make_output_hook(index)))
+                )
 
     def detach(self) -> None:
         """Removes the hooks."""
@@ -121,8 +131,10 @@ class MisalignmentMeter:
     def _selection(self, site: GateSite) -> TokenSelection | None:
         return self._observer.selection_of(site) if self.enabled else None
 
-    def _make_keeper(self, store: dict[int, Tensor], index: int, site: GateSite, factor: float) -> Callable[..., None]:
-        """A hook that keeps the looked-at part of a layer's output, summed over adapters."""
+    def _make_keeper(
+        self, store: dict[int, Tensor], index: int, site: GateSite, adapter: str | None
+    ) -> Callable[..., None]:
+        """A hook that keeps the looked-at part of a layer's output, summed over adapters, each times its scaling."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             selection = self._selection(site)
@@ -130,6 +142,8 @@ class MisalignmentMeter:
                 return
             rows = site.row_slice
             kept = output[..., rows] if rows is not None else output[..., site.rows.to(output.device)]
+            factor = 1.0 if adapter is None else scaling(site.lora_layer, adapter)
+            # A product, and so a copy: AdaLoRA adds to the base layer's output in place.
             part = selection.rows(kept, site.name).float() * factor
             store[index] = store[index] + part if index in store else part
 

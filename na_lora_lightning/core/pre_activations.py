@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from na_lora_lightning.core.compilation import outside_of_graphs
+
 Watcher = Callable[[Tensor], None]
 
 GATE_METHOD = "_apply_gate"
@@ -53,7 +55,7 @@ class ActivationInput(PreActivationSource):
 
     def watch(self, watcher: Watcher) -> torch.utils.hooks.RemovableHandle:
         """See :meth:`PreActivationSource.watch`."""
-        return self.module.register_forward_pre_hook(lambda module, args: watcher(args[0]))
+        return self.module.register_forward_pre_hook(outside_of_graphs(lambda module, args: watcher(args[0])))
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ class LayerOutput(PreActivationSource):
 
     def watch(self, watcher: Watcher) -> torch.utils.hooks.RemovableHandle:
         """See :meth:`PreActivationSource.watch`."""
-        return self.module.register_forward_hook(lambda module, args, output: watcher(self.channels(output.detach())))
+        hook = outside_of_graphs(lambda module, args, output: watcher(self.channels(output.detach())))
+        return self.module.register_forward_hook(hook)
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,8 @@ class GateMethod(PreActivationSource):
 
     def watch(self, watcher: Watcher) -> Handle:
         """See :meth:`PreActivationSource.watch`."""
-        return wrap_gate_method(self.module, lambda gate_up, output: watcher(self.channels(gate_up.detach())))
+        seen = outside_of_graphs(lambda gate_up, output: watcher(self.channels(gate_up.detach())))
+        return wrap_gate_method(self.module, seen)
 
 
 class _WrappedGateMethod(Handle):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from na_lora_lightning.core.activations import ActivationValues
+from na_lora_lightning.core.compilation import outside_of_graphs
 from na_lora_lightning.core.experts import RoutedCall, look_at, routed_call
 from na_lora_lightning.core.pre_activations import Handle
 from na_lora_lightning.core.sites import GateSite
@@ -127,6 +128,7 @@ class GateObserver:
         root: The model whose call carries the padding mask.
         sites: Gate sites inside it.
         options: What to look at.
+        entrance: The module around it whose hooks see the call, where its own do not.
 
     Attributes:
         labels: Labels of the coming forward passes, ``[batch, length]``, for models that are called without them.
@@ -136,8 +138,15 @@ class GateObserver:
         before_pass: Called when a recorded forward pass begins.
     """
 
-    def __init__(self, root: nn.Module, sites: Sequence[GateSite], options: ObserverOptions) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        sites: Sequence[GateSite],
+        options: ObserverOptions,
+        entrance: nn.Module | None = None,
+    ) -> None:
         self._root = root
+        self._entrance = root if entrance is None else entrance
         self.sites = list(sites)
         self.options = options
         self.selection: TokenSelection | None = None
@@ -179,12 +188,14 @@ class GateObserver:
     def attach(self) -> None:
         """Registers the hooks."""
         self._tokens = torch.zeros(sum(site.networks for site in self.sites), device=self.device)
-        self._handles.append(self._root.register_forward_pre_hook(self._begin, with_kwargs=True))
-        self._handles.append(self._root.register_forward_hook(self._end, always_call=True))
+        begin, end = outside_of_graphs(self._begin), outside_of_graphs(self._end)
+        self._handles.append(self._entrance.register_forward_pre_hook(begin, with_kwargs=True))
+        self._handles.append(self._entrance.register_forward_hook(end, always_call=True))
+        begin_experts, begin_branch = outside_of_graphs(self._begin_experts), outside_of_graphs(self._begin_branch)
         for owner in dict.fromkeys(site.experts.owner for site in self.sites if site.experts is not None):
-            self._handles.append(owner.register_forward_pre_hook(self._begin_experts, with_kwargs=True))
+            self._handles.append(owner.register_forward_pre_hook(begin_experts, with_kwargs=True))
         for branch in dict.fromkeys(site.branch for site in self.sites if site.branch is not None):
-            self._handles.append(branch.register_forward_pre_hook(self._begin_branch, with_kwargs=True))
+            self._handles.append(branch.register_forward_pre_hook(begin_branch, with_kwargs=True))
         watched: dict[tuple[type, nn.Module], list[int]] = {}
         for index, site in enumerate(self.sites):
             # Sites that share an activation module count its calls together; other sources are a site's own.
@@ -247,20 +258,20 @@ class GateObserver:
                 "turn the patch off, or set allow_silent_sites=True to train those gates unmasked."
             )
 
-    def _begin(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, entrance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Evaluation runs without gradients; a checkpointed model is run again inside the backward pass.
         if not self.enabled or not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
             self.selection = None
             return
         if self.before_pass is not None:
             self.before_pass()
-        mask = token_mask_of_call(root, args, kwargs, self.options.exclude_prompt, self.labels)
+        mask = token_mask_of_call(self._root, args, kwargs, self.options.exclude_prompt, self.labels)
         self.selection = TokenSelection(mask, self.options.max_tokens, offset=self.forward_passes)
         self.forward_passes += 1
         self._calls.clear()
         self._branch_selections.clear()
 
-    def _end(self, root: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _end(self, entrance: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.selection = None
 
     def selection_of(self, site: GateSite) -> TokenSelection | None:

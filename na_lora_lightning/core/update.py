@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from na_lora_lightning.core.compilation import outside_of_graphs
 from na_lora_lightning.core.lora_layers import LoRARows, lora_a, lora_b
 from na_lora_lightning.core.optimizers import weights_in_state
 from na_lora_lightning.core.pre_activations import as_slice
@@ -218,7 +219,7 @@ class GradientMask:
             return gradient - corrections.pop().to(gradient.dtype) if corrections else gradient
 
         self._handles += [
-            matrix_a.register_forward_pre_hook(keep_input),
+            matrix_a.register_forward_pre_hook(outside_of_graphs(keep_input)),
             matrix_b.register_full_backward_hook(prepare_correction),
             weight_a.register_hook(correct),
         ]
