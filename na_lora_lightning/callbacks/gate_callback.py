@@ -15,7 +15,11 @@ from torch.optim import Optimizer
 
 from na_lora_lightning.callbacks import monitor
 from na_lora_lightning.callbacks.model_search import find_peft_model
-from na_lora_lightning.callbacks.strategies import reduce_over_processes, require_supported_strategy
+from na_lora_lightning.callbacks.strategies import (
+    reduce_over_processes,
+    require_reachable_rows,
+    require_supported_strategy,
+)
 from na_lora_lightning.callbacks.trainer_progress import is_logging_step, logged_step, require_progress
 from na_lora_lightning.callbacks.tuner_sweeps import Sweep, batches_shown, follow_sweeps, leave_sweeps
 from na_lora_lightning.core.controller import GateController
@@ -83,11 +87,12 @@ class GateCallback(Callback, ABC):
         """Follows the finders of the tuner, whose sweeps begin before everything else."""
         self._state_before_run = self._pending_state
         if stage == "fit":
+            require_supported_strategy(trainer)
             follow_sweeps(trainer, _sweep_with_gates)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the gates and checks everything that can be checked before training."""
-        require_supported_strategy(trainer)
+        require_reachable_rows(trainer)
         require_progress(trainer)
         controller, first = self._join_controller(trainer, pl_module)
         self._require_same_settings(first, pl_module)

@@ -87,10 +87,17 @@ class Shards:
         for child in module.children():
             self._assign(child, unit, kind)
 
+    def around(self, module: nn.Module) -> list[nn.Module]:
+        """The units that hold a module, itself included, the outermost first."""
+        units = set(self._unit_of.values())
+        return [unit for unit in self._model.modules() if unit in units and any(m is module for m in unit.modules())]
+
     def entry(self, root: nn.Module) -> nn.Module:
         """What is to be called to run ``root``: the outermost unit around it, which has to come first, or itself."""
-        units = set(self._unit_of.values())
-        return next((module for module in self._model.modules() if module in units and _holds(module, root)), root)
+        return next(iter(self.around(root)), root)
+
+    def __bool__(self) -> bool:
+        return bool(self._unit_of)
 
     def has_unit_in(self, module: nn.Module) -> bool:
         """Whether a module is a unit or holds one."""
@@ -102,12 +109,12 @@ class Shards:
         Raises:
             UpdateError: It is not sharded in a model that is, or it is distributed in another way.
         """
-        if self._unit_of and not is_sharded(parameter):
+        if self and not is_sharded(parameter):
             raise UpdateError(
                 f"{name} is not sharded though the model around it is, so nothing averages its gradient over "
                 "processes; call fully_shard() on the whole PEFT model, without ignored_params."
             )
-        if is_sharded(parameter) and not self._unit_of:
+        if is_sharded(parameter) and not self:
             raise UpdateError(
                 f"{name} is distributed over processes and no fully_shard() gathers it, so a process sees some "
                 "channels of the gates alone; shard the PEFT model with fully_shard(), without tensor parallelism."
@@ -133,7 +140,3 @@ class Shards:
         """
         for unit in dict.fromkeys(self._unit_of.values()):
             unit.reshard()
-
-
-def _holds(module: nn.Module, inner: nn.Module) -> bool:
-    return any(candidate is inner for candidate in module.modules())
