@@ -1,0 +1,1 @@
+"""The study that asks whether NA-LoRA beats plain LoRA: cells of task × model × arm × learning rate × seed."""

@@ -1,0 +1,90 @@
+"""Command line: ``python -m benchmarks.study COMMAND``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from benchmarks.study.errors import StudyError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    pretrain = commands.add_parser("pretrain", help="pretrain the small models, once")
+    pretrain.add_argument("rest", nargs=argparse.REMAINDER)
+    run = commands.add_parser("run", help="run what is left of a study")
+    run.add_argument("study", type=Path)
+    run.add_argument("--minutes", type=float, help="start no cell that would end after this many minutes")
+    run.add_argument("--extend", type=int, default=0, metavar="N", help="grow grids whose best rate is at an edge")
+    status = commands.add_parser("status", help="how much of a study is done")
+    status.add_argument("study", type=Path)
+    report = commands.add_parser("report", help="tables and figures of a study, from results alone")
+    report.add_argument("study", type=Path)
+    report.add_argument("--at", choices=("last", "best"), default="last", help="last step, or the best by validation")
+    report.add_argument("--output", type=Path, help="folder for report.md and figures")
+    report.add_argument("--figures", action="store_true")
+    again = commands.add_parser("reproduce", help="run a result's cell again and compare bit by bit")
+    again.add_argument("result", type=Path)
+    for command in (run, status, report):
+        command.add_argument("--results", type=Path, help="folder of results (default: results/ beside this file)")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    # Each command imports what it needs: reports start without torch's and transformers' seconds.
+    if options.command == "pretrain":
+        from benchmarks.study.pretraining import main as pretrain
+
+        pretrain(options.rest)
+        return 0
+    if options.command == "reproduce":
+        from benchmarks.study.reproduce import reproduce
+
+        differences = reproduce(options.result)
+        print("\n".join(differences) or "equal, bit by bit")
+        return 1 if differences else 0
+    from benchmarks.study import results
+    from benchmarks.study.specification import load_study
+
+    study = load_study(options.study)
+    folder = options.results or results.RESULTS
+    if options.command == "run":
+        from benchmarks.study.runner import run_study
+
+        failed = run_study(study, folder, options.minutes, options.extend, log=lambda line: print(line, flush=True))
+        return 1 if failed else 0
+    if options.command == "status":
+        from benchmarks.study.runner import remaining
+
+        cells = list(study.cells())
+        print(f"{len(cells) - len(remaining(cells, folder))} of {len(cells)} cells are done")
+        return 0
+    from benchmarks.study.report import make_report
+
+    wanted = {(setting.name, arm.name) for setting in study.settings for arm in study.arms}
+    found = [
+        result
+        for result in results.read_all(folder)
+        if (config := result["run_info"]["train_config"])["seed"] in study.seeds
+        and (config["setting"], config["arm_name"]) in wanted
+    ]
+    make_report(found, study.baseline, options.at, options.output, study.name, options.figures)
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status, 2 for an error that the user can mend."""
+    try:
+        return _run(_parser().parse_args(arguments))
+    except StudyError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted: cells that ended are kept; run it again to go on.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,237 @@
+"""An arm: a name, a dictionary of options, and a hook for what options cannot say.
+
+Every option of the method is the package's own: ``importance`` goes to ``ImportanceOptions``, ``step_scale`` to
+``StepScaleOptions``. A new rule is tried as a hook (:mod:`benchmarks.study.hooks`) or as a new option of the package.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+from torch import nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from benchmarks.study.errors import StudyError
+from benchmarks.study.hooks import HOOKS, ArmHook
+from na_lora_lightning.core.controller import GateController
+from na_lora_lightning.core.discovery import discover_gates
+from na_lora_lightning.core.importance import ImportanceOptions
+from na_lora_lightning.core.lora_layers import is_linear, is_lora_layer
+from na_lora_lightning.core.sites import GateMap
+from na_lora_lightning.core.statistics import ObserverOptions
+from na_lora_lightning.core.step_scale import StepScaleOptions
+
+ALL_LINEAR, FEED_FORWARD = "all-linear", "ffn"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to fine-tune.
+
+    Attributes:
+        name: Name in the study.
+        importance: Options of the temporal-importance mask; None leaves it out.
+        step_scale: Options of the step scale; None leaves it out.
+        observer: Options of the observer.
+        method: ``"lora"`` or ``"adalora"``.
+        peft: Further arguments of PEFT's configuration.
+        without_gates: Leave the gate layers without LoRA.
+        optimizer: ``"adamw"``, ``"lora_plus"`` or ``"lora_fa"``.
+        optimizer_options: Its further arguments.
+        training: What this arm trains differently (the learning rate's warm-up, say).
+        rate_factor: Factor on the learning rates of a setting, where a method lives at other rates.
+        hook: A name in :data:`~benchmarks.study.hooks.HOOKS`, or ``module:Class``.
+        hook_options: Its arguments.
+    """
+
+    name: str
+    importance: Mapping[str, Any] | None = None
+    step_scale: Mapping[str, Any] | None = None
+    observer: Mapping[str, Any] = field(default_factory=dict)
+    method: str = "lora"
+    peft: Mapping[str, Any] = field(default_factory=dict)
+    without_gates: bool = False
+    optimizer: str = "adamw"
+    optimizer_options: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    rate_factor: float = 1.0
+    hook: str | None = None
+    hook_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_options(cls, name: str, options: Mapping[str, Any] | None) -> Arm:
+        """Reads an arm of a YAML file; options are checked by the classes that take them.
+
+        Raises:
+            StudyError: An option is unknown.
+        """
+        known = {entry.name for entry in fields(cls)} - {"name"}
+        unknown = sorted(set(options or {}) - known)
+        if unknown:
+            raise StudyError(f"the arm {name!r} has no option {unknown[0]!r}; it takes {', '.join(sorted(known))}.")
+        arm = cls(name, **(options or {}))
+        for kind, given in ((ImportanceOptions, arm.importance), (StepScaleOptions, arm.step_scale)):
+            if given is not None:
+                kind(**given)
+        return arm
+
+    def plain(self) -> dict[str, Any]:
+        """Plain values from which :meth:`from_options` makes this arm again, the name left out."""
+        values = asdict(self)
+        del values["name"]
+        return values
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """The options of the mechanisms with their defaults filled in."""
+        return {
+            "importance": None if self.importance is None else asdict(ImportanceOptions(**self.importance)),
+            "step_scale": None if self.step_scale is None else asdict(StepScaleOptions(**self.step_scale)),
+            "observer": asdict(ObserverOptions(**self.observer)),
+        }
+
+
+@dataclass
+class BuiltArm:
+    """A model that is ready to be trained.
+
+    Attributes:
+        model: The adapted model, in training mode.
+        optimizer: Of its trainable parameters.
+        gates: Its gates; empty where none has LoRA that the package can read.
+        controller: Of the arm's mechanisms; None without one. It is attached after the hooks are made.
+        hooks: Called around each optimizer step.
+    """
+
+    model: PeftModel
+    optimizer: Optimizer
+    gates: GateMap
+    controller: GateController | None
+    hooks: list[ArmHook]
+
+
+def target_names(base: PreTrainedModel, targets: str) -> str | list[str]:
+    """LoRA targets for ``"all-linear"`` or ``"ffn"``, the layers of feed-forward blocks.
+
+    Raises:
+        StudyError: Another word is given.
+    """
+    if targets == ALL_LINEAR:
+        return targets
+    if targets != FEED_FORWARD:
+        raise StudyError(f"the LoRA targets are {targets!r}; choose {ALL_LINEAR!r} or {FEED_FORWARD!r}.")
+    return [name for name, module in base.named_modules() if is_linear(module) and ".mlp." in name]
+
+
+def _names_of_gates(base: PreTrainedModel, targets: str | list[str]) -> list[str]:
+    adapted = get_peft_model(copy.deepcopy(base), LoraConfig(r=1, target_modules=copy.copy(targets)))
+    return sorted({site.lora_layer_name.rpartition("base_model.model.")[2] for site in discover_gates(adapted)})
+
+
+def initialise_a(model: nn.Module, seed: int) -> None:
+    """Draws each A as PEFT does (Kaiming-uniform), from a generator of the seed and the layer's name.
+
+    An arm that leaves some layers out, or adds parameters that draw random numbers, so starts from the same A in the
+    layers that it shares with the others.
+    """
+    for name, module in model.named_modules():
+        if is_lora_layer(module):
+            for matrix in module.lora_A.values():
+                own = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1
+                drawn = torch.empty(matrix.weight.shape)
+                nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=torch.Generator().manual_seed(own))
+                matrix.weight.data.copy_(drawn)
+
+
+def adapt(base: PreTrainedModel, arm: Arm, lora: Mapping[str, Any], steps: int, seed: int) -> PeftModel:
+    """Wraps the base model with the arm's adapter.
+
+    Args:
+        base: The base model; it is changed in place.
+        arm: The arm.
+        lora: ``rank``, ``alpha`` and ``targets``.
+        steps: Optimizer steps of the run, for AdaLoRA's schedule.
+        seed: The cell's seed.
+
+    Raises:
+        StudyError: The method is unknown.
+    """
+    torch.manual_seed(seed)
+    targets = target_names(base, lora["targets"])
+    common: dict[str, Any] = {"lora_alpha": lora["alpha"], "target_modules": targets, "task_type": "CAUSAL_LM"}
+    if type(base).__name__.startswith("GPT2"):
+        common["fan_in_fan_out"] = True
+    if arm.without_gates:
+        common["exclude_modules"] = _names_of_gates(base, targets)
+    if arm.method == "adalora":
+        schedule = {"tinit": steps // 10, "tfinal": steps // 3, "deltaT": max(1, steps // 50), "total_step": steps}
+        ranks = {"target_r": lora["rank"], "init_r": math.ceil(1.5 * lora["rank"])}
+        return get_peft_model(base, AdaLoraConfig(**(common | ranks | schedule | dict(arm.peft))))
+    if arm.method != "lora":
+        raise StudyError(f"the method {arm.method!r} does not exist; choose 'lora' or 'adalora'.")
+    model = get_peft_model(base, LoraConfig(**({"r": lora["rank"]} | common | dict(arm.peft))))
+    if arm.peft.get("init_lora_weights", True) is True:
+        initialise_a(model, seed)
+    return model
+
+
+def make_optimizer(model: PeftModel, arm: Arm, lora: Mapping[str, Any], rate: float, weight_decay: float) -> Optimizer:
+    """The arm's optimizer.
+
+    Raises:
+        StudyError: It is unknown.
+    """
+    options = {"lr": rate, "weight_decay": weight_decay} | dict(arm.optimizer_options)
+    if arm.optimizer == "adamw":
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return torch.optim.AdamW(trainable, **options)
+    if arm.optimizer == "lora_plus":
+        return create_loraplus_optimizer(model, torch.optim.AdamW, **({"loraplus_lr_ratio": 16.0} | options))
+    if arm.optimizer == "lora_fa":
+        return create_lorafa_optimizer(model, r=lora["rank"], lora_alpha=lora["alpha"], **options)
+    raise StudyError(f"the optimizer {arm.optimizer!r} does not exist; choose 'adamw', 'lora_plus' or 'lora_fa'.")
+
+
+def build(
+    base: PreTrainedModel, arm: Arm, lora: Mapping[str, Any], training: Mapping[str, Any], rate: float, seed: int
+) -> BuiltArm:
+    """Builds an arm around a fresh base model."""
+    model = adapt(base, arm, lora, training["steps"], seed)
+    model.train()
+    optimizer = make_optimizer(model, arm, lora, rate, training["weight_decay"])
+    controller = None
+    gates = GateMap() if arm.method == "adalora" else discover_gates(model)
+    if arm.importance is not None or arm.step_scale is not None:
+        controller = GateController(model, gates.require(), ObserverOptions(**arm.observer))
+        if arm.importance is not None:
+            # The random control draws other masks for every seed of the study.
+            controller.set_importance(ImportanceOptions(**({"seed": seed} | dict(arm.importance))))
+        if arm.step_scale is not None:
+            controller.set_step_scale(StepScaleOptions(**arm.step_scale))
+    hook = arm.hook or ("adalora" if arm.method == "adalora" else None)
+    built = BuiltArm(model, optimizer, gates, controller, [])
+    if hook is not None:
+        built.hooks.append(_hook_class(hook)(built, **arm.hook_options))
+    # After the hooks, so that those see the optimizer's step before the mechanisms change it.
+    if controller is not None:
+        controller.attach([optimizer])
+    return built
+
+
+def _hook_class(name: str) -> Any:
+    if name in HOOKS:
+        return HOOKS[name]
+    module, separator, attribute = name.partition(":")
+    if not separator:
+        raise StudyError(f"the hook {name!r} does not exist; choose one of {', '.join(HOOKS)}, or give 'module:Class'.")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,184 @@
+"""Compares the arms of a study from its result files alone.
+
+Per setting and arm the learning rate is the one of the lowest validation loss, averaged over seeds; the score is what
+the cells of that rate got on the test set. Differences from the baseline are paired by seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any, Literal
+
+from benchmarks.study.paired import bootstrap_interval, holm, sign_test
+
+When = Literal["last", "best"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one cell got.
+
+    Attributes:
+        valid: Validation loss, infinite where the cell diverged.
+        test: Test loss, likewise.
+        accuracy: Share of test answers without a wrong token.
+        forgetting: Rise of the loss on held-out documentation, nats per token.
+        misalignment: Mean |Δρ| over gates; None where it was not measured.
+        seconds: Training time.
+        memory: Greatest memory in use, bytes.
+        parameters: Trainable parameters.
+    """
+
+    valid: float
+    test: float
+    accuracy: float
+    forgetting: float
+    misalignment: float | None
+    seconds: float
+    memory: int
+    parameters: int
+
+
+def score_of(result: Mapping[str, Any], when: When) -> Score:
+    """Score of a cell at its last interval, or at the one of its lowest validation loss (early stopping)."""
+    info = result["train_info"]
+    metrics = info["metrics"]
+    usable = [entry for entry in metrics if entry["valid loss"] is not None]
+    diverged = info["status"] != "success"
+    entry = min(usable, key=lambda one: one["valid loss"]) if when == "best" or diverged else usable[-1]
+    probes = {probe["step"]: probe for probe in result["study_info"]["probes"]}
+    moved = probes[entry["step"]].get("misalignment")
+    lost = diverged and when == "last"
+    return Score(
+        valid=math.inf if lost else entry["valid loss"],
+        test=math.inf if lost else entry["test loss"],
+        accuracy=0.0 if lost else entry["test accuracy"],
+        forgetting=math.inf if lost else entry["held-out loss"] - metrics[0]["held-out loss"],
+        misalignment=mean(value for value in moved if value is not None) if moved else None,
+        seconds=info["train_time"],
+        memory=info["accelerator_memory_max"],
+        parameters=info["num_trainable_params"],
+    )
+
+
+@dataclass(frozen=True)
+class ArmInSetting:
+    """An arm in one setting, at its best learning rate.
+
+    Attributes:
+        rate: That rate.
+        at_edge: Whether it is the lowest or highest that was tried.
+        scores: By seed.
+        differences: Test loss minus the baseline's, by seed, for the seeds that both have.
+    """
+
+    rate: float
+    at_edge: bool
+    scores: Mapping[int, Score]
+    differences: Mapping[int, float]
+
+    def average(self, name: str) -> float:
+        """Mean of an attribute of :class:`Score` over seeds; NaN where it was not measured."""
+        values = [getattr(score, name) for score in self.scores.values()]
+        return math.nan if any(value is None for value in values) else mean(values)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """An arm against the baseline over all settings.
+
+    Attributes:
+        settings: Number of settings in which both were run.
+        relative: Mean over settings of the mean difference of test losses, in percent of the baseline's loss.
+        interval: Bootstrap interval of it.
+        better: Pairs in which the arm's test loss is lower.
+        pairs: Pairs that are not ties.
+        p_value: Of the sign test.
+        adjusted: That p-value by Holm over all arms.
+        time: Mean ratio of training times.
+    """
+
+    settings: int
+    relative: float
+    interval: tuple[float, float]
+    better: int
+    pairs: int
+    p_value: float
+    adjusted: float
+    time: float
+
+
+Table = dict[str, dict[str, ArmInSetting]]
+
+
+def compare(results: Iterable[Mapping[str, Any]], baseline: str, when: When = "last") -> Table:
+    """Arms by setting, each at its best learning rate.
+
+    For an arm those seeds count that all its learning rates have; rates with less than half of the most seeds are left
+    out.
+    """
+    cells: dict[str, dict[str, dict[float, dict[int, Score]]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(dict))
+    )
+    for result in results:
+        config = result["run_info"]["train_config"]
+        scores = cells[config["setting"]][config["arm_name"]][config["rate"]]
+        scores[config["seed"]] = score_of(result, when)
+    table: Table = {}
+    for setting, by_arm in sorted(cells.items()):
+        chosen = {arm: found for arm, by_rate in by_arm.items() if (found := _best(by_rate)) is not None}
+        reference = chosen.get(baseline)
+        table[setting] = {}
+        for arm, (rate, at_edge, scores) in chosen.items():
+            common = sorted(set(scores) & set(reference[2])) if reference else []
+            differences = {seed: scores[seed].test - reference[2][seed].test for seed in common} if reference else {}
+            table[setting][arm] = ArmInSetting(rate, at_edge, scores, differences)
+    return table
+
+
+def _best(by_rate: Mapping[float, Mapping[int, Score]]) -> tuple[float, bool, Mapping[int, Score]] | None:
+    most = max(map(len, by_rate.values()))
+    # A rate that was added to the grid and has only begun does not count yet.
+    by_rate = {rate: scores for rate, scores in by_rate.items() if 2 * len(scores) >= most}
+    seeds = set.intersection(*(set(scores) for scores in by_rate.values()))
+    if not seeds:
+        return None
+    rate = min(sorted(by_rate), key=lambda one: mean(by_rate[one][seed].valid for seed in seeds))
+    chosen = {seed: by_rate[rate][seed] for seed in sorted(seeds)}
+    return rate, rate in (min(by_rate), max(by_rate)), chosen
+
+
+def verdicts(table: Table, baseline: str) -> dict[str, Verdict]:
+    """Every arm but the baseline, over the settings where both were run, best first."""
+    found: dict[str, Verdict] = {}
+    for arm in sorted({arm for arms in table.values() for arm in arms} - {baseline}):
+        shared = [arms for arms in table.values() if arm in arms and arms[arm].differences]
+        if not shared:
+            continue
+        strata = []
+        for arms in shared:
+            level = mean(arms[baseline].scores[seed].test for seed in arms[arm].differences)
+            strata.append([100.0 * value / level for value in arms[arm].differences.values()])
+        every = [value for stratum in strata for value in stratum]
+        finite = all(map(math.isfinite, every))
+        better, pairs, p_value = sign_test(every)
+        found[arm] = Verdict(
+            settings=len(shared),
+            relative=mean(map(mean, strata)) if finite else math.inf,
+            interval=bootstrap_interval(strata) if finite else (math.nan, math.inf),
+            better=better,
+            pairs=pairs,
+            p_value=p_value,
+            adjusted=1.0,
+            time=mean(arms[arm].average("seconds") / arms[baseline].average("seconds") for arms in shared),
+        )
+    adjusted = holm([verdict.p_value for verdict in found.values()])
+    final = {
+        arm: Verdict(**{**vars(verdict), "adjusted": value})
+        for (arm, verdict), value in zip(found.items(), adjusted, strict=True)
+    }
+    return dict(sorted(final.items(), key=lambda entry: entry[1].relative))

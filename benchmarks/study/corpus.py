@@ -1,0 +1,129 @@
+"""Real text found in installed packages, by a recipe that the packages' versions determine.
+
+The base models are pretrained on documentation (``PRETRAINING_PACKAGES``). The tasks take their text from other
+packages, so that what a task asks for was not seen in pretraining.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import random
+from collections.abc import Iterable, Iterator
+from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+from benchmarks.study.errors import StudyError
+
+PRETRAINING_PACKAGES = ("numpy", "pandas", "scipy", "sklearn", "torch")
+_DISTRIBUTIONS = {"sklearn": "scikit-learn"}
+_SHORTEST = 80
+_HELD_OUT_EVERY = 100
+
+
+def package_folder(package: str) -> Path:
+    """Folder of an installed package.
+
+    Raises:
+        StudyError: It is not installed.
+    """
+    found = find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise StudyError(f"the package {package!r} holds text of the study and is not installed; install it with pip.")
+    return Path(next(iter(found.submodule_search_locations)))
+
+
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """Installed version of each package, by import name."""
+    return {package: version(_DISTRIBUTIONS.get(package, package)) for package in packages}
+
+
+def digest(texts: Iterable[str]) -> str:
+    """SHA-256 of texts in order."""
+    total = hashlib.sha256()
+    for text in texts:
+        encoded = text.encode()
+        total.update(len(encoded).to_bytes(8, "little"))
+        total.update(encoded)
+    return total.hexdigest()
+
+
+def syntax_trees(package: str) -> Iterator[tuple[str, ast.Module]]:
+    """Source and syntax tree of each module of a package, in order of path; test modules are left out."""
+    root = package_folder(package)
+    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
+        inside = path.relative_to(root).as_posix()
+        if "test" in inside:
+            continue
+        try:
+            source = path.read_text(encoding="utf-8")
+            yield source, ast.parse(source)
+        except (SyntaxError, UnicodeDecodeError, ValueError):
+            continue  # templates and deliberately broken files
+
+
+@cache
+def docstrings(package: str) -> tuple[str, ...]:
+    """Docstrings of at least 80 characters, each once, in order of path and position."""
+    found: dict[str, None] = {}
+    for _, tree in syntax_trees(package):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = ast.get_docstring(node)
+                if text is not None and len(text) >= _SHORTEST:
+                    found[text] = None
+    return tuple(found)
+
+
+@cache
+def functions(package: str, shortest: int = 200, longest: int = 1200) -> tuple[str, ...]:
+    """Source of functions without their docstrings, each once, in order of path and position."""
+    found: dict[str, None] = {}
+    for source, tree in syntax_trees(package):
+        lines = source.splitlines()
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.FunctionDef) or node.end_lineno is None:
+                continue
+            kept = lines[node.lineno - 1 : node.end_lineno]
+            if ast.get_docstring(node) is not None:
+                documentation = node.body[0]
+                assert documentation.end_lineno is not None
+                kept = (
+                    lines[node.lineno - 1 : documentation.lineno - 1]
+                    + lines[documentation.end_lineno : node.end_lineno]
+                )
+            text = "\n".join(line[node.col_offset :] for line in kept)
+            if shortest <= len(text) <= longest:
+                found[text] = None
+    return tuple(found)
+
+
+@cache
+def header_pieces(package: str, folder: str, length: int = 400) -> tuple[str, ...]:
+    """C and C++ headers of a package, cut at blank lines into pieces of about ``length`` characters."""
+    root = package_folder(package) / folder
+    pieces: dict[str, None] = {}
+    for path in sorted(root.rglob("*.h"), key=lambda path: path.relative_to(root).as_posix()):
+        piece = ""
+        for paragraph in path.read_text(encoding="utf-8", errors="replace").split("\n\n"):
+            piece = f"{piece}\n\n{paragraph}" if piece else paragraph
+            if len(piece) >= length:
+                pieces[piece[: 2 * length]] = None
+                piece = ""
+    return tuple(pieces)
+
+
+@cache
+def pretraining_text() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Documents to pretrain on, in a fixed random order, and held-out ones of the same kind."""
+    train: list[str] = []
+    held_out: list[str] = []
+    for package in PRETRAINING_PACKAGES:
+        for text in docstrings(package):
+            bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") % _HELD_OUT_EVERY
+            (held_out if bucket == 0 else train).append(text)
+    random.Random(0).shuffle(train)
+    random.Random(0).shuffle(held_out)
+    return tuple(train), tuple(held_out)

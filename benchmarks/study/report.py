@@ -1,0 +1,149 @@
+"""Tables and figures of a study, from its result files alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from benchmarks.study.comparison import Table, Verdict, When, compare, verdicts
+from benchmarks.study.errors import StudyError
+from benchmarks.study.paired import bootstrap_interval, sign_test
+
+Rows = list[list[str]]
+_VERDICT_HEAD = ["arm", "settings", "test loss, % of baseline", "95 % interval", "better", "p", "p (Holm)", "time"]
+_SETTING_HEAD = [
+    "arm",
+    "rate",
+    "seeds",
+    "valid",
+    "test",
+    "difference",
+    "95 % interval",
+    "better",
+    "p",
+    "exact",
+    "forgetting",
+    "|Δρ|",
+    "time",
+    "MiB",
+    "parameters",
+]
+
+
+def _number(value: float, digits: int = 4, sign: bool = False) -> str:
+    if not math.isfinite(value):
+        return "–" if math.isnan(value) else "diverged"
+    return f"{value:{'+' if sign else ''}.{digits}f}"
+
+
+def verdict_rows(found: Mapping[str, Verdict]) -> Rows:
+    """One row for each arm: pooled over settings."""
+    return [
+        [
+            arm,
+            str(one.settings),
+            _number(one.relative, 2, sign=True),
+            f"{_number(one.interval[0], 2, sign=True)} … {_number(one.interval[1], 2, sign=True)}",
+            f"{one.better}/{one.pairs}",
+            f"{one.p_value:.3f}",
+            f"{one.adjusted:.3f}",
+            _number(one.time, 2),
+        ]
+        for arm, one in found.items()
+    ]
+
+
+def setting_rows(table: Table, setting: str, baseline: str) -> Rows:
+    """One row for each arm of a setting, best test loss first; an edge rate is marked with ``!``."""
+    arms = table[setting]
+    rows = []
+    for arm, found in sorted(arms.items(), key=lambda entry: entry[1].average("test")):
+        differences = list(found.differences.values())
+        paired = ["", "", "", ""]
+        if arm != baseline and differences and all(map(math.isfinite, differences)):
+            lower, upper = bootstrap_interval([differences])
+            better, pairs, p_value = sign_test(differences)
+            paired = [
+                _number(sum(differences) / len(differences), sign=True),
+                f"{_number(lower, sign=True)} … {_number(upper, sign=True)}",
+                f"{better}/{pairs}",
+                f"{p_value:.3f}",
+            ]
+        rows.append(
+            [
+                arm,
+                f"{found.rate:.3g}{'!' if found.at_edge else ''}",
+                str(len(found.scores)),
+                _number(found.average("valid")),
+                _number(found.average("test")),
+                *paired,
+                _number(100 * found.average("accuracy"), 1),
+                _number(found.average("forgetting"), 3, sign=True),
+                _number(found.average("misalignment")),
+                _number(found.average("seconds") / arms[baseline].average("seconds"), 2) if baseline in arms else "–",
+                _number(found.average("memory") / 2**20, 0),
+                str(round(found.average("parameters"))),
+            ]
+        )
+    return rows
+
+
+def markdown_table(head: Sequence[str], rows: Rows) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def markdown(table: Table, baseline: str, title: str) -> str:
+    """The whole report in Markdown."""
+    parts = [
+        f"# {title}",
+        f"Baseline `{baseline}`. Rates are chosen by validation loss, scores are of the test set; differences are "
+        "paired by seed, negative is better; `!` marks a best rate at the edge of its grid, `p` is the sign test's.",
+        "## All settings",
+        markdown_table(_VERDICT_HEAD, verdict_rows(verdicts(table, baseline))),
+    ]
+    for setting in table:
+        parts += [f"## {setting}", markdown_table(_SETTING_HEAD, setting_rows(table, setting, baseline))]
+    return "\n\n".join(parts) + "\n"
+
+
+def show(table: Table, baseline: str, console: Console | None = None) -> None:
+    """Prints the report."""
+    console = console or Console()
+    groups = {"All settings": (_VERDICT_HEAD, verdict_rows(verdicts(table, baseline)))}
+    groups |= {setting: (_SETTING_HEAD, setting_rows(table, setting, baseline)) for setting in table}
+    for title, (head, rows) in groups.items():
+        shown = RichTable(title=title, title_justify="left")
+        for index, name in enumerate(head):
+            shown.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0)
+        for row in rows:
+            shown.add_row(*row)
+        console.print(shown)
+
+
+def make_report(
+    results: Sequence[Mapping[str, Any]], baseline: str, when: When, output: Path | None, title: str, figures: bool
+) -> Table:
+    """Prints a report, and writes it with its figures where ``output`` is a folder.
+
+    Raises:
+        StudyError: There are no results of the baseline, or figures are wanted without matplotlib.
+    """
+    table = compare(results, baseline, when)
+    if not any(baseline in arms for arms in table.values()):
+        raise StudyError(f"no result of the baseline {baseline!r} is complete for any seed; run the study further.")
+    show(table, baseline)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "report.md").write_text(markdown(table, baseline, title))
+        if figures:
+            from benchmarks.study.figures import draw
+
+            draw(results, table, baseline, when, output)
+    return table

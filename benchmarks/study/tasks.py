@@ -1,0 +1,178 @@
+"""Tasks: pools of examples from real text or verifiable puzzles, and how a seed draws its training set from them.
+
+The last examples of a pool in a fixed random order are the test set and the validation set, the same for every seed.
+A seed draws the training set, its label noise and the order of the batches from the rest, and nothing else does: all
+arms of a seed see the same batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.study import corpus
+from benchmarks.study.errors import StudyError
+
+CACHE = Path(".cache/study/pools")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt, empty for plain text, and what is to be predicted after it."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """What a cell trains on and is scored on.
+
+    Attributes:
+        train: Drawn by the seed.
+        valid: For choosing the learning rate, the same for every seed and without noise.
+        test: For the score, likewise.
+        sha256: Digest of the whole pool.
+    """
+
+    train: list[Example]
+    valid: list[Example]
+    test: list[Example]
+    sha256: str
+
+
+def _functions(package: str) -> list[Example]:
+    return [Example("", text) for text in corpus.functions(package)]
+
+
+def _headers(package: str, folder: str) -> list[Example]:
+    return [Example("", text) for text in corpus.header_pieces(package, folder)]
+
+
+def _origin(packages: list[str], each: int) -> list[Example]:
+    """Which package does the first paragraph of a docstring come from?"""
+    found = []
+    for package in packages:
+        words = re.compile(re.escape(package), re.IGNORECASE)
+        paragraphs = dict.fromkeys(" ".join(text.split("\n\n")[0].split()) for text in corpus.docstrings(package))
+        usable = [text[:140] for text in paragraphs if len(text) >= 40 and not words.search(text)]
+        random.Random(package).shuffle(usable)
+        found += [Example(f"{text}\nPackage:", f" {package}") for text in usable[:each]]
+    return found
+
+
+def _digits() -> list[Example]:
+    """Real 8 × 8 images of handwritten digits, drawn with five characters."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    shades = " .:+#"
+    found = []
+    for image, label in zip(images.reshape(-1, 8, 8), labels, strict=True):
+        rows = ["".join(shades[min(4, int(value) // 4)] for value in row) for row in image]
+        found.append(Example("\n".join(rows) + "\nDigit:", f" {label}"))
+    return found
+
+
+def _reasoning(dataset: str, size: int, options: Mapping[str, Any]) -> list[Example]:
+    """Puzzles of reasoning-gym, each question once."""
+    import reasoning_gym
+
+    made = reasoning_gym.create_dataset(dataset, size=size, seed=0, **options)
+    answers = {item["question"].strip(): str(item["answer"]) for item in made if item["answer"] is not None}
+    return [Example(f"{question}\nAnswer:", f" {answer}") for question, answer in answers.items()]
+
+
+SOURCES: dict[str, Callable[..., list[Example]]] = {
+    "functions": _functions,
+    "headers": _headers,
+    "origin": _origin,
+    "digits": _digits,
+    "reasoning": _reasoning,
+}
+_DISTRIBUTIONS_OF = {"digits": ["sklearn"], "reasoning": ["reasoning_gym"]}
+
+
+def packages_of(data: Mapping[str, Any]) -> dict[str, str]:
+    """Versions of the packages that a task's examples come from."""
+    options = data["source"]
+    names = _DISTRIBUTIONS_OF.get(options["kind"]) or options.get("packages") or [options["package"]]
+    return corpus.versions_of(names)
+
+
+def pool(source: Mapping[str, Any]) -> list[Example]:
+    """All examples of a source, in a fixed random order; kept in a cache for the installed versions.
+
+    Raises:
+        StudyError: There is no such source.
+    """
+    options = dict(source)
+    kind = options.pop("kind")
+    if kind not in SOURCES:
+        raise StudyError(f"the task source {kind!r} does not exist; choose one of {', '.join(SOURCES)}.")
+    key = json.dumps([source, packages_of({"source": source}), "1"], sort_keys=True)
+    file = CACHE / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
+    if file.is_file():
+        return [Example(*entry) for entry in json.loads(file.read_text())]
+    examples = SOURCES[kind](**options)
+    random.Random(0).shuffle(examples)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{random.SystemRandom().getrandbits(32)}")
+    partial.write_text(json.dumps([[example.prompt, example.answer] for example in examples]))
+    partial.replace(file)
+    return examples
+
+
+def load(data: Mapping[str, Any], seed: int) -> TaskData:
+    """The data of a cell.
+
+    Args:
+        data: ``source``, sizes ``train``, ``valid``, ``test``, and ``label_noise``, the share of training answers
+            that are replaced by the answer of another class.
+        seed: The cell's seed.
+
+    Raises:
+        StudyError: The pool is too small.
+    """
+    examples = pool(data["source"])
+    wanted = data["train"] + data["valid"] + data["test"]
+    if len(examples) < wanted:
+        raise StudyError(
+            f"the source {data['source']['kind']!r} has {len(examples)} examples and the task wants {wanted}; lower "
+            "its train, valid or test size."
+        )
+    test, rest = examples[: data["test"]], examples[data["test"] :]
+    valid, rest = rest[: data["valid"]], rest[data["valid"] :]
+    train = random.Random(f"{seed}:sample").sample(rest, data["train"])
+    sha256 = corpus.digest(text for example in examples for text in (example.prompt, example.answer))
+    return TaskData(with_label_noise(train, data.get("label_noise", 0.0), seed), valid, test, sha256)
+
+
+def with_label_noise(train: list[Example], share: float, seed: int) -> list[Example]:
+    """Replaces the answers of ``share`` of the examples, drawn by the seed, by another answer that occurs."""
+    if share == 0.0:
+        return train
+    generator = random.Random(f"{seed}:noise")
+    answers = sorted({example.answer for example in train})
+    noisy = set(generator.sample(range(len(train)), round(share * len(train))))
+    return [
+        Example(example.prompt, generator.choice([other for other in answers if other != example.answer]))
+        if index in noisy
+        else example
+        for index, example in enumerate(train)
+    ]
+
+
+def batch_order(examples: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
+    """Indices of the examples of each step: one permutation after the other, cut into batches."""
+    generator = random.Random(f"{seed}:order")
+    stream: list[int] = []
+    while len(stream) < batch_size * steps:
+        stream += generator.sample(range(examples), examples)
+    return [stream[step * batch_size : (step + 1) * batch_size] for step in range(steps)]
