@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from na_lora_lightning.arguments import LoRAArguments
-from na_lora_lightning.errors import ConfigurationError
+from na_lora_lightning.errors import CheckpointError, ConfigurationError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -157,6 +158,7 @@ def write_adapter_folder(
 
     Raises:
         ConfigurationError: ``folder`` is something other than a folder for an adapter.
+        CheckpointError: The disk is full, or writing fails otherwise.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or not _holds_adapter_or_nothing(folder)):
@@ -164,21 +166,35 @@ def write_adapter_folder(
             f"{str(folder)!r} exists and is no adapter folder, so it is not overwritten; set adapter.folder to "
             "another name."
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     options: dict[str, Any] = {}
     if state is not None:
         options["state_dict"] = {
             name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)
         }
-    # Left to itself PEFT asks the hub whether the vocabulary was resized, and it never is here.
-    model.save_pretrained(str(partial), safe_serialization=True, save_embedding_layers=False, **options)
-    folder.mkdir(exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        # Left to itself PEFT asks the hub whether the vocabulary was resized, and it never is here.
+        model.save_pretrained(str(partial), safe_serialization=True, save_embedding_layers=False, **options)
+        _take_place(partial, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"The adapter could not be written to {str(folder)!r} ({error}); make room, and go on from the last "
+            "checkpoint (--ckpt_path last), which writes it again."
+        ) from error
+    return folder
+
+
+def _take_place(partial: Path, folder: Path) -> None:
+    if not folder.exists():
+        # One step, so that there is no folder with half of its files.
+        partial.rename(folder)
+        return
     for file in partial.iterdir():
         file.replace(folder / file.name)
     partial.rmdir()
-    return folder
 
 
 def _holds_adapter_or_nothing(folder: Path) -> bool:

@@ -45,6 +45,7 @@ _SILENCED_WARNINGS = (
     # The mechanisms act in training alone, and evaluation has no use for their state.
     r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
 )
+_TWIN = "pytorch_lightning"
 _SILENCED_MESSAGES = ("💡 Tip", "TPU available", "Loading `train_dataloader` to estimate")
 
 
@@ -118,13 +119,16 @@ class _KnownMessages(logging.Filter):
 
 @contextmanager
 def _without_known_noise() -> Iterator[None]:
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    # Under the second name where something else in the process has imported pytorch_lightning.
+    loggers = [logging.getLogger(f"{package}.utilities.rank_zero") for package in ("lightning.pytorch", _TWIN)]
     messages = _KnownMessages()
-    logger.addFilter(messages)
+    for logger in loggers:
+        logger.addFilter(messages)
     try:
         with warnings.catch_warnings():
             for pattern in _SILENCED_WARNINGS:
                 warnings.filterwarnings("ignore", message=pattern)
             yield
     finally:
-        logger.removeFilter(messages)
+        for logger in loggers:
+            logger.removeFilter(messages)

@@ -27,3 +27,11 @@ class UpdateError(NALoRAError):
 
 class ImageError(DataError):
     """An image of a record is missing, broken, or larger than is allowed."""
+
+
+class CheckpointError(NALoRAError):
+    """A checkpoint is missing, damaged, or cannot be written."""
+
+
+class NonFiniteError(NALoRAError):
+    """A loss, activation or weight is NaN or infinite, so training cannot go on."""

@@ -207,6 +207,7 @@ class NALoRALightningModule(LightningModule):
     @override
     def on_fit_start(self) -> None:
         """Reports how many parameters train."""
+        self._is_written = False
         trainable, total = self.peft_model.get_nb_trainable_parameters()
         rank_zero_info(f"LoRA trains {trainable:,} of {total:,} parameters ({100 * trainable / total:.3g} %).")
         for logger in self.loggers:
@@ -270,8 +271,9 @@ class NALoRALightningModule(LightningModule):
     @override
     def on_fit_end(self) -> None:
         """Writes the adapter where the checkpoint to go on from was the last one, so that there was no training."""
-        if self.adapter.write != "never" and not self._is_written:
+        if self.adapter.write != "never" and not self._is_written and self.trainer.global_step > 0:
             self._write_adapter(None)
+            rank_zero_info(f"Training had ended already; its adapter is now in {str(self.written_adapter_folder)!r}.")
 
     # ---- evaluation ----
 

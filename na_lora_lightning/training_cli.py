@@ -2,33 +2,49 @@
 
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import Callback, LightningDataModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from na_lora_lightning.callbacks.fit_summary import FitSummaryCallback
 from na_lora_lightning.callbacks.gate_importance import GateImportanceCallback
+from na_lora_lightning.callbacks.run_checkpoint import ResumableCurves, RunCheckpoint
 from na_lora_lightning.callbacks.step_scale import StepScaleCallback
+from na_lora_lightning.checkpointing import AtomicCheckpointIO
 from na_lora_lightning.cli_errors import explain, read_yaml
 from na_lora_lightning.data import InstructionDataModule
-from na_lora_lightning.errors import ConfigurationError, NALoRAError
+from na_lora_lightning.errors import CheckpointError, ConfigurationError, NALoRAError
 from na_lora_lightning.model_loading import BaseModelSource, one_line, require_model
 from na_lora_lightning.module import NALoRALightningModule
+from na_lora_lightning.resuming import (
+    continue_last_run,
+    last_checkpoint,
+    newest_checkpoint,
+    output_folders,
+    require_writable,
+)
 
 # Callbacks of every fit, each with its own group of options beside a switch.
 CALLBACKS: dict[str, type[Callback]] = {
     "gate_importance": GateImportanceCallback,
     "step_scale": StepScaleCallback,
     "fit_summary": FitSummaryCallback,
+    "checkpoint": RunCheckpoint,
 }
 _MECHANISMS = ("gate_importance", "step_scale")
 
@@ -44,15 +60,23 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 _PARSER = {"exit_on_error": False, "allow_abbrev": False}
 _SWITCH_WORDS = ("true", "false")
 _CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")
+# What a disk, not a program, does wrong.
+_STORAGE_ERRORS = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EACCES", "EPERM", "ENOTDIR", "ESTALE")
+    if hasattr(errno, name)
+}
 
 
 class NALoRACLI(LightningCLI):
     """A ``LightningCLI`` for one subcommand, with the two mechanisms as option groups of their own.
 
-    ``gate_importance``, ``step_scale`` and ``fit_summary`` are callbacks of every fit, whatever
-    ``trainer.callbacks`` says, unless their ``enabled`` is false. The data module is ``InstructionDataModule``, or the
-    class that ``--data`` or ``data.class_path`` names; its tokenizer or processor is the model's. Options always come
-    from the configuration, also with ``--ckpt_path``; a checkpoint of another model or LoRA is refused.
+    ``gate_importance``, ``step_scale``, ``fit_summary`` and ``checkpoint`` are callbacks of every fit, whatever
+    ``trainer.callbacks`` says, unless their ``enabled`` is false; a checkpoint callback that is listed there takes the
+    place of ``checkpoint``. With ``--ckpt_path last`` the last run goes on in its own folder. The data module is
+    ``InstructionDataModule``, or the class that ``--data`` or ``data.class_path`` names; its tokenizer or processor is
+    the model's. Options always come from the configuration, also with ``--ckpt_path``; a checkpoint of another model or
+    LoRA is refused.
 
     Args:
         subcommand: ``fit``, ``validate``, ``test`` or ``predict``.
@@ -123,6 +147,10 @@ class NALoRACLI(LightningCLI):
         path = self._get(self.config, "ckpt_path")
         if path and path not in _CHECKPOINT_WORDS and "://" not in path and not Path(path).exists():
             raise ConfigurationError(f"The checkpoint {path!r} does not exist; correct ckpt_path.")
+        if path == "best":
+            raise ConfigurationError(
+                "ckpt_path is 'best', which is known only while a fit runs; give the path of the checkpoint, or 'last'."
+            )
 
     @override
     def before_instantiate_classes(self) -> None:
@@ -161,15 +189,68 @@ class NALoRACLI(LightningCLI):
         added: list[Callback] = []
         if self._requested == "fit":
             enabled = [name for name in CALLBACKS if self._get(self.config, name)["enabled"]]
+            if options.get("enable_checkpointing") is False or any(isinstance(c, Checkpoint) for c in listed):
+                enabled = [name for name in enabled if name != "checkpoint"]
+            elif "checkpoint" not in enabled:
+                options["enable_checkpointing"] = False
             added += [self._get(self.config_init, name) for name in enabled]
             if not set(enabled) & set(_MECHANISMS):
                 rank_zero_info("gate_importance and step_scale are switched off: this is plain LoRA.")
             if options.get("logger") is not False and not any(isinstance(c, LearningRateMonitor) for c in listed):
                 added.append(LearningRateMonitor(logging_interval="step"))
+            self._curves = ResumableCurves()
+            added.append(self._curves)
+        options["plugins"] = _with_checkpoint_io(options.get("plugins"))
         try:
             return self._instantiate_trainer(options, added)
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise ConfigurationError(f"The trainer cannot be made: {one_line(error)}.") from error
+
+    @override
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Fails where nothing can be written, and finds the checkpoint that ``last`` means."""
+        require_writable(output_folders(self.trainer))
+        options: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
+        if options.get("ckpt_path") == "last":
+            if subcommand == "fit":
+                options["ckpt_path"] = continue_last_run(self.trainer)
+                self._curves.starts_over = options["ckpt_path"] is None
+            else:
+                options["ckpt_path"] = last_checkpoint(self.trainer)
+        return options
+
+    def fit(self, model: NALoRALightningModule, **options: Any) -> None:
+        """Trains, and says how to go on if training is stopped from outside."""
+        with self._stopped_from_outside(), _quiet_writers():
+            self.trainer.fit(model, **options)
+
+    @contextmanager
+    def _stopped_from_outside(self) -> Iterator[None]:
+        try:
+            yield
+        except SystemExit as request:
+            if not self.trainer.interrupted:
+                raise
+            number = signal.SIGTERM if isinstance(request, SIGTERMException) else signal.SIGINT
+            if self.trainer.is_global_zero:
+                steps = self.trainer.global_step
+                print(f"Stopped by {number.name} after {steps} optimizer steps; {self._way_on()}.", file=sys.stderr)
+            # What a shell reports of a command that a signal ended.
+            raise SystemExit(128 + number) from request
+        except OSError as error:
+            if error.errno not in _STORAGE_ERRORS:
+                raise
+            place = f" {error.filename!r}" if error.filename else " logs"
+            raise CheckpointError(
+                f"Writing{place} failed after {self.trainer.global_step} optimizer steps ({error.strerror}); make room "
+                f"or choose another folder, then {self._way_on()}."
+            ) from error
+
+    def _way_on(self) -> str:
+        checkpoint = newest_checkpoint(self.trainer)
+        if checkpoint is None:
+            return "there is no checkpoint yet, so begin again"
+        return f"go on with --ckpt_path last, which is {checkpoint!r}"
 
     def predict(self, model: NALoRALightningModule, **options: Any) -> None:
         """Predicts, and writes the answers beside their prompts."""
@@ -181,6 +262,28 @@ class NALoRACLI(LightningCLI):
         assert loader is not None
         _write_predictions(path, loader, answers)
         print(f"Predictions {path}")
+
+
+def _with_checkpoint_io(plugins: Any) -> list[Any]:
+    """Adds the plugin that writes checkpoints, unless another one is given."""
+    given = list(plugins) if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]
+    return given if any(isinstance(plugin, CheckpointIO) for plugin in given) else [*given, AtomicCheckpointIO()]
+
+
+@contextmanager
+def _quiet_writers() -> Iterator[None]:
+    """Keeps threads that write logs from printing the traceback of an error that the trainer raises too."""
+    former = threading.excepthook
+
+    def report(arguments: Any) -> None:
+        if not (isinstance(arguments.exc_value, OSError) and arguments.exc_value.errno in _STORAGE_ERRORS):
+            former(arguments)
+
+    threading.excepthook = report
+    try:
+        yield
+    finally:
+        threading.excepthook = former
 
 
 def _names_data_class(arguments: Sequence[str]) -> bool:

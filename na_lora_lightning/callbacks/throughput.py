@@ -56,7 +56,8 @@ class ThroughputCallback(Callback):
         steps = trainer.global_step - self._reported_step
         # The trainer has the number from its logger connector, unknown to type checkers.
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if steps and (steps >= every or trainer.is_last_batch):
+        # At the trainer's own logging steps, which a resumed run shares with an uninterrupted one.
+        if steps and (trainer.global_step % every == 0 or trainer.is_last_batch):
             self._report(trainer, pl_module)
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:

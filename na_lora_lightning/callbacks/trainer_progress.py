@@ -1,4 +1,4 @@
-"""The only place that reads Lightning's private state: at which steps a trainer logs, and under which number.
+"""The only place that reads Lightning's private state: how far a trainer is, and what it logs under which number.
 
 Lightning's own callbacks (``LearningRateMonitor``, ``DeviceStatsMonitor``) read the same, and there is no public way to
 it: ``Trainer.global_step`` counts otherwise where several optimizers step in one batch.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from operator import attrgetter
 from typing import Any
 
+from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch import Trainer
 
 from na_lora_lightning.errors import ConfigurationError
@@ -25,6 +26,41 @@ def is_logging_step(trainer: Trainer) -> bool:
 def logged_step(trainer: Trainer) -> int:
     """The step under which the trainer logs that batch: batches that ended in an optimizer step before it."""
     return int(_read(trainer, _LOGGED_STEP))
+
+
+def is_accumulating(trainer: Trainer) -> bool:
+    """Whether the optimizer does not step after this batch."""
+    return bool(_read(trainer, "fit_loop._should_accumulate")())
+
+
+def is_last_batch(trainer: Trainer) -> bool:
+    """Whether this batch is the last of its epoch."""
+    return bool(_read(trainer, "fit_loop.epoch_loop.batch_progress").is_last_batch)
+
+
+def validation_follows(trainer: Trainer) -> bool:
+    """Whether the trainer is going to validate after this batch."""
+    return bool(_read(trainer, "fit_loop.epoch_loop._should_check_val_fx")(_read(trainer, "fit_loop._data_fetcher")))
+
+
+def unlogged_metrics(trainer: Trainer) -> tuple[int, int, dict[str, float]]:
+    """What a trainer is still going to log when a callback ends a batch, a validation or an epoch.
+
+    Returns:
+        The step that belongs to the last batch, the step that the metrics belong to, and the metrics by name.
+    """
+    batches: Any = _read(trainer, "fit_loop.epoch_loop.batch_progress").total
+    epochs: Any = _read(trainer, "fit_loop.epoch_progress").total
+    at_batch_end = batches.completed < batches.processed
+    at_epoch_end = not at_batch_end and epochs.completed < epochs.processed
+    # Counted up after the batch, and after validation.
+    last_step = logged_step(trainer) - (1 if at_epoch_end else 0)
+    if trainer.validating or not (at_epoch_end or (at_batch_end and is_logging_step(trainer))):
+        return last_step, last_step, {}
+    metrics = convert_tensors_to_scalars(dict(_read(trainer, "_logger_connector").metrics["log"]))
+    named = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+    step = int(named.pop("step", last_step))
+    return last_step, step, {"epoch": trainer.current_epoch, **named} if named else {}
 
 
 def require_progress(trainer: Trainer) -> None:

@@ -1,0 +1,96 @@
+"""Places at which a run kills itself with ``SIGKILL``, set in the child process before the run begins."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from na_lora_lightning import adapters, checkpointing
+from na_lora_lightning.callbacks.fit_summary import FitSummaryCallback
+from na_lora_lightning.core.update import RowUpdate
+from na_lora_lightning.module import NALoRALightningModule
+
+Trap = Callable[[int], None]
+
+
+def die() -> None:
+    """Ends this process as nothing can prevent."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _at_call(owner: Any, name: str, after: bool = False) -> Trap:
+    """A trap at the n-th call of a function, before or after it does its work."""
+
+    def set_trap(number: int) -> None:
+        original, calls = getattr(owner, name), 0
+
+        def trapped(*arguments: Any, **keywords: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == number and not after:
+                die()
+            result = original(*arguments, **keywords)
+            if calls == number:
+                die()
+            return result
+
+        setattr(owner, name, trapped)
+
+    return set_trap
+
+
+def _in_half_a_checkpoint(number: int) -> None:
+    original, calls = checkpointing.replace_file, 0
+
+    def trapped(path: Path, content: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            with path.with_name(f".{path.name}.partial").open("wb") as file:
+                file.write(content[: len(content) // 2])
+                file.flush()
+            die()
+        original(path, content)
+
+    checkpointing.replace_file = trapped
+
+
+def _between_micro_batches(number: int) -> None:
+    """In the second or a later micro-batch of a step, where gradients of earlier ones are lost."""
+    original, calls = NALoRALightningModule.training_step, 0
+
+    def trapped(self: Any, batch: Any, batch_idx: int) -> Any:
+        nonlocal calls
+        calls += batch_idx % self.trainer.accumulate_grad_batches > 0
+        if calls == number:
+            die()
+        return original(self, batch, batch_idx)
+
+    NALoRALightningModule.training_step = trapped
+
+
+# Each with the largest number that falls into a run of every setting that it is used for.
+TRAPS: dict[str, tuple[Trap, int]] = {
+    "half of a checkpoint is written": (_in_half_a_checkpoint, 4),
+    "a checkpoint is written and not in its place": (_at_call(os, "fsync"), 8),
+    "a checkpoint is in its place, the folder not on disk": (_at_call(checkpointing, "_sync_folder"), 4),
+    "the checkpoint before is about to be removed": (
+        _at_call(checkpointing.AtomicCheckpointIO, "remove_checkpoint"),
+        2,
+    ),
+    "between micro-batches": (_between_micro_batches, 8),
+    "a training step begins": (_at_call(NALoRALightningModule, "training_step"), 16),
+    "the optimizer has stepped, the rows not masked": (_at_call(RowUpdate, "correct"), 6),
+    "the rows are masked, the step not counted": (_at_call(RowUpdate, "correct", after=True), 6),
+    "validation": (_at_call(NALoRALightningModule, "validation_step"), 6),
+    "a point of a curve is written": (_at_call(SummaryWriter, "add_scalar"), 110),
+    "half of the adapter is written": (_at_call(adapters, "_take_place"), 1),
+    "the adapter is written": (_at_call(adapters, "_take_place", after=True), 1),
+    "the summary is printed": (_at_call(FitSummaryCallback, "_print"), 1),
+    "a checkpoint is loaded": (_at_call(checkpointing.AtomicCheckpointIO, "load_checkpoint", after=True), 1),
+}
