@@ -156,21 +156,29 @@ def _unreached(root: nn.Module, called: set[nn.Module]) -> list[LeftOut]:
 
 
 def _trace(model: nn.Module, root: nn.Module, example_inputs: Mapping[str, Any] | None) -> Trace:
-    if example_inputs is not None:
-        device = next(root.parameters()).device
-        inputs = {
-            name: value.to(device) if isinstance(value, torch.Tensor) else value
-            for name, value in example_inputs.items()
-        }
-        return trace_forward(root, inputs, model)
-    inputs = default_inputs(root)
+    inputs = default_inputs(root) if example_inputs is None else _on_device_of(root, example_inputs)
     try:
         return trace_forward(root, inputs, model)
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, AssertionError) as error:
+        remedy = "pass example_inputs, a dictionary of keyword arguments for one small forward pass"
+        if example_inputs is not None:
+            remedy = "give example_inputs the names and shapes of one forward pass of this model"
         raise DiscoveryError(
-            f"{type(root).__name__} does not take {' and '.join(inputs)} alone ({type(error).__name__}: {error}); pass "
-            "example_inputs, a dictionary of keyword arguments for one small forward pass."
+            f"{type(root).__name__} does not take {' and '.join(inputs)} alone ({type(error).__name__}: {error}); "
+            f"{remedy}."
         ) from error
+
+
+def _on_device_of(root: nn.Module, example_inputs: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(example_inputs, Mapping):
+        raise DiscoveryError(
+            f"example_inputs is a {type(example_inputs).__name__}, which says nothing of the arguments' names; give a "
+            "dictionary of keyword arguments for one small forward pass."
+        )
+    device = next(root.parameters()).device
+    return {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in example_inputs.items()
+    }
 
 
 def _assign_branches(gates: GateMap, root: nn.Module) -> None:
