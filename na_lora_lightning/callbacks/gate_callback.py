@@ -129,7 +129,8 @@ class GateCallback(Callback, ABC):
         example_inputs = self._example_inputs
         if example_inputs is None:
             # A module that knows what its model takes says so.
-            example_inputs = getattr(pl_module, "example_inputs", None)
+            of_module = getattr(pl_module, "example_inputs", None)
+            example_inputs = of_module if isinstance(of_module, Mapping) else None
         gates = discover_gates(model, example_inputs).require(self._allow_unmasked_gates)
         return GateController(model, gates, self._observer, reduce_over_processes(trainer))
 

@@ -198,6 +198,20 @@ def test_a_plain_network_needs_an_example(tmp_path: Path) -> None:
         _fit_refused(tmp_path, PlainModule(), plain_loader())
 
 
+@pytest.mark.parametrize(
+    ("example_inputs", "message"),
+    [
+        ({"x": torch.ones(2, 6)}, r"PlainNetwork does not take x alone \(TypeError: .*give example_inputs the names"),
+        ({"features": torch.ones(2, 7)}, r"does not take features alone \(RuntimeError: .*the names and shapes"),
+        (torch.ones(2, 6), "example_inputs is a Tensor, which says nothing of the arguments' names"),
+    ],
+)
+def test_examples_that_do_not_fit_are_refused(tmp_path: Path, example_inputs: Any, message: str) -> None:
+    callback = GateImportanceCallback(example_inputs=example_inputs)
+    with pytest.raises(DiscoveryError, match=message):
+        make_trainer(tmp_path, callbacks=[callback]).fit(PlainModule(), plain_loader())
+
+
 def test_layers_on_a_module_without_forward_are_refused() -> None:
     class NoForward(LightningModule):
         def __init__(self) -> None:
@@ -352,7 +366,7 @@ def test_frozen_gates_are_refused(tmp_path: Path) -> None:
             self.head = nn.Linear(1, 1)
 
     trainer = make_trainer(tmp_path, callbacks=[BackboneFinetuning(1), GateImportanceCallback()])
-    with pytest.raises(UpdateError, match="has no trainable parameter in its active adapter"):
+    with pytest.raises(UpdateError, match="has no trainable parameter"):
         trainer.fit(Frozen(), loader())
 
 
