@@ -14,6 +14,7 @@ import torch
 
 from na_lora_lightning.arguments import LoRAArguments
 from na_lora_lightning.errors import ConfigurationError
+from na_lora_lightning.lora_inputs import keep_inputs_uncast
 from na_lora_lightning.targets import ALL_EXPERTS, LoRATargets, lora_targets, mark_transposed_experts
 
 if TYPE_CHECKING:
@@ -226,7 +227,7 @@ def add_lora(model: PreTrainedModel, lora: LoRAArguments, source: BaseModelSourc
         source: Where ``model`` came from, to be named in the adapter.
 
     Returns:
-        The PEFT model in training mode, its LoRA parameters in float32.
+        The PEFT model in training mode, its LoRA parameters in float32, of whose inputs no float32 copy is kept.
 
     Raises:
         ConfigurationError: The options do not fit the model.
@@ -266,6 +267,7 @@ def add_lora(model: PreTrainedModel, lora: LoRAArguments, source: BaseModelSourc
     # PEFT takes these from the model, which knows neither the absolute folder nor a revision.
     peft_model.peft_config["default"].base_model_name_or_path = source.resolved_name_or_path
     _require_usable_initialisation(lora, peft_model, source)
+    keep_inputs_uncast(peft_model)
     return peft_model.train()
 
 
