@@ -248,6 +248,14 @@ class GateCallback(Callback, ABC):
             "forward_passes": self.controller.observer.forward_passes,
         }
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Says so where a fit goes on from a checkpoint that was trained without this callback."""
+        if trainer.state.fn == "fit" and self.state_key not in checkpoint.get("callbacks", {}):
+            rank_zero_warn(
+                f"The checkpoint holds no state of {self.state_key}, because it was trained without it; its statistics "
+                "begin at zero."
+            )
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the state, at once or at the start of fit."""
         if not state_dict:

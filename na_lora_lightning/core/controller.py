@@ -357,5 +357,5 @@ class GateController:
         self._share_mask()
 
     def _share_mask(self) -> None:
-        if self._gradient_mask is not None and self.importance is not None and self.importance.is_active:
-            self._gradient_mask.weights = self.importance.weights
+        if self._gradient_mask is not None and self.importance is not None:
+            self._gradient_mask.weights = self.importance.weights if self.importance.is_active else None

@@ -134,6 +134,7 @@ class GateObserver:
         labels: Labels of the coming forward passes, ``[batch, length]``, for models that are called without them.
         selection: Tokens of the recorded forward pass under way, or None outside of one.
         forward_passes: Recorded forward passes so far.
+        nonfinite: Which networks had a sum that was not finite since this was last cleared, ``[networks]`` boolean.
         enabled: Whether forward passes with gradients are recorded; False while they are not of training.
         before_pass: Called when a recorded forward pass begins.
     """
@@ -153,6 +154,7 @@ class GateObserver:
         self.forward_passes = 0
         self.enabled = True
         self.labels: Tensor | None = None
+        self.nonfinite: Tensor | None = None
         self.before_pass: Callable[[], None] | None = None
         self._collectors: dict[str, Collector] = {}
         self._layouts: dict[str, Layout] = {}
@@ -231,17 +233,34 @@ class GateObserver:
             reduce: Adds a tensor over all processes in place, or None for one process.
 
         Returns:
-            A copy of the sums for each collector.
+            A copy of the sums for each collector. A network of which one is NaN or infinite counts as if it had seen
+            no token, so that moving averages stay finite, and is marked in ``nonfinite``.
         """
         assert self._tokens is not None, "attach() comes first"
         if reduce is not None:
             reduce(self._tokens)
             for sums in self._sums.values():
                 reduce(sums)
-        tokens = self._tokens.clone()
-        statistics = {name: StepStatistics(sums.clone(), tokens) for name, sums in self._sums.items()}
+        broken = torch.zeros_like(self._tokens)
+        for name, sums in self._sums.items():
+            columns = (~sums.isfinite()).any(dim=0).to(broken)
+            broken.index_add_(0, self._layouts[name].network_of_column, columns)
+        usable = broken == 0
+        self.nonfinite = ~usable if self.nonfinite is None else self.nonfinite | ~usable
+        tokens = torch.where(usable, self._tokens, 0.0)
+        statistics = {
+            name: StepStatistics(torch.where(self._layouts[name].spread(usable), sums, 0.0), tokens)
+            for name, sums in self._sums.items()
+        }
         self.reset()
         return statistics
+
+    def take_nonfinite(self) -> list[str]:
+        """Names of the sites in ``nonfinite``, which is cleared; synchronises, so for logging steps."""
+        if self.nonfinite is None:
+            return []
+        broken, self.nonfinite = self.nonfinite.tolist(), None
+        return [site.name for site, own in zip(self.sites, self._networks_of_site, strict=True) if any(broken[own])]
 
     def require_fired(self, tokens: Tensor) -> None:
         """Checks that every site fired; synchronises, so for the first step alone.
@@ -249,7 +268,8 @@ class GateObserver:
         Raises:
             DiscoveryError: A site saw no token.
         """
-        seen = tokens.tolist()
+        # What was left out for values that are not finite was seen.
+        seen = (tokens if self.nonfinite is None else tokens + self.nonfinite).tolist()
         silent = [site.name for site, own in zip(self.sites, self._networks_of_site, strict=True) if not any(seen[own])]
         if silent and not self.options.allow_silent_sites:
             raise DiscoveryError(
@@ -259,8 +279,10 @@ class GateObserver:
             )
 
     def _begin(self, entrance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # Evaluation runs without gradients; a checkpointed model is run again inside the backward pass.
-        if not self.enabled or not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
+        # Evaluation runs without gradients; a checkpointed model is run again inside the backward pass; and a copy of
+        # the model that was made in training has its hooks.
+        not_trained = not self.enabled or not torch.is_grad_enabled() or entrance is not self._entrance
+        if not_trained or torch._C._current_graph_task_id() != -1:
             self.selection = None
             return
         if self.before_pass is not None:

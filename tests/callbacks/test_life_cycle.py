@@ -62,6 +62,27 @@ def test_a_checkpoint_that_was_evaluated_does_not_start_the_next_fit(tmp_path: P
     assert_equal_states(lora_state(module), fitted_alone())
 
 
+def test_a_checkpoint_without_the_callback_is_named(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, callbacks=both()[1:], max_epochs=1)
+    trainer.fit(ForeignModule(), loader())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    callbacks = both()
+    with pytest.warns(UserWarning, match="holds no state of GateImportanceCallback, because it was trained without"):
+        make_trainer(tmp_path, callbacks=callbacks).fit(
+            ForeignModule(), loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=True
+        )
+    controller = callbacks[0].controller
+    assert (controller.importance.steps, controller.step_scale.steps) == (4, 8)
+
+
+def test_a_fit_of_no_steps(tmp_path: Path) -> None:
+    for options in ({"max_steps": 0}, {"max_epochs": 0}, {"limit_train_batches": 0}):
+        callbacks, module = both(), ForeignModule()
+        make_trainer(tmp_path, callbacks=callbacks, **options).fit(module, loader())
+        assert callbacks[0].controller.steps == 0
+        assert hooks_of(module) == hooks_of(ForeignModule())
+
+
 def test_sanity_validation_is_not_counted(tmp_path: Path) -> None:
     callbacks, module = both(), Validated()
     trainer = make_trainer(tmp_path, callbacks=callbacks, num_sanity_val_steps=-1, limit_val_batches=3, max_epochs=1)

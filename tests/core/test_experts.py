@@ -184,7 +184,7 @@ def test_padding_that_does_not_fit_the_tokens_is_refused() -> None:
     controller.attach([torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)])
     hidden, routing = torch.randn(5, 16), torch.zeros(5, 2, dtype=torch.int64)
     routing[:, 1] = 1
-    controller.observer._begin(model, (), {"attention_mask": torch.ones(2, 3)})
+    controller.observer._begin(model.get_base_model(), (), {"attention_mask": torch.ones(2, 3)})
     with pytest.raises(DataError, match="padding mask of shape"):
         gates.sites[0].experts.owner(hidden, routing, torch.ones(5, 2))  # type: ignore[union-attr]
     controller.detach()
