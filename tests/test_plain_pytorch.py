@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -270,6 +272,13 @@ def test_metrics_have_the_tags_of_tensorboard() -> None:
     assert 0.0 < metrics["gate_step_scale/silu"] <= 1.0
 
 
+def test_it_needs_no_library_but_torch() -> None:
+    code = "import sys, na_lora_lightning.plain_pytorch; print([m for m in sys.modules if '.' not in m])"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for foreign in ("lightning", "pytorch_lightning", "peft", "transformers", "accelerate"):
+        assert f"'{foreign}'" not in loaded
+
+
 def test_labels_can_be_given_where_the_model_is_called_without() -> None:
     model = llama()
     optimizer = adamw(model)
@@ -285,6 +294,7 @@ def test_labels_can_be_given_where_the_model_is_called_without() -> None:
 
 def test_an_optimizer_that_accelerate_wraps_is_corrected() -> None:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     found = []
     for wraps in (False, True):
@@ -297,6 +307,7 @@ def test_an_optimizer_that_accelerate_wraps_is_corrected() -> None:
             train(model, optimizer, batches(5))
             assert controller.steps == 5
         found.append(lora_state(model))
+    AcceleratorState._reset_state(reset_partial_state=True)
     assert_equal_states(*found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from accelerate.state import AcceleratorState
 from conftest import LLAMA_TARGETS, random_batch, tiny_llama, with_lora
 from lightning_models import assert_equal_states, lora_state
 from peft import PeftModel
+from processes import run_in_processes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -29,6 +31,14 @@ IMPORTANCE = ImportanceOptions(keep_fraction=0.5, warmup_steps=2, refresh_every=
 SCALE = StepScaleOptions(granularity="channel", normalize=True)
 OPTIONS: dict[str, Any] = {"importance": IMPORTANCE, "step_scale": SCALE}
 ROWS = 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collect_little() -> Iterator[None]:
+    """Trainer collects garbage among all that is imported, which takes longer than these trainings."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +135,34 @@ def test_the_trainer_equals_the_plain_loop(tmp_path: Path, optimizer: str) -> No
     assert torch.equal(callback.controller.weights, controller.weights)
     for name, value in lora_state(twin).items():
         assert torch.allclose(lora_state(model)[name], value, atol=1e-7), name
+
+
+def shard(folder: Path, world_size: int) -> None:
+    model = llama()
+    callback = NALoRATrainerCallback(**OPTIONS, observer=ObserverOptions(max_tokens=None))
+    rows = 2 * ROWS // world_size
+    options: dict[str, Any] = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": rows, "max_steps": 6}
+    if world_size > 1:
+        options["ddp_backend"] = "gloo"
+    trainer = make_trainer(folder, model, [callback], **options)
+    trainer.train()
+    assert trainer.args.world_size == world_size
+    assert callback.controller is not None
+    found = {"lora": lora_state(model), "weights": callback.controller.weights}
+    torch.save(found, folder / f"{world_size}_{trainer.args.process_index}.pt")
+
+
+def test_two_processes_on_shards_equal_one_on_the_whole_batch(tmp_path: Path) -> None:
+    shard(tmp_path, 1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run_in_processes(shard, tmp_path, 2)
+    one, first, second = (torch.load(tmp_path / name, weights_only=True) for name in ("1_0.pt", "2_0.pt", "2_1.pt"))
+    assert torch.equal(first["weights"], second["weights"])
+    assert torch.equal(first["weights"] > 0, one["weights"] > 0)
+    assert torch.allclose(first["weights"], one["weights"], atol=1e-5)
+    for name, value in one["lora"].items():
+        assert torch.equal(first["lora"][name], second["lora"][name])
+        assert torch.allclose(first["lora"][name], value, atol=2e-5), name
 
 
 class RowWatch(TrainerCallback):
