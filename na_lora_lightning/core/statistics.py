@@ -104,7 +104,7 @@ class Collector(Protocol):
 
         Args:
             values: Activation values at ``[tokens, channels]``, float32.
-            token_weight: ``[networks, tokens]``, 1 for tokens that count for a network.
+            token_weight: ``[networks, tokens]``, how many tokens each stands for in a network, 0 where it does not count.
         """
 
 

@@ -31,21 +31,26 @@ class TokenSelection:
         self._chosen: dict[tuple[int, torch.device], tuple[Tensor | None, Tensor]] = {}
 
     def _choose(self, tokens: int, device: torch.device) -> tuple[Tensor | None, Tensor]:
-        """Positions to look at in ``range(tokens)``, None for all, and their weights."""
+        """Positions to look at in ``range(tokens)``, None for all, and how many real tokens each stands for."""
         key = (tokens, device)
         if key not in self._chosen:
             positions = None
             if self._sample is not None and tokens > self._sample:
                 spread = torch.arange(self._sample, device=device) * tokens // self._sample
                 positions = (spread + self._offset) % tokens
+            # Those that are looked at stand for all of their pass, so that long passes of a step weigh more than short.
             if self._mask is None:
-                weights = torch.ones(tokens if positions is None else positions.numel(), device=device)
+                looked_at = tokens if positions is None else positions.numel()
+                weights = torch.full((looked_at,), tokens / looked_at, device=device)
             else:
                 # One pooled token stands for a whole sequence.
                 mask = self._mask.any(dim=1) if tokens == len(self._mask) else self._mask
                 real = mask.reshape(-1).to(device, torch.float32)
+                is_sample = positions is not None
                 positions = torch.arange(tokens, device=device) if positions is None else positions
                 weights = real.index_select(0, positions)
+                if is_sample:
+                    weights = weights * (real.sum() / weights.sum().clamp(min=1.0))
                 # Padding may hold anything, NaN included, which a weight of zero would not silence: look at some
                 # real token in its place.
                 positions = torch.where(weights > 0, positions, real.argmax())
@@ -72,7 +77,10 @@ class TokenSelection:
         return flat if positions is None else flat.index_select(0, positions)
 
     def weights(self, values: Tensor) -> Tensor:
-        """1 for each looked-at token that counts and 0 for the others, ``[looked-at tokens]``, float32."""
+        """How much each looked-at token counts, ``[looked-at tokens]``, float32.
+
+        0 where it is padding; otherwise 1, or as many real tokens as it stands for where a sample is looked at.
+        """
         return self._choose(values.numel() // values.shape[-1], values.device)[1]
 
     def chosen(self, tokens: int, device: torch.device, name: str) -> tuple[Tensor, Tensor]:
@@ -84,7 +92,7 @@ class TokenSelection:
             name: Site, for the message.
 
         Returns:
-            Positions ``[looked-at tokens]`` int64, and 1 for each that counts and 0 for the others, float32.
+            Positions ``[looked-at tokens]`` int64, and their :meth:`weights`.
 
         Raises:
             DataError: The padding mask is for another number of tokens.

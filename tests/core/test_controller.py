@@ -270,9 +270,12 @@ def test_token_sampling_is_bounded_and_close(make_peft_model: Callable[..., Peft
         controller = GateController(model, gates, ObserverOptions(max_tokens=limit))
         importance = controller.set_importance(ImportanceOptions())
         controller.attach([torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)])
+        looked_at: list[int] = []
+        controller.observer.listen(lambda index, site, z, weight, to=looked_at: to.append(len(z)))
         model(**batch)
-        tokens = controller.observer._tokens.tolist()  # type: ignore[union-attr]
-        assert tokens == [float(limit or 16 * 32)] * 2
+        assert looked_at == [limit or 16 * 32] * 2
+        # The sample stands for all tokens of the pass.
+        assert controller.observer._tokens.tolist() == [16.0 * 32] * 2  # type: ignore[union-attr]
         controller._after_step(None, None, None)  # type: ignore[arg-type]
         controller.detach()
         found.append(importance.responsiveness.clone())
