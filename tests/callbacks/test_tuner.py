@@ -47,6 +47,12 @@ class Tunable(ForeignModule):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.lr)
 
 
+@pytest.fixture(autouse=True)
+def _no_garbage_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch-size finder collects garbage before each trial, which is most of its time in this process."""
+    monkeypatch.setattr("lightning.pytorch.tuner.batch_size_scaling.garbage_collection_cuda", lambda: None)
+
+
 @pytest.fixture
 def controllers(monkeypatch: pytest.MonkeyPatch) -> list[GateController]:
     """Every controller that is attached, in order."""
