@@ -126,8 +126,8 @@ def compare(results: Iterable[Mapping[str, Any]], baseline: str, when: When = "l
     )
     for result in results:
         config = result["run_info"]["train_config"]
-        scores = cells[config["setting"]][config["arm_name"]][config["rate"]]
-        scores[config["seed"]] = score_of(result, when)
+        by_seed = cells[config["setting"]][config["arm_name"]][config["rate"]]
+        by_seed[config["seed"]] = score_of(result, when)
     table: Table = {}
     for setting, by_arm in sorted(cells.items()):
         chosen = {arm: found for arm, by_rate in by_arm.items() if (found := _best(by_rate)) is not None}
