@@ -21,7 +21,8 @@ from na_lora_lightning.adapters import (
     RANDOM_STATE_KEY,
     adapter_keys,
     describe_adapter,
-    get_random_state,
+    gather_random_states,
+    random_state_of_process,
     require_same_adapter,
     require_same_tensors,
     set_random_state,
@@ -337,9 +338,9 @@ class NALoRALightningModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves the base model out."""
         checkpoint[CHECKPOINT_KEY] = describe_adapter(self.peft_model, self.lora)
-        if self._trainer is not None and self.trainer.world_size == 1:
+        if self._trainer is not None:
             # Only the first process writes, and each has random numbers of its own.
-            checkpoint[RANDOM_STATE_KEY] = get_random_state(self.device)
+            checkpoint[RANDOM_STATE_KEY] = gather_random_states(self.device, self.trainer.world_size)
         if checkpoint["state_dict"]:
             checkpoint["state_dict"] = without_base_weights(checkpoint["state_dict"], adapter_keys(self))
         if self.adapter.write == "checkpoint" and self._trainer is not None:
@@ -351,7 +352,9 @@ class NALoRALightningModule(LightningModule):
         if CHECKPOINT_KEY not in checkpoint:
             raise ConfigurationError(f"The checkpoint was not written by {type(self).__name__}; load one that was.")
         require_same_adapter(checkpoint[CHECKPOINT_KEY], describe_adapter(self.peft_model, self.lora))
-        self._random_state = checkpoint.get(RANDOM_STATE_KEY)
+        states = checkpoint.get(RANDOM_STATE_KEY)
+        if states is not None and self._trainer is not None and self.trainer.state.fn == "fit":
+            self._random_state = random_state_of_process(states, self.global_rank, self.trainer.world_size)
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

@@ -32,6 +32,7 @@ def _call(rank: int, function: Callable[..., None], arguments: tuple[Any, ...], 
         "GROUP_RANK": "0",
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
+        "TORCHELASTIC_RUN_ID": "tests",
     }
     function(*arguments)
     if torch.distributed.is_initialized():

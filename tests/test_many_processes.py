@@ -1,0 +1,122 @@
+"""The ready-made module and the command line in two processes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from module_helpers import quiet_trainer, saved_model, write_records
+from processes import run_in_processes
+from safetensors.torch import load_file
+
+from na_lora_lightning import GateImportanceCallback, StepScaleCallback
+from na_lora_lightning.adapters import OtherProcessesWarning, random_state_of_process
+from na_lora_lightning.arguments import AdapterArguments, LoRAArguments, ScheduleArguments
+from na_lora_lightning.cli import main
+from na_lora_lightning.data import InstructionDataModule
+from na_lora_lightning.module import NALoRALightningModule
+
+
+def crash_and_resume(base: str, records: str, folder: Path) -> None:
+    """An uninterrupted fit with dropout, and one that is resumed in the middle of its second epoch."""
+
+    def fit(**options: Any) -> dict[str, torch.Tensor]:
+        seed_everything(0, verbose=False)
+        saver = ModelCheckpoint(folder / "steps", filename="{step}", every_n_train_steps=4, save_top_k=-1)
+        trainer = quiet_trainer(
+            folder,
+            max_epochs=3,
+            strategy="ddp",
+            devices=2,
+            enable_checkpointing=True,
+            callbacks=[saver, GateImportanceCallback(warmup_steps=1, refresh_every=2), StepScaleCallback()],
+        )
+        module = NALoRALightningModule(
+            base,
+            lora=LoRAArguments(r=2, alpha=4, dropout=0.3),
+            schedule=ScheduleArguments(name="cosine", warmup_steps=2),
+            optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
+            adapter=AdapterArguments(write="never"),
+        )
+        # Ranks that draw alike would hide that each has a state of its own.
+        torch.manual_seed(trainer.global_rank)
+        trainer.fit(module, InstructionDataModule(base, train=records, batch_size=2), **options)
+        state = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+        return {**state, "random_state": torch.get_rng_state()}
+
+    first = fit()
+    second = fit(ckpt_path=folder / "steps" / "step=4.ckpt")
+    torch.save([first, second], folder / f"rank_{os.environ['RANK']}.pt")
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
+def test_resumed_dropout_of_two_processes_is_that_of_the_uninterrupted_fit(tmp_path: Path) -> None:
+    records = write_records(tmp_path / "records.jsonl", 12)
+    run_in_processes(crash_and_resume, saved_model(tmp_path / "base"), records, tmp_path)
+    finals = []
+    for rank in range(2):
+        uninterrupted, resumed = torch.load(tmp_path / f"rank_{rank}.pt", weights_only=True)
+        assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
+        finals.append(uninterrupted.pop("random_state"))
+    states = torch.load(tmp_path / "steps" / "step=4.ckpt", weights_only=True)["na_lora_lightning_random_state"]
+    assert states.shape[0] == 2
+    assert not torch.equal(states[0], states[1])
+    assert not torch.equal(finals[0], finals[1])
+
+
+def test_another_number_of_processes_is_warned_of() -> None:
+    states = torch.arange(6, dtype=torch.uint8).view(2, 3)
+    chosen = random_state_of_process(states, 1, 2)
+    assert chosen is not None
+    assert chosen.tolist() == [3, 4, 5]
+    with pytest.warns(OtherProcessesWarning, match="written by 2 processes and this run has 4, .* over 4/2 of the rec"):
+        assert random_state_of_process(states, 3, 4) is None
+    # Checkpoints of one process were a single state once.
+    assert random_state_of_process(states[0], 0, 1) is not None
+
+
+def arguments(base: str, records: str, folder: Path) -> list[str]:
+    options = {
+        "model.model_name_or_path": base,
+        "model.lora.r": 2,
+        "model.optimizer": "SGD",
+        "model.optimizer.lr": 0.5,
+        "model.schedule.name": "constant",
+        "model.schedule.warmup_fraction": 0,
+        "model.adapter.folder": folder,
+        "data.train": records,
+        "trainer.accelerator": "cpu",
+        "trainer.max_steps": 4,
+        "trainer.logger": "false",
+        "trainer.enable_checkpointing": "false",
+        "trainer.enable_progress_bar": "false",
+        "gate_importance.warmup_steps": 1,
+        "gate_importance.refresh_every": 1,
+        "gate_importance.observer.max_tokens": "null",
+        "fit_summary": "false",
+    }
+    return ["fit", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
+
+
+def run_command(words: list[str]) -> None:
+    assert main(words) == 0
+
+
+def test_the_command_line_in_two_processes_equals_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    base, records = saved_model(tmp_path / "base"), write_records(tmp_path / "records.jsonl", 8)
+    # Eight records a step in either case, so their order does not matter.
+    one = [*arguments(base, records, tmp_path / "one"), "--trainer.devices", "1", "--data.batch_size", "8"]
+    assert main(one) == 0
+    two = [*arguments(base, records, tmp_path / "two"), "--trainer.devices", "2", "--data.batch_size", "4"]
+    run_in_processes(run_command, [*two, "--trainer.strategy", "ddp"])
+    alone, together = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    assert alone.keys() == together.keys()
+    assert any(tensor.any() for name, tensor in alone.items() if "lora_B" in name)
+    for name, tensor in alone.items():
+        assert torch.allclose(tensor, together[name], atol=2e-6), name
