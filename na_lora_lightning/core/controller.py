@@ -34,6 +34,7 @@ from na_lora_lightning.core.optimizers import (
     skips_by_itself,
     stepping_optimizer,
 )
+from na_lora_lightning.core.precision import single_precision
 from na_lora_lightning.core.sharding import Shards, is_sharded
 from na_lora_lightning.core.sites import GateMap
 from na_lora_lightning.core.statistics import GateObserver, Layout, ObserverOptions
@@ -333,6 +334,11 @@ class GateController:
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # A manual optimization steps inside of the training step, and so inside of autocast.
+        with single_precision(self.observer.device):
+            self._take_step(optimizer)
+
+    def _take_step(self, optimizer: Optimizer) -> None:
         if skips_by_itself(optimizer):
             self._forget()
             return

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from na_lora_lightning.core.compilation import outside_of_graphs
 from na_lora_lightning.core.lora_layers import adds_output_of_b, is_on_parameter, lora_b, scaling
+from na_lora_lightning.core.precision import single_precision
 from na_lora_lightning.core.sites import GateSite
 from na_lora_lightning.core.statistics import GateObserver
 from na_lora_lightning.core.token_selection import TokenSelection
@@ -143,8 +144,9 @@ class MisalignmentMeter:
             rows = site.row_slice
             kept = output[..., rows] if rows is not None else output[..., site.rows.to(output.device)]
             factor = 1.0 if adapter is None else scaling(site.lora_layer, adapter)
-            # A product, and so a copy: AdaLoRA adds to the base layer's output in place.
-            part = selection.rows(kept, site.name).float() * factor
+            with single_precision(kept.device):
+                # A product, and so a copy: AdaLoRA adds to the base layer's output in place.
+                part = selection.rows(kept, site.name).float() * factor
             store[index] = store[index] + part if index in store else part
 
         return hook
@@ -169,12 +171,12 @@ class MisalignmentMeter:
             if index not in self._moved or selection is None:
                 return
             moved, weight = self._moved.pop(index)
-            with torch.no_grad():
+            with torch.no_grad(), single_precision(args[0].device):
                 hidden = selection.rows(args[0], site.name).float()
                 output = site.activation.evaluate(moved).output
                 silent = output == 0
                 other = torch.where(silent, 0.0, hidden / torch.where(silent, 1.0, output))
-            self._add(index, site, moved, weight, other)
+                self._add(index, site, moved, weight, other)
 
         return hook
 

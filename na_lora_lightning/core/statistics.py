@@ -19,6 +19,7 @@ from na_lora_lightning.core.activations import ActivationValues
 from na_lora_lightning.core.compilation import outside_of_graphs
 from na_lora_lightning.core.experts import RoutedCall, look_at, routed_call
 from na_lora_lightning.core.pre_activations import Handle
+from na_lora_lightning.core.precision import single_precision
 from na_lora_lightning.core.sites import GateSite
 from na_lora_lightning.core.token_selection import TokenSelection, mask_of_branch, token_mask_of_call
 from na_lora_lightning.errors import ConfigurationError, DiscoveryError
@@ -104,7 +105,7 @@ class Collector(Protocol):
 
         Args:
             values: Activation values at ``[tokens, channels]``, float32.
-            token_weight: ``[networks, tokens]``, how many tokens each stands for in a network, 0 where it does not count.
+            token_weight: ``[networks, tokens]``, how many tokens each stands for in a network, or 0.
         """
 
 
@@ -321,7 +322,7 @@ class GateObserver:
                 return
             call = self._calls.get(key, 0)
             self._calls[key] = call + 1
-            with torch.no_grad():
+            with torch.no_grad(), single_precision(pre_activation.device):
                 for index in here:
                     site = self.sites[index]
                     selection = self.selection_of(site)
