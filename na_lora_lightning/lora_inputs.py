@@ -35,7 +35,7 @@ class _CastProduct(torch.autograd.Function):
                 to_input = (gradient @ weight).to(x.dtype)
             if ctx.needs_input_grad[1]:
                 # In the order in which autograd multiplies, for bitwise the same result.
-                to_weight = (x.flatten(0, -2).to(weight.dtype).T @ gradient.flatten(0, -2)).T
+                to_weight = gradient.flatten(0, -2).T @ x.flatten(0, -2).to(weight.dtype)
         return to_input, to_weight
 
 
