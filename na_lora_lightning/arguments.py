@@ -104,6 +104,9 @@ class LossArguments:
         average_over: ``"step"`` weighs every target token of an optimizer step alike, whatever micro-batch and
             process it is in; ``"micro_batch"`` averages within micro-batches first, so that targets in short ones
             weigh more.
+        on_nonfinite: What to do where the loss of a batch is NaN or infinite: ``"stop"`` with an error that names the
+            layer where that begins, or ``"skip"`` the optimizer step. ``"skip"`` looks at the gradients as well, waits
+            for the device before each step, and works in one process.
 
     Raises:
         ConfigurationError: A value is unknown.
@@ -111,6 +114,7 @@ class LossArguments:
 
     logits: Literal["targets", "all"] = "targets"
     average_over: Literal["step", "micro_batch"] = "step"
+    on_nonfinite: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
         if self.logits not in ("targets", "all"):
@@ -119,6 +123,8 @@ class LossArguments:
             raise ConfigurationError(
                 f"loss.average_over={self.average_over!r} is unknown; use 'step' or 'micro_batch'."
             )
+        if self.on_nonfinite not in ("stop", "skip"):
+            raise ConfigurationError(f"loss.on_nonfinite={self.on_nonfinite!r} is unknown; use 'stop' or 'skip'.")
 
 
 ScheduleName = Literal[

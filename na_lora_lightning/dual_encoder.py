@@ -233,9 +233,7 @@ class DualEncoderLightningModule(NALoRALightningModule):
     @override
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Returns the loss of a batch, a scalar in nats per image."""
-        sums = self._sums(batch)
-        self.log("train/loss", sums.mean_loss.detach(), prog_bar=True, batch_size=len(batch[LABEL]))
-        return sums.mean_loss if self._step_average is None else self._step_average.loss(sums)
+        return self._training_loss(self._sums(batch), batch_idx, len(batch[LABEL]), lambda: self._sums(batch))
 
     def _sums(self, batch: Mapping[str, Any]) -> TokenSums:
         """Loss and correct answers of a batch, an image being one target."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,13 +41,22 @@ from na_lora_lightning.arguments import (
 from na_lora_lightning.callbacks.throughput import ThroughputCallback
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.evaluation import Evaluator, generate_answers, prompt_inputs
-from na_lora_lightning.losses import StepAverage, accepts_logits_to_keep, model_inputs, token_sums
+from na_lora_lightning.losses import StepAverage, TokenSums, accepts_logits_to_keep, model_inputs, token_sums
 from na_lora_lightning.model_loading import (
     BaseModelSource,
     Dtype,
     add_lora,
     enable_gradient_checkpointing,
     load_base_model,
+)
+from na_lora_lightning.nonfinite import (
+    NonFiniteStepWarning,
+    SkippedStep,
+    StepGuard,
+    has_finite_gradients,
+    loss_error,
+    nonfinite_origin,
+    require_finite,
 )
 from na_lora_lightning.optimization import (
     OptimizerFactory,
@@ -156,6 +166,7 @@ class NALoRALightningModule(LightningModule):
         self.evaluator = Evaluator(self.evaluation)
         self.written_adapter_folder: Path | None = None
         self._step_average: StepAverage | None = None
+        self._guard = StepGuard()
         self._is_written = False
         self._random_state: Tensor | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -223,6 +234,12 @@ class NALoRALightningModule(LightningModule):
             # Dropout then draws what it would have drawn without the interruption.
             set_random_state(self._random_state, self.device)
             self._random_state = None
+        if self.loss.on_nonfinite == "skip" and self.trainer.world_size > 1:
+            raise ConfigurationError(
+                "loss.on_nonfinite='skip' works in one process, as all would have to leave out the same steps; set it "
+                "to 'stop'."
+            )
+        self._guard = StepGuard()
         self._step_average = None
         # DeepSpeed keeps gradients where they cannot be scaled.
         if self.loss.average_over == "step" and not isinstance(self.trainer.strategy, DeepSpeedStrategy):
@@ -238,21 +255,57 @@ class NALoRALightningModule(LightningModule):
         model = self.peft_model
         only_targets = self.loss.logits == "targets" and accepts_logits_to_keep(model)
         sums = token_sums(model, batch, only_targets)
-        if int(sums.target_tokens) == 0:
+
+        def run() -> Any:
+            return model(**model_inputs(model, batch), use_cache=False)
+
+        return self._training_loss(sums, batch_idx, len(batch["labels"]), run)
+
+    def _training_loss(self, sums: TokenSums, batch_idx: int, batch_size: int, run: Callable[[], Any]) -> Tensor:
+        """Logs the loss of a batch and returns what is to be minimised; ``run`` repeats the forward pass."""
+        mean_loss = sums.mean_loss
+        self.log("train/loss", mean_loss.detach(), prog_bar=True, batch_size=batch_size)
+        # Both at once, as each wait for the device costs time.
+        is_finite, target_tokens = torch.stack([mean_loss.detach().isfinite(), sums.target_tokens]).tolist()
+        if not is_finite:
+            where = f"training batch {batch_idx} in optimizer step {self.trainer.global_step}"
+            if self.loss.on_nonfinite == "stop":
+                raise loss_error(where, float(mean_loss.detach()), nonfinite_origin(self.peft_model, run))
+            self._leave_out(f"the loss of {where} is {float(mean_loss.detach())}")
+            # A GradScaler leaves out steps by itself; otherwise the gradient reaches no weight.
+            return mean_loss if self._has_scaler else torch.zeros_like(mean_loss, requires_grad=True)
+        if target_tokens == 0:
             rank_zero_warn(
                 f"Training batch {batch_idx} has no target token, so nothing is learned from it; look at its labels.",
                 category=NoTargetTokensWarning,
             )
-        mean_loss = sums.mean_loss
-        self.log("train/loss", mean_loss.detach(), prog_bar=True, batch_size=len(batch["labels"]))
         return mean_loss if self._step_average is None else self._step_average.loss(sums)
+
+    @property
+    def _has_scaler(self) -> bool:
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
+
+    def _leave_out(self, reason: str) -> None:
+        rank_zero_warn(self._guard.leave_out(reason), category=NonFiniteStepWarning)
 
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Turns gradients of micro-batches into that of the mean over the step's tokens, before clipping."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if self._step_average is not None:
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             self._step_average.finish_step(parameters, self.trainer.accumulate_grad_batches)
+        if self._has_scaler:
+            self._guard = StepGuard()
+        elif self.loss.on_nonfinite == "skip":
+            if not self._guard.skips and not has_finite_gradients(parameters):
+                self._leave_out(f"the gradient of optimizer step {self.trainer.global_step} is not finite")
+            self._guard.finish()
+
+    @override
+    def optimizer_step(self, *arguments: Any, **keywords: Any) -> None:
+        """Steps, unless the step is left out for a loss or gradient that is not finite."""
+        with suppress(SkippedStep):
+            super().optimizer_step(*arguments, **keywords)
 
     @override
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -267,7 +320,9 @@ class NALoRALightningModule(LightningModule):
         self._is_written = self.adapter.write != "never"
         if self._is_written:
             # A collective call where the parameters are sharded.
-            self._write_adapter(self.trainer.strategy.lightning_module_state_dict())
+            state = self.trainer.strategy.lightning_module_state_dict()
+            require_finite(without_base_weights(state, adapter_keys(self)), self.trainer.global_step)
+            self._write_adapter(state)
 
     @override
     def on_fit_end(self) -> None:
@@ -343,6 +398,7 @@ class NALoRALightningModule(LightningModule):
             checkpoint[RANDOM_STATE_KEY] = gather_random_states(self.device, self.trainer.world_size)
         if checkpoint["state_dict"]:
             checkpoint["state_dict"] = without_base_weights(checkpoint["state_dict"], adapter_keys(self))
+            require_finite(checkpoint["state_dict"], checkpoint.get("global_step", 0))
         if self.adapter.write == "checkpoint" and self._trainer is not None:
             self._write_adapter(checkpoint["state_dict"])
 

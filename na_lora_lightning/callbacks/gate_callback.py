@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from na_lora_lightning.callbacks import monitor
 from na_lora_lightning.callbacks.model_search import find_peft_model
+from na_lora_lightning.callbacks.precisions import in_training_dtype, probing_precision
 from na_lora_lightning.callbacks.strategies import (
     reduce_over_processes,
     require_reachable_rows,
@@ -33,6 +34,10 @@ from na_lora_lightning.errors import ConfigurationError, NALoRAError, UpdateErro
 
 # Both callbacks of a fit join the controller of their LightningModule, in whichever order they come.
 _controllers: WeakKeyDictionary[LightningModule, tuple[GateController, GateCallback]] = WeakKeyDictionary()
+
+
+class NonFiniteGateWarning(UserWarning):
+    """A gate had pre-activations that are NaN or infinite."""
 
 
 class GateCallback(Callback, ABC):
@@ -131,7 +136,9 @@ class GateCallback(Callback, ABC):
             # A module that knows what its model takes says so.
             of_module = getattr(pl_module, "example_inputs", None)
             example_inputs = of_module if isinstance(of_module, Mapping) else None
-        gates = discover_gates(model, example_inputs).require(self._allow_unmasked_gates)
+        with probing_precision(trainer):
+            inputs = example_inputs and in_training_dtype(trainer, example_inputs)
+            gates = discover_gates(model, inputs).require(self._allow_unmasked_gates)
         return GateController(model, gates, self._observer, reduce_over_processes(trainer))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -224,6 +231,7 @@ class GateCallback(Callback, ABC):
             # The first of the callbacks writes the measurement that belongs to neither.
             monitor.write(trainer, misalignment_metrics(controller), self._step_to_log)
             controller.misalignment = None
+            _warn_of_nonfinite(controller.observer.take_nonfinite(), self._step_to_log)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks away: validation may compute gradients of its own."""
@@ -280,6 +288,16 @@ class GateCallback(Callback, ABC):
         copied.__dict__.update({name: value for name, value in vars(self).items() if name not in ("log", "log_dict")})
         copied._forget_fit()
         return vars(copied)
+
+
+def _warn_of_nonfinite(names: list[str], step: int) -> None:
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        rank_zero_warn(
+            f"The gate {names[0]!r}{more} had NaN or infinite pre-activations until optimizer step {step}, and those "
+            "steps are left out of its statistics; lower the learning rate, or look at the data and the precision.",
+            category=NonFiniteGateWarning,
+        )
 
 
 def _are_same(first: Any, second: Any) -> bool:
