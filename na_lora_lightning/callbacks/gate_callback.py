@@ -59,6 +59,11 @@ class GateCallback(Callback, ABC):
         allow_unmasked_gates: bool,
         example_inputs: Mapping[str, Any] | None,
     ) -> None:
+        if example_inputs is not None and not isinstance(example_inputs, Mapping):
+            raise ConfigurationError(
+                f"example_inputs is a {type(example_inputs).__name__}, which does not name the arguments; give a "
+                "dictionary of keyword arguments for one small forward pass."
+            )
         self._observer = observer
         self._allow_unmasked_gates = allow_unmasked_gates
         self._example_inputs = example_inputs

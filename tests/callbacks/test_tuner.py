@@ -11,10 +11,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.tuner import Tuner
 from lightning_models import Batches, ForeignModule, assert_equal_states, hooks_of, lora_state, make_trainer
+from module_helpers import Batches as ReadyBatches
+from module_helpers import quiet_trainer, saved_model, some_batches
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from na_lora_lightning import GateImportanceCallback, StepScaleCallback
+from na_lora_lightning import GateImportanceCallback, NALoRALightningModule, StepScaleCallback
 from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.statistics import ObserverOptions
 from na_lora_lightning.errors import DiscoveryError, UpdateError
@@ -199,6 +201,21 @@ def test_labels_of_the_batch_reach_a_sweep(tmp_path: Path, controllers: list[Gat
     assert [controller.steps for controller in controllers] == [8]
     assert "on_train_batch_start" not in vars(module)
     trainer.fit(module)
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
+def test_a_sweep_of_the_module_of_this_package(tmp_path: Path, controllers: list[GateController]) -> None:
+    module = NALoRALightningModule(saved_model(tmp_path / "model"))
+    callbacks = [GateImportanceCallback(0.5, observer=ObserverOptions(exclude_prompt=True))]
+    trainer = quiet_trainer(tmp_path, callbacks=callbacks)
+    data = ReadyBatches(some_batches(6))
+    finder: Any = Tuner(trainer).lr_find(module, datamodule=data, num_training=4, update_attr=False)
+    assert len(finder.results["loss"]) == 4
+    assert not lora_state(module.peft_model)[
+        "base_model.model.model.layers.0.mlp.gate_proj.lora_B.default.weight"
+    ].any()
+    trainer.fit(module, datamodule=data)
+    assert [controller.steps for controller in controllers] == [4, 6]
 
 
 def test_what_cannot_be_followed_is_refused_before_the_sweep(tmp_path: Path) -> None:
