@@ -1,4 +1,4 @@
-"""Precisions: in each the mask holds and all rows kept is plain LoRA; skipped steps count nothing; no needless copies."""
+"""Precisions: the mask holds in each, all rows kept is plain LoRA, skipped steps count nothing, no needless copies."""
 
 from __future__ import annotations
 

@@ -29,6 +29,7 @@ from na_lora_lightning.core.lora_layers import is_on_parameter, is_product_of_mo
 from na_lora_lightning.core.metrics import as_floats, gate_metrics
 from na_lora_lightning.core.misalignment import MisalignmentMeter
 from na_lora_lightning.core.optimizers import (
+    StepCalls,
     only_first_evaluation,
     require_reachable,
     skips_by_itself,
@@ -94,6 +95,7 @@ class GateController:
         self._handles: list[Any] = []
         self._optimizer: Optimizer | None = None
         self._stepped = False
+        self._calls = StepCalls()
         self._every_site_fired = False
         self._aside = Aside()
         parameters = {id(rows.parameter): rows.parameter for site in gates.sites for rows in site.parameters()}
@@ -251,6 +253,7 @@ class GateController:
         self.meter.detach()
         self.gradients.detach()
         self._forget()
+        self._calls.forget()
         if self._gradient_mask is not None:
             self._gradient_mask.detach()
 
@@ -300,6 +303,7 @@ class GateController:
         self.steps = int(state["steps"])
         self.observer.forward_passes = int(state["forward_passes"])
         self._forget()
+        self._calls.forget()
         self._share_mask()
 
     def _mechanisms(self) -> dict[str, TemporalImportance | StepScale]:
@@ -312,8 +316,9 @@ class GateController:
             self._aside.take([*self.observer.buffers, self.meter.sums])
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        self._require_same_adapters()
-        self._update.remember(optimizer)
+        if self._calls.begins():
+            self._require_same_adapters()
+            self._update.remember(optimizer)
         return only_first_evaluation(args, kwargs, self._look_away)
 
     def _look_away(self, closure: Callable[[], Any]) -> Any:
@@ -336,7 +341,11 @@ class GateController:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # A manual optimization steps inside of the training step, and so inside of autocast.
         with single_precision(self.observer.device):
-            self._take_step(optimizer)
+            if not self._calls.is_done():
+                self._take_step(optimizer)
+            elif self._is_active:
+                # Of what a subclass does after its base class has stepped, the mask alone can be told.
+                self._update.correct((self.weights > 0).float(), optimizer)
 
     def _take_step(self, optimizer: Optimizer) -> None:
         if skips_by_itself(optimizer):
@@ -351,16 +360,18 @@ class GateController:
         if not self._every_site_fired:
             self._every_site_fired = True
             self.observer.require_fired(next(iter(statistics.values())).tokens)
-        active = False
         if self.importance is not None:
             self.importance.update(statistics[_IMPORTANCE])
-            active |= self.importance.is_active
         if self.step_scale is not None:
             self.step_scale.update(statistics[_STEP_SCALE])
-            active |= self.step_scale.is_active
-        if active:
+        if self._is_active:
             self._update.correct(self.weights, optimizer)
         self._share_mask()
+
+    @property
+    def _is_active(self) -> bool:
+        """Whether updates are corrected by now."""
+        return any(mechanism.is_active for mechanism in self._mechanisms().values())
 
     def _share_mask(self) -> None:
         if self._gradient_mask is not None and self.importance is not None:

@@ -73,6 +73,31 @@ def skips_by_itself(optimizer: Optimizer) -> bool:
     return isinstance(overflow, Tensor) and bool(overflow)
 
 
+class StepCalls:
+    """Tells the calls of hooks that belong to one step apart.
+
+    Torch hooks the method ``step`` of each class. Where a subclass calls that of its base class in its own, hooks are
+    called twice before and twice after one step, and an error in between leaves calls out.
+    """
+
+    def __init__(self) -> None:
+        self._is_open = self._is_taken = False
+
+    def begins(self) -> bool:
+        """Called before: whether the step begins here."""
+        begins, self._is_open, self._is_taken = not self._is_open, True, False
+        return begins
+
+    def is_done(self) -> bool:
+        """Called after: whether the step was done already, and what follows is the rest of a subclass's method."""
+        was_taken, self._is_open, self._is_taken = self._is_taken, False, True
+        return was_taken
+
+    def forget(self) -> None:
+        """Forgets a step that failed."""
+        self._is_open = self._is_taken = False
+
+
 def only_first_evaluation(
     args: tuple[Any, ...], kwargs: dict[str, Any], look_away: Callable[[Callable[[], Any]], Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
