@@ -125,12 +125,16 @@ class Shards:
         """Gathers the parameters of modules and of what is inside them; every process has to take part."""
         inside = dict.fromkeys(inner for module in modules for inner in module.modules())
         units = dict.fromkeys(self._unit_of[inner] for inner in inside if inner in self._unit_of)
+        after_backward = {unit: _reshards_after_backward(unit) for unit in units}
         for unit in units:
+            # A gradient through a unit's output counts as a backward pass, after which the next one would find nothing.
+            unit.set_reshard_after_backward(False, recurse=False)
             unit.unshard()
         try:
             yield
         finally:
-            for unit in units:
+            for unit, reshards in after_backward.items():
+                unit.set_reshard_after_backward(reshards, recurse=False)
                 unit.reshard()
 
     def reshard(self) -> None:
@@ -140,3 +144,10 @@ class Shards:
         """
         for unit in dict.fromkeys(self._unit_of.values()):
             unit.reshard()
+
+
+def _reshards_after_backward(unit: Any) -> bool:
+    """What ``set_reshard_after_backward`` was last told; there is no public way to ask."""
+    state = unit._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    return all(getattr(group, "reshard_after_backward", True) for group in groups)
