@@ -25,9 +25,11 @@ def encode(tokenizer: Any, examples: Sequence[Example], max_length: int) -> list
         if example.prompt and tokenizer.chat_template:
             turn = [{"role": "user", "content": example.prompt}]
             prompt = list(tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False))
+            text = example.answer.lstrip()
         else:
+            text = example.answer
             prompt = [tokenizer.bos_token_id, *tokenizer(example.prompt, add_special_tokens=False)["input_ids"]]
-        answer = [*tokenizer(example.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        answer = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         answer = answer[: max_length - 1]
         prompt = prompt[-(max_length - len(answer)) :]
         encoded.append(([*prompt, *answer], len(prompt)))

@@ -89,20 +89,30 @@ def _reasoning(dataset: str, size: int, options: Mapping[str, Any]) -> list[Exam
     return [Example(f"{question}\nAnswer:", f" {answer}") for question, answer in answers.items()]
 
 
+def _documentation() -> list[Example]:
+    """Held-out text of the kind that the small models are pretrained on."""
+    return [Example("", text) for text in corpus.pretraining_text()[1]]
+
+
 SOURCES: dict[str, Callable[..., list[Example]]] = {
     "functions": _functions,
     "headers": _headers,
     "origin": _origin,
     "digits": _digits,
     "reasoning": _reasoning,
+    "documentation": _documentation,
 }
-_DISTRIBUTIONS_OF = {"digits": ["sklearn"], "reasoning": ["reasoning_gym"]}
+_PACKAGES_OF = {
+    "digits": ["sklearn"],
+    "reasoning": ["reasoning_gym"],
+    "documentation": list(corpus.PRETRAINING_PACKAGES),
+}
 
 
 def packages_of(data: Mapping[str, Any]) -> dict[str, str]:
     """Versions of the packages that a task's examples come from."""
     options = data["source"]
-    names = _DISTRIBUTIONS_OF.get(options["kind"]) or options.get("packages") or [options["package"]]
+    names = _PACKAGES_OF.get(options["kind"]) or options.get("packages") or [options["package"]]
     return corpus.versions_of(names)
 
 

@@ -15,7 +15,7 @@ from peft import get_peft_model_state_dict
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from benchmarks.study import corpus, tasks
+from benchmarks.study import tasks
 from benchmarks.study.arms import BuiltArm, build
 from benchmarks.study.encoding import collate, encode
 from benchmarks.study.errors import StudyError
@@ -73,7 +73,7 @@ def held_out_windows(folder: str, tokenizer: Any) -> Tensor:
     kept = Path(folder) / "held_out.pt"
     if kept.is_file():
         return torch.load(kept)[:_HELD_OUT_WINDOWS]
-    documents = list(corpus.pretraining_text()[1])
+    documents = [example.answer for example in tasks.pool({"kind": "documentation"})]
     return windows_of(token_stream(tokenizer, documents), _HELD_OUT_WINDOWS, _HELD_OUT_LENGTH)
 
 

@@ -103,3 +103,13 @@ def test_functions_lose_their_docstrings(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(corpus, "package_folder", lambda package: tmp_path)
     assert corpus.functions("made-up") == (f"def add():\n{body}",)
     assert corpus.docstrings("made-up") == (" ".join(["Adds numbers."] * 10),)
+
+
+def test_a_chat_model_gets_the_prompt_as_a_turn_of_the_user() -> None:
+    tokenizer = make_tokenizer(["abc"])
+    tokenizer.chat_template = (
+        "{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}[model]"
+    )
+    ((tokens, prompt),) = encode(tokenizer, [Example("ab", " xyz")], max_length=64)
+    assert tokenizer.decode(tokens[:prompt]) == "[user]ab[model]"
+    assert tokenizer.decode(tokens[prompt:]) == f"xyz{END}"

@@ -1,0 +1,41 @@
+"""The small models: what is saved is what was scored, and the cells load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.study import corpus, pretraining, training
+from benchmarks.study.errors import StudyError
+
+
+@pytest.mark.parametrize("name", ["llama-gelu", "gpt2-gelu"])
+def test_a_pretrained_model_is_loaded_as_it_was_saved(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [f"Returns the {word} of an array, element by element." for word in ("sum", "mean", "root", "power")]
+    monkeypatch.setattr(corpus, "pretraining_text", lambda: (tuple(texts), tuple(texts[:2])))
+    record = pretraining.pretrain(name, tmp_path, steps=2, batch_size=2, length=8)
+    assert pretraining.read_record(tmp_path / name) == record
+    folder = str(tmp_path / name)
+    model = training.fresh_model(folder, "float32", torch.device("cpu"))
+    assert pretraining.weights_digest(model) == record["weights_sha256"]
+    windows = torch.load(tmp_path / name / "held_out.pt")
+    assert pretraining.mean_loss(model, windows) == record["held_out_loss"]
+    _, tokenizer, digest = training._base(folder, "float32")
+    assert digest == record["weights_sha256"]
+    assert tokenizer.decode(tokenizer(texts[0])["input_ids"]) == texts[0]
+    # A cell's changes must not reach the next cell's model.
+    with torch.no_grad():
+        next(model.parameters()).zero_()
+    again = training.fresh_model(folder, "float32", torch.device("cpu"))
+    assert pretraining.weights_digest(again) == record["weights_sha256"]
+
+
+def test_a_missing_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="there is no model in"):
+        training.fresh_model(str(tmp_path), "float32", torch.device("cpu"))
+    with pytest.raises(StudyError, match="holds no pretrained model"):
+        pretraining.read_record(tmp_path)
