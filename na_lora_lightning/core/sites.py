@@ -172,7 +172,7 @@ class GateMap:
         if not self.sites and bare:
             by_target: dict[str, set[str]] = {}
             for entry in bare:
-                by_target.setdefault(entry.target, set()).update(n.rsplit(".", 1)[-1] for n in entry.producers)
+                by_target.setdefault(entry.target, set()).update(map(_target_name, entry.producers))
             remedy = " and ".join(
                 f"add {' or '.join(map(repr, sorted(names)))} to the LoRA target {target}"
                 for target, names in sorted(by_target.items())
@@ -194,6 +194,12 @@ class GateMap:
                 "leave those gates as they are."
             )
         return self
+
+
+def _target_name(name: str) -> str:
+    """How the LoRA targets name a layer; PEFT puts one that it trains in full below ``modules_to_save``."""
+    *path, last = name.split(".")
+    return path[-2] if len(path) > 1 and path[-1] == "modules_to_save" else last
 
 
 def _some(names: Iterable[str]) -> str:
