@@ -101,6 +101,22 @@ def functions(package: str, shortest: int = 200, longest: int = 1200) -> tuple[s
 
 
 @cache
+def named_functions(package: str) -> tuple[tuple[str, str], ...]:
+    """First paragraph of the docstring and name of public functions, each name and each paragraph once."""
+    found: dict[str, str] = {}
+    names: set[str] = set()
+    for _, tree in syntax_trees(package):
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.FunctionDef) or node.name.startswith("_") or node.name in names:
+                continue
+            paragraph = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+            if len(paragraph) >= 30 and len(node.name) >= 5 and paragraph not in found:
+                found[paragraph] = node.name
+                names.add(node.name)
+    return tuple(found.items())
+
+
+@cache
 def header_pieces(package: str, folder: str, length: int = 400) -> tuple[str, ...]:
     """C and C++ headers of a package, cut at blank lines into pieces of about ``length`` characters."""
     root = package_folder(package) / folder

@@ -116,6 +116,8 @@ def markdown(table: Table, baseline: str, title: str) -> str:
 def show(table: Table, baseline: str, console: Console | None = None) -> None:
     """Prints the report."""
     console = console or Console()
+    if not console.is_terminal:
+        console = Console(width=200)
     groups = {"All settings": (_VERDICT_HEAD, verdict_rows(verdicts(table, baseline)))}
     groups |= {setting: (_SETTING_HEAD, setting_rows(table, setting, baseline)) for setting in table}
     for title, (head, rows) in groups.items():

@@ -67,6 +67,25 @@ def _origin(packages: list[str], each: int) -> list[Example]:
     return found
 
 
+def _names(packages: list[str]) -> list[Example]:
+    """What is the function called that this sentence describes?"""
+    pairs = dict(pair for package in packages for pair in corpus.named_functions(package))
+    return [Example(f"{text[:140]}\nName:", f" {name}") for text, name in pairs.items()]
+
+
+def _tissue() -> list[Example]:
+    """Is a tumour with these measurements malignant? Ten means of the real breast-cancer table of Wisconsin."""
+    from sklearn.datasets import load_breast_cancer
+
+    table = load_breast_cancer()
+    names = [name.removeprefix("mean ") for name in table.feature_names[:10]]
+    found = []
+    for row, label in zip(table.data[:, :10], table.target, strict=True):
+        measured = [f"{name} {value:.3g}" for name, value in zip(names, row, strict=True)]
+        found.append(Example(", ".join(measured) + "\nTumour:", f" {table.target_names[label]}"))
+    return found
+
+
 def _digits() -> list[Example]:
     """Real 8 × 8 images of handwritten digits, drawn with five characters."""
     from sklearn.datasets import load_digits
@@ -98,12 +117,15 @@ SOURCES: dict[str, Callable[..., list[Example]]] = {
     "functions": _functions,
     "headers": _headers,
     "origin": _origin,
+    "names": _names,
     "digits": _digits,
+    "tissue": _tissue,
     "reasoning": _reasoning,
     "documentation": _documentation,
 }
 _PACKAGES_OF = {
     "digits": ["sklearn"],
+    "tissue": ["sklearn"],
     "reasoning": ["reasoning_gym"],
     "documentation": list(corpus.PRETRAINING_PACKAGES),
 }
