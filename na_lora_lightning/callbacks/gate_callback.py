@@ -10,12 +10,12 @@ from weakref import WeakKeyDictionary
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
 from torch.optim import Optimizer
 
 from na_lora_lightning.callbacks import monitor
-from na_lora_lightning.callbacks.model_search import find_peft_model
+from na_lora_lightning.callbacks.model_search import explain_missing_parameters, find_peft_model
 from na_lora_lightning.callbacks.precisions import in_training_dtype, probing_precision
+from na_lora_lightning.callbacks.shared_settings import require_same_settings
 from na_lora_lightning.callbacks.strategies import (
     reduce_over_processes,
     require_reachable_rows,
@@ -30,7 +30,7 @@ from na_lora_lightning.core.metrics import misalignment_metrics
 from na_lora_lightning.core.optimizers import stepping_optimizer
 from na_lora_lightning.core.statistics import ObserverOptions
 from na_lora_lightning.core.step_scale import StepScale
-from na_lora_lightning.errors import ConfigurationError, NALoRAError, UpdateError
+from na_lora_lightning.errors import ConfigurationError, UpdateError
 
 # Both callbacks of a fit join the controller of their LightningModule, in whichever order they come.
 _controllers: WeakKeyDictionary[LightningModule, tuple[GateController, GateCallback]] = WeakKeyDictionary()
@@ -105,7 +105,7 @@ class GateCallback(Callback, ABC):
         require_reachable_rows(trainer)
         require_progress(trainer)
         controller, first = self._join_controller(trainer, pl_module)
-        self._require_same_settings(first, pl_module)
+        require_same_settings(vars(first), vars(self))
         self._forget_fit()
         self.controller = controller
         self._mechanism = self._set_mechanism(controller)
@@ -124,15 +124,6 @@ class GateCallback(Callback, ABC):
         if known is None:
             known = _controllers[pl_module] = (self._make_controller(trainer, pl_module), self)
         return known
-
-    def _require_same_settings(self, first: GateCallback, pl_module: LightningModule) -> None:
-        for name in ("observer", "allow_unmasked_gates", "example_inputs"):
-            if not _are_same(getattr(self, f"_{name}"), getattr(first, f"_{name}")):
-                _controllers.pop(pl_module)
-                raise ConfigurationError(
-                    f"the two NA-LoRA callbacks find and observe gates together and were given different values of "
-                    f"{name}; give both the same."
-                )
 
     def _make_controller(self, trainer: Trainer, pl_module: LightningModule) -> GateController:
         model = find_peft_model(pl_module)
@@ -156,18 +147,9 @@ class GateCallback(Callback, ABC):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Takes the hooks off when training fails."""
-        if trainer.state.fn == "fit" and not self._is_fitting and isinstance(exception, ValueError):
-            self._explain(pl_module, exception)
+        if trainer.state.fn == "fit" and not self._is_fitting:
+            explain_missing_parameters(pl_module, exception)
         self._end_run(trainer, pl_module)
-
-    def _explain(self, pl_module: LightningModule, exception: ValueError) -> None:
-        """The optimizer is made before callbacks can look, and fails without parameters: says why there are none."""
-        if "empty parameter list" not in str(exception):
-            return
-        try:
-            find_peft_model(pl_module)
-        except NALoRAError as reason:
-            rank_zero_warn(str(reason))
 
     def _end_run(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":
@@ -303,15 +285,6 @@ def _warn_of_nonfinite(names: list[str], step: int) -> None:
             "steps are left out of its statistics; lower the learning rate, or look at the data and the precision.",
             category=NonFiniteGateWarning,
         )
-
-
-def _are_same(first: Any, second: Any) -> bool:
-    """Equality of settings, tensors among them."""
-    if isinstance(first, Tensor) or isinstance(second, Tensor):
-        return isinstance(first, Tensor) and isinstance(second, Tensor) and torch.equal(first, second)
-    if isinstance(first, Mapping) and isinstance(second, Mapping):
-        return first.keys() == second.keys() and all(_are_same(value, second[name]) for name, value in first.items())
-    return bool(first == second)
 
 
 def _sweep_with_gates(sweep: Sweep, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from na_lora_lightning.core.lora_layers import is_lora_layer
-from na_lora_lightning.errors import ConfigurationError, DiscoveryError
+from na_lora_lightning.errors import ConfigurationError, DiscoveryError, NALoRAError
 
 # What torch and Lightning keep of their own on a module.
 _BOOKKEEPING = ("_modules", "_parameters", "_buffers", "_trainer", "_fabric")
@@ -56,6 +57,15 @@ def find_peft_model(pl_module: nn.Module) -> nn.Module:
         f"{owner} holds no PEFT model; wrap the network with peft.get_peft_model(...) and assign it to an attribute of "
         "the LightningModule (not inside a plain list or dict) in __init__, setup or configure_model."
     )
+
+
+def explain_missing_parameters(pl_module: nn.Module, exception: BaseException) -> None:
+    """Says why an optimizer without parameters has none: it is made before callbacks can look at the model."""
+    if isinstance(exception, ValueError) and "empty parameter list" in str(exception):
+        try:
+            find_peft_model(pl_module)
+        except NALoRAError as reason:
+            rank_zero_warn(str(reason))
 
 
 def _is_peft_model(module: nn.Module) -> bool:
