@@ -25,7 +25,7 @@ from na_lora_lightning.core.metrics import as_floats, gate_metrics
 from na_lora_lightning.core.optimizers import stepping_optimizer
 from na_lora_lightning.core.statistics import ObserverOptions
 from na_lora_lightning.core.step_scale import StepScaleOptions
-from na_lora_lightning.errors import ConfigurationError, UpdateError
+from na_lora_lightning.errors import CheckpointError, ConfigurationError, UpdateError
 from na_lora_lightning.plain_pytorch import attached_controller
 
 if TYPE_CHECKING:
@@ -105,7 +105,14 @@ class NALoRATrainerCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Finds the gates, puts the hooks on, and restores the state when training resumes."""
+        """Finds the gates, puts the hooks on, and restores the state when training resumes.
+
+        Raises:
+            CheckpointError: Training resumes, and the state that belongs to the checkpoint was not found.
+            ConfigurationError: Options do not fit the gates, or another callback has put its hooks on.
+            DiscoveryError: No gate was found, or one has no LoRA.
+            UpdateError: The update of the gates' rows cannot be reached.
+        """
         require_supported_arguments(args)
         self._warn_of_hidden_logs(args)
         model, optimizer = kwargs["model"], kwargs["optimizer"]
@@ -245,7 +252,7 @@ class NALoRATrainerCallback(TrainerCallback, ExportableState):
             if saved is not None and _fingerprint(saved) == fingerprint:
                 self._attached().load_state_dict(saved)
                 return
-        raise ConfigurationError(
+        raise CheckpointError(
             f"the NA-LoRA state of the checkpoint at step {state.global_step} was not found (no intact {STATE_FILE} "
             f"that belongs to it in {', '.join(map(str, looked_in))}), so this would not be the run that was "
             "interrupted; give NALoRATrainerCallback(resume_from=...) the folder of the checkpoint."

@@ -338,6 +338,45 @@ def test_two_processes_on_shards_equal_one_on_the_whole_batch(tmp_path: Path) ->
         assert torch.allclose(ranks[0]["lora"][name], value, atol=2e-5), name
 
 
+def train_sharded(rank: int, numbers: Sequence[int], skipped: Sequence[int] = ()) -> dict[str, Any]:
+    from torch.distributed.fsdp import fully_shard
+
+    model: Any = ForeignModule().model
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer = adamw(model)
+    data = Batches(7, rank=rank, world_size=2)
+    options = {"importance": IMPORTANCE, "step_scale": SCALE, "observer": ALL_TOKENS}
+    with nonlinearity_aware(model, optimizer, **options) as controller:
+        for number in numbers:
+            model(**data[number]).loss.backward()
+            if number not in skipped:
+                optimizer.step()
+            optimizer.zero_grad()
+    lora = {name: value.full_tensor() for name, value in lora_state(model).items()}  # type: ignore[operator]
+    return {"lora": lora, "weights": controller.weights}
+
+
+def in_sharded_process(folder: Path) -> None:
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    whole, skipping = train_sharded(rank, range(6)), train_sharded(rank, range(7), skipped=[0, 3])
+    torch.save((whole, skipping, train_sharded(rank, [1, 2, 4, 5, 6])), folder / f"rank_{rank}.pt")
+
+
+def test_a_model_that_fsdp2_shards_equals_one_process_also_after_skipped_steps(tmp_path: Path) -> None:
+    one = shard(None, 1)
+    run_in_processes(in_sharded_process, tmp_path)
+    for rank in range(2):
+        whole, skipping, straight = torch.load(tmp_path / f"rank_{rank}.pt", weights_only=True)
+        assert torch.equal(whole["weights"] > 0, one["weights"] > 0)
+        for name, value in one["lora"].items():
+            assert torch.allclose(whole["lora"][name], value, atol=2e-5), name
+        assert torch.equal(skipping["weights"], straight["weights"])
+        assert_equal_states(skipping["lora"], straight["lora"])
+
+
 class FullyShardedDataParallel(nn.Module):
     """Named as torch's first FSDP."""
 

@@ -24,7 +24,7 @@ from na_lora_lightning import NALoRATrainerCallback, nonlinearity_aware
 from na_lora_lightning.core.importance import ImportanceOptions
 from na_lora_lightning.core.statistics import ObserverOptions
 from na_lora_lightning.core.step_scale import StepScaleOptions
-from na_lora_lightning.errors import ConfigurationError, DataError, DiscoveryError, UpdateError
+from na_lora_lightning.errors import CheckpointError, ConfigurationError, DataError, DiscoveryError, UpdateError
 from na_lora_lightning.transformers_callback import STATE_FILE
 
 IMPORTANCE = ImportanceOptions(keep_fraction=0.5, warmup_steps=2, refresh_every=2)
@@ -333,7 +333,7 @@ def test_resumed_training_is_bitwise_the_uninterrupted_one(tmp_path: Path) -> No
     # From another folder: it has to be told, and a state of another run is not taken for this one.
     other = tmp_path / "other"
     shutil.copytree(tmp_path / "checkpoint-6", other / "checkpoint-3")
-    with pytest.raises(ConfigurationError, match=r"state of the checkpoint at step 3 was not found .*resume_from"):
+    with pytest.raises(CheckpointError, match=r"state of the checkpoint at step 3 was not found .*resume_from"):
         resume(other, [NALoRATrainerCallback(**OPTIONS)], moved)
     told = NALoRATrainerCallback(**OPTIONS, resume_from=moved)
     assert_equal_states(lora_state(resume(other, [told], moved)), expected)
@@ -342,7 +342,7 @@ def test_resumed_training_is_bitwise_the_uninterrupted_one(tmp_path: Path) -> No
     (moved / STATE_FILE).write_bytes((moved / STATE_FILE).read_bytes()[:100])
     model = llama()
     trainer = make_trainer(other, model, [NALoRATrainerCallback(**OPTIONS, resume_from=moved)])
-    with pytest.raises(ConfigurationError, match=f"no intact {STATE_FILE}"):
+    with pytest.raises(CheckpointError, match=f"no intact {STATE_FILE}"):
         trainer.train(resume_from_checkpoint=str(moved))
     assert hooks_on(model) == 0
 

@@ -63,8 +63,8 @@ class GradientWatch:
         self._parameters = list(parameters)
         self._dropped = dropped
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        # Identity and version of each parameter's gradient after it was last accumulated.
-        self._left: dict[int, tuple[int, int]] = {}
+        # Each parameter's gradient and its version after it was last accumulated; until the next step at most.
+        self._left: dict[int, tuple[Tensor, int]] = {}
         self._has_new = False
         self._undecided = False
         self._dropped_in_a_row = 0
@@ -116,10 +116,21 @@ class GradientWatch:
         return has_new
 
     def _before_accumulation(self, index: int, gradient: Tensor) -> None:
-        if not self._undecided or index not in self._left:
-            return
+        if self._undecided and index in self._left:
+            self._decide(self._is_gone(index))
+
+    def _after_accumulation(self, index: int, parameter: Tensor) -> None:
+        gradient = parameter.grad
+        assert gradient is not None
+        if self._undecided and index in self._left:
+            # FSDP2 sets the gradients of sharded parameters itself, and calls no hook before that.
+            self._decide(gradient is not self._left[index][0])
+        self._left[index] = (gradient, gradient._version)
+        self._has_new = self.backward_passes = True
+
+    def _decide(self, gone: bool) -> None:
         self._undecided = False
-        if self._is_gone(index):
+        if gone:
             self._left.clear()
             self._dropped_in_a_row += 1
             self._dropped()
@@ -128,14 +139,6 @@ class GradientWatch:
         gradient = self._parameters[index].grad
         if gradient is None:
             return True
+        left, version = self._left[index]
         # Looking at values waits for the device, so only where something was done to them: zero_grad, or clipping.
-        return _state_of(gradient) != self._left[index] and not bool(gradient.any())
-
-    def _after_accumulation(self, index: int, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        self._left[index] = _state_of(parameter.grad)
-        self._has_new = self.backward_passes = True
-
-
-def _state_of(gradient: Tensor) -> tuple[int, int]:
-    return id(gradient), gradient._version
+        return (gradient is not left or gradient._version != version) and not bool(gradient.any())
