@@ -32,6 +32,7 @@ from na_lora_lightning.dual_encoder_model import (
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.losses import TokenSums
 from na_lora_lightning.model_loading import Dtype, enable_gradient_checkpointing
+from na_lora_lightning.model_sharding import shards_model
 from na_lora_lightning.module import NALoRALightningModule
 from na_lora_lightning.optimization import OptimizerFactory
 
@@ -155,6 +156,10 @@ class DualEncoderLightningModule(NALoRALightningModule):
         """Loads the base model and adds LoRA, once."""
         if self.model is not None:
             return
+        if self._trainer is not None and shards_model(self.trainer):
+            raise ConfigurationError(
+                f"{type(self).__name__} does not shard its model; use a single device or strategy='ddp'."
+            )
         device = self.trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
         base = load_dual_encoder(self.source, device)
         if self.gradient_checkpointing:

@@ -49,6 +49,7 @@ from na_lora_lightning.model_loading import (
     enable_gradient_checkpointing,
     load_base_model,
 )
+from na_lora_lightning.model_sharding import require_shardable, shard_model
 from na_lora_lightning.nonfinite import (
     NonFiniteStepWarning,
     SkippedStep,
@@ -177,7 +178,12 @@ class NALoRALightningModule(LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
-        """Asks the data module for an example, with which the gates of image encoders can be found."""
+        """Asks the data module for an example, with which the gates of image encoders can be found.
+
+        Raises:
+            ConfigurationError: Something that is asked for does not work where the model is sharded.
+        """
+        require_shardable(self.trainer, generates=self.evaluation.generate or stage == "predict")
         example_batch = getattr(getattr(self.trainer, "datamodule", None), "example_batch", None)
         if stage == "fit" and callable(example_batch):
             self._example_batch = example_batch()
@@ -191,6 +197,8 @@ class NALoRALightningModule(LightningModule):
             if self.gradient_checkpointing:
                 enable_gradient_checkpointing(base)
             self.model = add_lora(base, self.lora, self.source)
+            if self._trainer is not None:
+                shard_model(self.model, self.trainer)
         if self._example_batch is not None:
             # Also where an evaluation before training has loaded the model.
             self.example_inputs = {**model_inputs(self.model, self._example_batch), "use_cache": False}
@@ -328,7 +336,7 @@ class NALoRALightningModule(LightningModule):
     def on_fit_end(self) -> None:
         """Writes the adapter where the checkpoint to go on from was the last one, so that there was no training."""
         if self.adapter.write != "never" and not self._is_written and self.trainer.global_step > 0:
-            self._write_adapter(None)
+            self._write_adapter(self.trainer.strategy.lightning_module_state_dict())
             rank_zero_info(f"Training had ended already; its adapter is now in {str(self.written_adapter_folder)!r}.")
 
     # ---- evaluation ----
@@ -425,7 +433,7 @@ class NALoRALightningModule(LightningModule):
         result.missing_keys.clear()
         return result
 
-    def _write_adapter(self, state: Mapping[str, Tensor] | None) -> None:
+    def _write_adapter(self, state: Mapping[str, Tensor]) -> None:
         folder = self.adapter.folder
         if folder is None:
             # The trainer broadcasts it, so every process has to ask.

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from na_lora_lightning.core.sharding import Shards
 from na_lora_lightning.errors import NonFiniteError
 
 OnNonFinite = Literal["stop", "skip"]
@@ -109,6 +110,9 @@ def nonfinite_origin(model: nn.Module, run: Callable[[], Any]) -> str:
     Returns:
         A clause that names a weight, or the first module that makes a value that is not finite from finite ones.
     """
+    if Shards(model):
+        # A pass of its own needs all processes, and the others go on.
+        return "where it begins is not looked for in a sharded model"
     name = _first_nonfinite(model.named_parameters())
     if name is not None:
         return f"the weights {name!r} are not finite since an earlier step"

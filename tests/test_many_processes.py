@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,24 @@ import pytest
 import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from module_helpers import quiet_trainer, saved_model, write_records
+from lightning.pytorch.strategies import ModelParallelStrategy
+from module_helpers import Batches, quiet_trainer, saved_model, some_batches, write_records
 from processes import run_in_processes
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback
 from na_lora_lightning.adapters import OtherProcessesWarning, random_state_of_process
-from na_lora_lightning.arguments import AdapterArguments, LoRAArguments, ScheduleArguments
+from na_lora_lightning.arguments import AdapterArguments, EvaluationArguments, LoRAArguments, ScheduleArguments
 from na_lora_lightning.cli import main
 from na_lora_lightning.data import InstructionDataModule
+from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.module import NALoRALightningModule
 
+SHARDED = partial(ModelParallelStrategy, 2, 1, save_distributed_checkpoint=False)
 
-def crash_and_resume(base: str, records: str, folder: Path) -> None:
+
+def crash_and_resume(base: str, records: str, folder: Path, strategy: Any) -> None:
     """An uninterrupted fit with dropout, and one that is resumed in the middle of its second epoch."""
 
     def fit(**options: Any) -> dict[str, torch.Tensor]:
@@ -31,7 +37,7 @@ def crash_and_resume(base: str, records: str, folder: Path) -> None:
         trainer = quiet_trainer(
             folder,
             max_epochs=3,
-            strategy="ddp",
+            strategy=strategy() if callable(strategy) else strategy,
             devices=2,
             enable_checkpointing=True,
             callbacks=[saver, GateImportanceCallback(warmup_steps=1, refresh_every=2), StepScaleCallback()],
@@ -46,7 +52,7 @@ def crash_and_resume(base: str, records: str, folder: Path) -> None:
         # Ranks that draw alike would hide that each has a state of its own.
         torch.manual_seed(trainer.global_rank)
         trainer.fit(module, InstructionDataModule(base, train=records, batch_size=2), **options)
-        state = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+        state = {name: whole(p) for name, p in module.named_parameters() if p.requires_grad}
         return {**state, "random_state": torch.get_rng_state()}
 
     first = fit()
@@ -54,10 +60,15 @@ def crash_and_resume(base: str, records: str, folder: Path) -> None:
     torch.save([first, second], folder / f"rank_{os.environ['RANK']}.pt")
 
 
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().clone()
+
+
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
-def test_resumed_dropout_of_two_processes_is_that_of_the_uninterrupted_fit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", SHARDED], ids=["ddp", "sharded"])
+def test_resumed_dropout_of_two_processes_is_that_of_the_uninterrupted_fit(tmp_path: Path, strategy: Any) -> None:
     records = write_records(tmp_path / "records.jsonl", 12)
-    run_in_processes(crash_and_resume, saved_model(tmp_path / "base"), records, tmp_path)
+    run_in_processes(crash_and_resume, saved_model(tmp_path / "base"), records, tmp_path, strategy)
     finals = []
     for rank in range(2):
         uninterrupted, resumed = torch.load(tmp_path / f"rank_{rank}.pt", weights_only=True)
@@ -90,8 +101,10 @@ def arguments(base: str, records: str, folder: Path) -> list[str]:
         "model.schedule.warmup_fraction": 0,
         "model.adapter.folder": folder,
         "data.train": records,
+        "data.validation": records,
         "trainer.accelerator": "cpu",
         "trainer.max_steps": 4,
+        "trainer.accumulate_grad_batches": 2,
         "trainer.logger": "false",
         "trainer.enable_checkpointing": "false",
         "trainer.enable_progress_bar": "false",
@@ -107,16 +120,40 @@ def run_command(words: list[str]) -> None:
     assert main(words) == 0
 
 
-def test_the_command_line_in_two_processes_equals_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+SHARDED_OPTIONS = ["ModelParallelStrategy", "--trainer.strategy.data_parallel_size", "2"]
+SHARDED_OPTIONS += ["--trainer.strategy.tensor_parallel_size", "1"]
+SHARDED_OPTIONS += ["--trainer.strategy.save_distributed_checkpoint", "false"]
+
+
+@pytest.mark.parametrize("strategy", [["ddp"], SHARDED_OPTIONS], ids=["ddp", "sharded"])
+def test_the_command_line_in_two_processes_equals_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: list[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     base, records = saved_model(tmp_path / "base"), write_records(tmp_path / "records.jsonl", 8)
     # Eight records a step in either case, so their order does not matter.
-    one = [*arguments(base, records, tmp_path / "one"), "--trainer.devices", "1", "--data.batch_size", "8"]
+    one = [*arguments(base, records, tmp_path / "one"), "--trainer.devices", "1", "--data.batch_size", "4"]
     assert main(one) == 0
-    two = [*arguments(base, records, tmp_path / "two"), "--trainer.devices", "2", "--data.batch_size", "4"]
-    run_in_processes(run_command, [*two, "--trainer.strategy", "ddp"])
+    two = [*arguments(base, records, tmp_path / "two"), "--trainer.devices", "2", "--data.batch_size", "2"]
+    run_in_processes(run_command, [*two, "--trainer.strategy", *strategy])
     alone, together = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     assert alone.keys() == together.keys()
     assert any(tensor.any() for name, tensor in alone.items() if "lora_B" in name)
     for name, tensor in alone.items():
         assert torch.allclose(tensor, together[name], atol=2e-6), name
+
+
+def expect_refusals(base: str, folder: Path) -> None:
+    cases: list[tuple[Any, dict[str, Any], str]] = [
+        (partial(ModelParallelStrategy, 1, 2), {}, "set data_parallel_size=2 and tensor_parallel_size=1"),
+        (partial(ModelParallelStrategy, 2, 1), {}, "save_distributed_checkpoint=True, and such a checkpoint cannot be"),
+        (SHARDED, {"evaluation": EvaluationArguments(generate=True)}, "text cannot be generated where the model is"),
+    ]
+    for strategy, options, message in cases:
+        trainer = quiet_trainer(folder, strategy=strategy(), devices=2)
+        with pytest.raises(ConfigurationError, match=message):
+            trainer.fit(NALoRALightningModule(base, **options), Batches(some_batches(1)))
+
+
+def test_what_does_not_work_with_a_sharded_model_is_refused(tmp_path: Path) -> None:
+    run_in_processes(expect_refusals, saved_model(tmp_path / "base"), tmp_path)
