@@ -8,12 +8,12 @@ from time import perf_counter
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from typing_extensions import override
 
+from na_lora_lightning.callbacks import monitor
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.evaluation import EvaluatedAnswer
 
@@ -117,7 +117,7 @@ class FitSummaryCallback(Callback):
         lines += [
             ("Curves", f"tensorboard --logdir {logger.log_dir}")
             for logger in trainer.loggers
-            if isinstance(logger, TensorBoardLogger)
+            if monitor.is_tensorboard(logger)
         ]
         for label, value in lines:
             # A path is there to be copied: no wrapping, and no markup in what a user named.

@@ -267,6 +267,7 @@ class GateCallback(Callback, ABC):
         self._mechanism.load_state_dict(state["mechanism"])
         self.controller.observer.forward_passes = int(state["forward_passes"])
         self.controller.observer.reset()
+        self.controller.share_gradient_mask()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, also one for another process, has the settings and what it is to resume from, and no model."""

@@ -24,13 +24,13 @@ def write(trainer: Trainer, metrics: Mapping[str, Tensor], step: int) -> None:
 def write_histograms(trainer: Trainer, importance: TemporalImportance, labels: list[str], step: int) -> None:
     """Writes the responsiveness of each site's channels as a histogram to TensorBoard loggers."""
     for logger in trainer.loggers:
-        if _is_tensorboard(logger) and trainer.is_global_zero:
+        if is_tensorboard(logger) and trainer.is_global_zero:
             experiment: Any = logger.experiment  # type: ignore[attr-defined]
             for label, columns in zip(labels, importance.layout.site_slices, strict=True):
                 values = importance.responsiveness[columns].cpu()
                 experiment.add_histogram(f"gate_responsiveness_of_channels/{label}", values, step)
 
 
-def _is_tensorboard(logger: object) -> bool:
-    """By name, because the classes of ``lightning`` and ``pytorch_lightning`` differ."""
+def is_tensorboard(logger: object) -> bool:
+    """Whether a logger is TensorBoard's; by name, as ``lightning`` and ``pytorch_lightning`` have classes of their own."""
     return any(kind.__name__ == "TensorBoardLogger" for kind in type(logger).__mro__)

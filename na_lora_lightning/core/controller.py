@@ -236,7 +236,7 @@ class GateController:
         self.gradients.attach()
         if self._gradient_mask is not None:
             self._gradient_mask.attach()
-            self._share_mask()
+            self.share_gradient_mask()
         forget_graphs()
 
     def detach(self) -> None:
@@ -304,7 +304,7 @@ class GateController:
         self.observer.forward_passes = int(state["forward_passes"])
         self._forget()
         self._calls.forget()
-        self._share_mask()
+        self.share_gradient_mask()
 
     def _mechanisms(self) -> dict[str, TemporalImportance | StepScale]:
         both = {_IMPORTANCE: self.importance, _STEP_SCALE: self.step_scale}
@@ -366,13 +366,14 @@ class GateController:
             self.step_scale.update(statistics[_STEP_SCALE])
         if self._is_active:
             self._update.correct(self.weights, optimizer)
-        self._share_mask()
+        self.share_gradient_mask()
 
     @property
     def _is_active(self) -> bool:
         """Whether updates are corrected by now."""
         return any(mechanism.is_active for mechanism in self._mechanisms().values())
 
-    def _share_mask(self) -> None:
+    def share_gradient_mask(self) -> None:
+        """Puts the mask in force over the gradient that reaches A; after the importance's state was replaced."""
         if self._gradient_mask is not None and self.importance is not None:
             self._gradient_mask.weights = self.importance.weights if self.importance.is_active else None
