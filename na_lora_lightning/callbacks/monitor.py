@@ -32,5 +32,5 @@ def write_histograms(trainer: Trainer, importance: TemporalImportance, labels: l
 
 
 def is_tensorboard(logger: object) -> bool:
-    """Whether a logger is TensorBoard's; by name, as ``lightning`` and ``pytorch_lightning`` have classes of their own."""
+    """Whether a logger is TensorBoard's; by name, as the two packages of Lightning have classes of their own."""
     return any(kind.__name__ == "TensorBoardLogger" for kind in type(logger).__mro__)
