@@ -23,6 +23,7 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="tables and figures of a study, from results alone")
     report.add_argument("study", type=Path)
     report.add_argument("--at", choices=("last", "best"), default="last", help="last step, or the best by validation")
+    report.add_argument("--baseline", help="arm to compare with (default: the study's)")
     report.add_argument("--output", type=Path, help="folder for report.md and figures")
     report.add_argument("--figures", action="store_true")
     again = commands.add_parser("reproduce", help="run a result's cell again and compare bit by bit")
@@ -45,11 +46,11 @@ def _run(options: argparse.Namespace) -> int:
         differences = reproduce(options.result)
         print("\n".join(differences) or "equal, bit by bit")
         return 1 if differences else 0
-    from benchmarks.study import results
+    from benchmarks.study import result_files
     from benchmarks.study.specification import load_study
 
     study = load_study(options.study)
-    folder = options.results or results.RESULTS
+    folder = options.results or result_files.RESULTS
     if options.command == "run":
         from benchmarks.study.runner import run_study
 
@@ -66,11 +67,11 @@ def _run(options: argparse.Namespace) -> int:
     wanted = {(setting.name, arm.name) for setting in study.settings for arm in study.arms}
     found = [
         result
-        for result in results.read_all(folder)
+        for result in result_files.read_all(folder)
         if (config := result["run_info"]["train_config"])["seed"] in study.seeds
         and (config["setting"], config["arm_name"]) in wanted
     ]
-    make_report(found, study.baseline, options.at, options.output, study.name, options.figures)
+    make_report(found, options.baseline or study.baseline, options.at, options.output, study.name, options.figures)
     return 0
 
 

@@ -12,6 +12,7 @@ from rich.table import Table as RichTable
 
 from benchmarks.study.comparison import Table, Verdict, When, compare, verdicts
 from benchmarks.study.errors import StudyError
+from benchmarks.study.mechanism import Mechanism, mechanisms
 from benchmarks.study.paired import bootstrap_interval, sign_test
 
 Rows = list[list[str]]
@@ -35,6 +36,18 @@ _SETTING_HEAD = [
 ]
 
 
+_MECHANISM_HEAD = [
+    "arm",
+    "pairs",
+    "|Δρ| ÷ baseline",
+    "lower",
+    "forgetting − baseline",
+    "lower",
+    "test loss − baseline",
+    "silent ÷ responsive rows",
+]
+
+
 def _number(value: float, digits: int = 4, sign: bool = False) -> str:
     if not math.isfinite(value):
         return "–" if math.isnan(value) else "diverged"
@@ -53,6 +66,23 @@ def verdict_rows(found: Mapping[str, Verdict]) -> Rows:
             f"{one.p_value:.3f}",
             f"{one.adjusted:.3f}",
             _number(one.time, 2),
+        ]
+        for arm, one in found.items()
+    ]
+
+
+def mechanism_rows(found: Mapping[str, Mechanism]) -> Rows:
+    """One row for each arm: what it changes at equal rates and seeds."""
+    return [
+        [
+            arm,
+            str(one.pairs),
+            _number(one.misalignment, 3),
+            "/".join(map(str, one.less_misaligned)),
+            _number(one.forgetting, 4, sign=True),
+            "/".join(map(str, one.less_forgotten)),
+            _number(one.worse, 4, sign=True),
+            _number(one.walk, 3),
         ]
         for arm, one in found.items()
     ]
@@ -99,28 +129,36 @@ def markdown_table(head: Sequence[str], rows: Rows) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def markdown(table: Table, baseline: str, title: str) -> str:
+Sections = dict[str, tuple[list[str], Rows]]
+
+
+def sections(results: Sequence[Mapping[str, Any]], table: Table, baseline: str) -> Sections:
+    """Heads and rows of all tables, by title."""
+    found: Sections = {
+        "All settings": (_VERDICT_HEAD, verdict_rows(verdicts(table, baseline))),
+        "Mechanism, at equal rates and seeds": (_MECHANISM_HEAD, mechanism_rows(mechanisms(results, baseline))),
+    }
+    return found | {setting: (_SETTING_HEAD, setting_rows(table, setting, baseline)) for setting in table}
+
+
+def markdown(parts: Sections, baseline: str, title: str) -> str:
     """The whole report in Markdown."""
-    parts = [
+    text = [
         f"# {title}",
         f"Baseline `{baseline}`. Rates are chosen by validation loss, scores are of the test set; differences are "
         "paired by seed, negative is better; `!` marks a best rate at the edge of its grid, `p` is the sign test's.",
-        "## All settings",
-        markdown_table(_VERDICT_HEAD, verdict_rows(verdicts(table, baseline))),
     ]
-    for setting in table:
-        parts += [f"## {setting}", markdown_table(_SETTING_HEAD, setting_rows(table, setting, baseline))]
-    return "\n\n".join(parts) + "\n"
+    for name, (head, rows) in parts.items():
+        text += [f"## {name}", markdown_table(head, rows)]
+    return "\n\n".join(text) + "\n"
 
 
-def show(table: Table, baseline: str, console: Console | None = None) -> None:
+def show(parts: Sections, console: Console | None = None) -> None:
     """Prints the report."""
     console = console or Console()
     if not console.is_terminal:
         console = Console(width=200)
-    groups = {"All settings": (_VERDICT_HEAD, verdict_rows(verdicts(table, baseline)))}
-    groups |= {setting: (_SETTING_HEAD, setting_rows(table, setting, baseline)) for setting in table}
-    for title, (head, rows) in groups.items():
+    for title, (head, rows) in parts.items():
         shown = RichTable(title=title, title_justify="left")
         for index, name in enumerate(head):
             shown.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0)
@@ -140,10 +178,11 @@ def make_report(
     table = compare(results, baseline, when)
     if not any(baseline in arms for arms in table.values()):
         raise StudyError(f"no result of the baseline {baseline!r} is complete for any seed; run the study further.")
-    show(table, baseline)
+    parts = sections(results, table, baseline)
+    show(parts)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-        (output / "report.md").write_text(markdown(table, baseline, title))
+        (output / "report.md").write_text(markdown(parts, baseline, title))
         if figures:
             from benchmarks.study.figures import draw
 

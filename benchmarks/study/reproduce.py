@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.study import results
+from benchmarks.study import result_files
 from benchmarks.study.errors import StudyError
 from benchmarks.study.specification import Cell
 from benchmarks.study.training import run_cell
@@ -29,7 +29,7 @@ def reproduce(file: Path) -> list[str]:
     Raises:
         StudyError: The file is no result, or the base model or the task's text differ from those it was made with.
     """
-    saved = results.read(file)
+    saved = result_files.read(file)
     cell = Cell.from_config(saved["run_info"]["train_config"])
     if cell.fingerprint != saved["study_info"]["fingerprint"]:
         raise StudyError(
@@ -38,7 +38,7 @@ def reproduce(file: Path) -> list[str]:
         )
     torch.set_num_threads(1)
     ran = run_cell(cell)
-    again = results.make_result(cell, ran, 0.0)
+    again = result_files.make_result(cell, ran, 0.0)
     for what, then, now in (
         ("base model", saved["meta_info"]["model_info"], again["meta_info"]["model_info"]),
         ("text of the task", saved["meta_info"]["dataset_info"], again["meta_info"]["dataset_info"]),

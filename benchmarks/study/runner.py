@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.study import results
+from benchmarks.study import result_files
 from benchmarks.study.errors import StudyError
 from benchmarks.study.specification import Cell, Study, neighbour
 from benchmarks.study.training import run_cell
@@ -20,7 +20,7 @@ from benchmarks.study.training import run_cell
 
 def remaining(cells: Iterable[Cell], folder: Path) -> list[Cell]:
     """Cells without a result."""
-    return [cell for cell in cells if not results.is_done(cell, folder)]
+    return [cell for cell in cells if not result_files.is_done(cell, folder)]
 
 
 def run_study(
@@ -52,11 +52,11 @@ def run_study(
             if minutes is not None and time.monotonic() - started + longest > 60 * minutes:
                 log(f"time is up; {len(left) - number + 1} cells are left")
                 return failed
-            claim = results.Claim(results.path_of(cell, folder))
+            claim = result_files.Claim(result_files.path_of(cell, folder))
             if not claim.take():
                 continue
             try:
-                if results.is_done(cell, folder):
+                if result_files.is_done(cell, folder):
                     continue
                 begun = time.monotonic()
                 failed += not _run_and_write(cell, folder, log, f"[{number}/{len(left)}]")
@@ -68,7 +68,7 @@ def run_study(
 
 def _run_and_write(cell: Cell, folder: Path, log: Callable[[str], None], prefix: str) -> bool:
     begun = time.perf_counter()
-    file = results.path_of(cell, folder)
+    file = result_files.path_of(cell, folder)
     failure = file.with_suffix(file.suffix + ".failed")
     try:
         ran = run_cell(cell)
@@ -81,8 +81,8 @@ def _run_and_write(cell: Cell, folder: Path, log: Callable[[str], None], prefix:
         return False
     failure.unlink(missing_ok=True)
     seconds = time.perf_counter() - begun
-    result = results.make_result(cell, ran, seconds)
-    results.write(result, file)
+    result = result_files.make_result(cell, ran, seconds)
+    result_files.write(result, file)
     last = result["train_info"]["metrics"][-1]
     log(f"{prefix} {cell.name} valid {last['valid loss']} test {last['test loss']} in {seconds:.1f} s")
     return True
@@ -97,7 +97,7 @@ def extended(study: Study, folder: Path, most: int) -> list[Cell]:
         most: Rates that may be added to a grid on each side.
     """
     losses: dict[tuple[str, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for result in results.read_all(folder):
+    for result in result_files.read_all(folder):
         config = result["run_info"]["train_config"]
         if config["seed"] in study.seeds:
             losses[config["setting"], config["arm_name"]][config["rate"]].append(final_loss(result))

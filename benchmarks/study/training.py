@@ -93,7 +93,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     """Trains and scores a cell.
 
     Returns:
-        ``metrics`` (one dictionary per interval), ``probes`` alike, and what :mod:`benchmarks.study.results` writes
+        ``metrics`` (one dictionary per interval), ``probes`` alike, and what :mod:`benchmarks.study.result_files` writes
         beside them.
     """
     training = cell.training

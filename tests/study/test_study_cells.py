@@ -10,7 +10,7 @@ import pytest
 import torch
 from study_helpers import ARMS
 
-from benchmarks.study import results, training
+from benchmarks.study import result_files, training
 from benchmarks.study.arms import BuiltArm, build
 from benchmarks.study.errors import StudyError
 from benchmarks.study.hooks import ArmHook
@@ -170,8 +170,8 @@ def test_a_study_resumes_cell_by_cell(make_study: Any, tmp_path: Path) -> None:
 
 def test_a_claimed_cell_is_left_to_the_other_process(make_study: Any, tmp_path: Path) -> None:
     study = make_study(["lora"])
-    file = results.path_of(next(study.cells()), tmp_path)
-    claim = results.Claim(file)
+    file = result_files.path_of(next(study.cells()), tmp_path)
+    claim = result_files.Claim(file)
     assert claim.take()
     run_study(study, tmp_path, log=lambda line: None)
     assert not file.exists()
@@ -198,7 +198,7 @@ def test_a_failing_arm_does_not_end_the_study(make_study: Any, tmp_path: Path, m
 def test_a_result_is_reproduced_bitwise_from_its_file(make_study: Any, tmp_path: Path) -> None:
     study = make_study(["mask"])
     run_study(study, tmp_path, log=lambda line: None)
-    file = results.path_of(next(study.cells()), tmp_path)
+    file = result_files.path_of(next(study.cells()), tmp_path)
     assert reproduce(file) == []
     saved = json.loads(file.read_text())
     saved["train_info"]["metrics"][-1]["test loss"] += 1e-12
@@ -214,7 +214,7 @@ def test_a_result_has_the_keys_of_the_method_comparison(make_study: Any, tmp_pat
     study = make_study(["mask"])
     cell = next(study.cells())
     run_study(study, tmp_path, log=lambda line: None)
-    result = results.read(results.path_of(cell, tmp_path))
+    result = result_files.read(result_files.path_of(cell, tmp_path))
     assert set(result) == {"run_info", "train_info", "meta_info", "study_info"}
     assert {"created_at", "total_time", "experiment_name", "train_config", "peft_config", "error_msg"} <= set(
         result["run_info"]

@@ -14,8 +14,9 @@ from scipy import stats
 
 from benchmarks.study.comparison import compare, verdicts
 from benchmarks.study.errors import StudyError
+from benchmarks.study.mechanism import mechanisms
 from benchmarks.study.paired import bootstrap_interval, holm, sign_test
-from benchmarks.study.report import make_report, markdown
+from benchmarks.study.report import make_report, markdown, sections
 
 
 def test_the_bootstrap_agrees_with_scipy() -> None:
@@ -131,6 +132,23 @@ def test_verdicts_pool_settings_in_percent_of_the_baseline() -> None:
     assert verdict.time == pytest.approx(1.5)
 
 
+def test_a_mechanism_is_compared_at_equal_rates_and_seeds() -> None:
+    results = example()
+    for entry in results:
+        masked = entry["run_info"]["train_config"]["arm_name"] == "mask"
+        entry["study_info"]["probes"][-1]["misalignment"] = [0.05 if masked else 0.1]
+        entry["study_info"]["probes"][-1]["row_norm"] = {"output": [0.2] + [1.0] * 8 + [0.8]}
+        entry["train_info"]["metrics"][-1]["held-out loss"] = 2.25 if masked else 2.5
+    found = mechanisms(results, "lora")
+    assert list(found) == ["lora", "mask"]
+    # Rates 0.1 and 0.2 of two seeds; the rate that diverged has no pair.
+    mask = found["mask"]
+    assert (mask.pairs, mask.less_misaligned, mask.less_forgotten) == (4, (4, 4), (4, 4))
+    assert (mask.misalignment, mask.forgetting, mask.walk) == pytest.approx((0.5, -0.25, 0.25))
+    assert mask.worse == pytest.approx((-1.5 + 0.75 - 1.5 + 0.25) / 4)
+    assert found["lora"].misalignment == 1.0
+
+
 def test_seeds_that_not_all_rates_have_do_not_count_yet() -> None:
     results = [*example(), result("mask", 0.1, 2, valid=0.0, test=0.0)]
     assert set(compare(results, "lora")["s"]["mask"].scores) == {0, 1}
@@ -148,7 +166,7 @@ def test_a_report_is_made_from_result_files_alone(tmp_path: Path) -> None:
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2], timeout=60)
     text = (tmp_path / "out" / "report.md").read_text()
-    assert text == markdown(compare(example(), "lora"), "lora", "Example")
+    assert text == markdown(sections(example(), compare(example(), "lora"), "lora"), "lora", "Example")
     paired = "-0.5000 | -0.7500 … -0.2500 | 2/2 | 0.500"
     assert f"| mask | 0.2 | 2 | 1.4000 | 2.0000 | {paired} | 50.0 | +0.500 | 0.1000 | 1.50 | 1 | 7 |" in text
     assert "| lora | 0.1! | 2 |" in text
