@@ -14,6 +14,7 @@ import torch
 from peft import get_peft_model_state_dict
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.study import tasks
 from benchmarks.study.arms import BuiltArm, build
@@ -54,6 +55,7 @@ def _base(folder: str, dtype: str) -> tuple[PreTrainedModel, Any, str]:
             f"there is no model in {folder!r}; pretrain it with `python -m benchmarks.study pretrain`, or put it there "
             "(SmolLM2 and Gemma: examples/quickstart/prepare.py)."
         )
+    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.pad_token_id is None:
@@ -93,8 +95,8 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     """Trains and scores a cell.
 
     Returns:
-        ``metrics`` (one dictionary per interval), ``probes`` alike, and what :mod:`benchmarks.study.result_files` writes
-        beside them.
+        ``metrics`` (one dictionary per interval), ``probes`` alike, and what
+        :mod:`benchmarks.study.result_files` writes beside them.
     """
     training = cell.training
     device = device_of(cell)
