@@ -140,7 +140,7 @@ def test_the_command_line_in_two_processes_equals_one(
     assert alone.keys() == together.keys()
     assert any(tensor.any() for name, tensor in alone.items() if "lora_B" in name)
     for name, tensor in alone.items():
-        assert torch.allclose(tensor, together[name], atol=2e-6), name
+        assert torch.allclose(tensor, together[name], atol=1e-5), name
 
 
 def expect_refusals(base: str, folder: Path) -> None:
