@@ -27,7 +27,7 @@ from na_lora_lightning.core.discovery import discover_gates
 from na_lora_lightning.core.importance import ImportanceOptions
 from na_lora_lightning.core.statistics import ObserverOptions
 from na_lora_lightning.core.step_scale import StepScaleOptions
-from na_lora_lightning.errors import UpdateError
+from na_lora_lightning.errors import ConfigurationError, UpdateError
 from na_lora_lightning.losses import StepAverage, TokenSums
 
 ALL_TOKENS = ObserverOptions(max_tokens=None)
@@ -163,7 +163,6 @@ def masking(**options: Any) -> GateImportanceCallback:
 def test_masked_rows_stay_under_clipping_and_accumulation(tmp_path: Path, name: str) -> None:
     importance = masking(warmup_steps=0)
     watch = RowWatch(importance)
-    # Lightning evaluates a closure again that had accumulated gradients of other micro-batches.
     options = {} if "lbfgs" in name else {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
     module = Optimized(OPTIMIZERS[name])
     callbacks: list[Callback] = [importance, watch, StepScaleCallback(observer=ALL_TOKENS)]
@@ -457,6 +456,13 @@ def test_they_are_refused_before_training(tmp_path: Path) -> None:
     module = Optimized(lambda m: Averaging(trained(m), lr=0.1))
     with pytest.raises(UpdateError, match="Averaging has"):
         make_trainer(tmp_path, callbacks=[masking()]).fit(module, loader())
+    assert module.losses == []
+
+
+def test_lbfgs_over_micro_batches_is_refused_before_training(tmp_path: Path) -> None:
+    module = Optimized(OPTIMIZERS["lbfgs"])
+    with pytest.raises(ConfigurationError, match="LBFGS evaluates its closure several times, and with accumulate_grad"):
+        make_trainer(tmp_path, callbacks=[masking()], accumulate_grad_batches=2).fit(module, loader())
     assert module.losses == []
 
 

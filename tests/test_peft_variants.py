@@ -85,6 +85,11 @@ VARIANTS: dict[str, Callable[[], PeftModel]] = {
     "layer_replication": lambda: llama(layer_replication=[[0, 2], [1, 2]]),
     "alora": lambda: llama(alora_invocation_tokens=[INVOCATION]),
     "adalora": adalora,
+    "bdlora": lambda: llama(
+        use_bdlora=peft.tuners.lora.config.BdLoraConfig(
+            target_modules_bd_a=[], target_modules_bd_b=["gate_proj", "up_proj"], nblocks=2, match_strict=False
+        )
+    ),
     "velora": lambda: llama(velora_config=peft.tuners.lora.config.VeloraConfig()),
     "kasa": lambda: llama(kasa_config=peft.tuners.lora.config.KasaConfig()),
 }
@@ -345,6 +350,17 @@ def test_other_tuners_are_refused_by_name(name: str) -> None:
     model = get_peft_model(tiny_llama(), REFUSED[name]())
     with pytest.raises(DiscoveryError, match=f"is adapted by {name}, which has no lora_B"):
         discover_gates(model)
+
+
+def test_a_mixture_of_adapters_is_refused_by_name(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        llama().save_pretrained(tmp_path / name)
+    base = tiny_llama()
+    base.config.use_cache = False
+    adapters = {name: str(tmp_path / name) for name in ("first", "second")}
+    mixed = get_peft_model(base, peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=16, adapters=adapters))
+    with pytest.raises(DiscoveryError, match="is adapted by XLORA, which mixes LoRA adapters"):
+        discover_gates(mixed)
 
 
 def test_a_variant_that_freezes_b_is_refused() -> None:

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from na_lora_lightning.callbacks import monitor
+from na_lora_lightning.callbacks.closures import require_whole_closure
 from na_lora_lightning.callbacks.model_search import explain_missing_parameters, find_peft_model
 from na_lora_lightning.callbacks.precisions import in_training_dtype, probing_precision
 from na_lora_lightning.callbacks.shared_settings import require_same_settings
@@ -110,6 +111,7 @@ class GateCallback(Callback, ABC):
         self.controller = controller
         self._mechanism = self._set_mechanism(controller)
         self._optimizer = controller.optimizer_of_gates(trainer.optimizers)
+        require_whole_closure(trainer, pl_module, self._optimizer)
         self._is_fitting = True
         if self._pending_state is not None:
             self._restore(self._pending_state)

@@ -127,8 +127,13 @@ def require_lora(model: nn.Module) -> None:
     """Checks that a model holds LoRA layers.
 
     Raises:
-        DiscoveryError: It holds none.
+        DiscoveryError: It holds none, or such that are not trained themselves.
     """
+    if "XLORA" in tuners_of(model):
+        raise DiscoveryError(
+            f"{type(model).__name__} is adapted by XLORA, which mixes LoRA adapters by weights of each token, so that "
+            "no row of lora_B makes a channel alone; use peft.LoraConfig, or train without the NA-LoRA callbacks."
+        )
     if not any(is_lora_layer(module) for module in model.modules()):
         tuners = tuners_of(model)
         if tuners:
