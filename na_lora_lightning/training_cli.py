@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import signal
-import sys
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +13,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
@@ -26,18 +22,26 @@ from na_lora_lightning.callbacks.gate_importance import GateImportanceCallback
 from na_lora_lightning.callbacks.run_checkpoint import ResumableCurves, RunCheckpoint
 from na_lora_lightning.callbacks.step_scale import StepScaleCallback
 from na_lora_lightning.checkpointing import AtomicCheckpointIO
-from na_lora_lightning.cli_errors import explain, read_yaml
+from na_lora_lightning.cli_arguments import (
+    config_files,
+    expand_switches,
+    names_data_class,
+    require_init_args,
+    share_settings,
+    with_switches,
+)
+from na_lora_lightning.cli_errors import explain
 from na_lora_lightning.data import InstructionDataModule
-from na_lora_lightning.errors import CheckpointError, ConfigurationError, NALoRAError
+from na_lora_lightning.errors import ConfigurationError, NALoRAError
 from na_lora_lightning.model_loading import BaseModelSource, one_line, require_model
 from na_lora_lightning.module import NALoRALightningModule
 from na_lora_lightning.resuming import (
     continue_last_run,
     last_checkpoint,
-    newest_checkpoint,
     output_folders,
     require_writable,
 )
+from na_lora_lightning.stopping import quiet_writers, stopped_from_outside
 
 # Callbacks of every fit, each with its own group of options beside a switch.
 CALLBACKS: dict[str, type[Callback]] = {
@@ -58,14 +62,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 
 # Errors are rewritten, and an abbreviation is a misspelling more often than not.
 _PARSER = {"exit_on_error": False, "allow_abbrev": False}
-_SWITCH_WORDS = ("true", "false")
 _CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")
-# What a disk, not a program, does wrong.
-_STORAGE_ERRORS = {
-    getattr(errno, name)
-    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EACCES", "EPERM", "ENOTDIR", "ESTALE")
-    if hasattr(errno, name)
-}
 
 
 class NALoRACLI(LightningCLI):
@@ -87,13 +84,13 @@ class NALoRACLI(LightningCLI):
         # Lightning sets it too late for what is overridden here.
         self.subcommand = self._requested = subcommand
         self._full_config: Namespace | None = None
-        names_data_class = _names_data_class(arguments)
-        if names_data_class:
-            _require_init_args(arguments)
+        own_data = names_data_class(arguments)
+        if own_data:
+            require_init_args(arguments)
         super().__init__(
             NALoRALightningModule,
-            LightningDataModule if names_data_class else InstructionDataModule,
-            subclass_mode_data=names_data_class,
+            LightningDataModule if own_data else InstructionDataModule,
+            subclass_mode_data=own_data,
             save_config_kwargs={"overwrite": True},
             trainer_defaults=dict(TRAINER_DEFAULTS),
             seed_everything_default=0,
@@ -134,12 +131,12 @@ class NALoRACLI(LightningCLI):
         parser_of_command = self._subcommand_parsers[self._requested]
         try:
             # Lightning's own method does this too, and warns of arguments that are not those of the process.
-            self.config = parser.parse_args(_with_switches(args))
+            self.config = parser.parse_args(with_switches(args, CALLBACKS))
         except ArgumentError as error:
             keys = {action.dest for action in parser_of_command._actions if not action.dest.endswith(".help")}
-            raise ConfigurationError(explain(str(error), keys, CALLBACKS, _config_files(args))) from error
-        _expand_switches(self.config[self._requested], parser_of_command.get_defaults())
-        _share_settings(self.config[self._requested], parser_of_command.get_defaults())
+            raise ConfigurationError(explain(str(error), keys, CALLBACKS, config_files(args))) from error
+        expand_switches(self.config[self._requested], parser_of_command.get_defaults(), CALLBACKS)
+        share_settings(self.config[self._requested], parser_of_command.get_defaults(), _MECHANISMS)
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -213,6 +210,8 @@ class NALoRACLI(LightningCLI):
         options: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
         if options.get("ckpt_path") == "last":
             if subcommand == "fit":
+                # Its own folder is not empty, of course.
+                warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
                 options["ckpt_path"] = continue_last_run(self.trainer)
                 self._curves.starts_over = options["ckpt_path"] is None
             else:
@@ -221,36 +220,8 @@ class NALoRACLI(LightningCLI):
 
     def fit(self, model: NALoRALightningModule, **options: Any) -> None:
         """Trains, and says how to go on if training is stopped from outside."""
-        with self._stopped_from_outside(), _quiet_writers():
+        with stopped_from_outside(self.trainer), quiet_writers():
             self.trainer.fit(model, **options)
-
-    @contextmanager
-    def _stopped_from_outside(self) -> Iterator[None]:
-        try:
-            yield
-        except SystemExit as request:
-            if not self.trainer.interrupted:
-                raise
-            number = signal.SIGTERM if isinstance(request, SIGTERMException) else signal.SIGINT
-            if self.trainer.is_global_zero:
-                steps = self.trainer.global_step
-                print(f"Stopped by {number.name} after {steps} optimizer steps; {self._way_on()}.", file=sys.stderr)
-            # What a shell reports of a command that a signal ended.
-            raise SystemExit(128 + number) from request
-        except OSError as error:
-            if error.errno not in _STORAGE_ERRORS:
-                raise
-            place = f" {error.filename!r}" if error.filename else " logs"
-            raise CheckpointError(
-                f"Writing{place} failed after {self.trainer.global_step} optimizer steps ({error.strerror}); make room "
-                f"or choose another folder, then {self._way_on()}."
-            ) from error
-
-    def _way_on(self) -> str:
-        checkpoint = newest_checkpoint(self.trainer)
-        if checkpoint is None:
-            return "there is no checkpoint yet, so begin again"
-        return f"go on with --ckpt_path last, which is {checkpoint!r}"
 
     def predict(self, model: NALoRALightningModule, **options: Any) -> None:
         """Predicts, and writes the answers beside their prompts."""
@@ -268,92 +239,6 @@ def _with_checkpoint_io(plugins: Any) -> list[Any]:
     """Adds the plugin that writes checkpoints, unless another one is given."""
     given = list(plugins) if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]
     return given if any(isinstance(plugin, CheckpointIO) for plugin in given) else [*given, AtomicCheckpointIO()]
-
-
-@contextmanager
-def _quiet_writers() -> Iterator[None]:
-    """Keeps threads that write logs from printing the traceback of an error that the trainer raises too."""
-    former = threading.excepthook
-
-    def report(arguments: Any) -> None:
-        if not (isinstance(arguments.exc_value, OSError) and arguments.exc_value.errno in _STORAGE_ERRORS):
-            former(arguments)
-
-    threading.excepthook = report
-    try:
-        yield
-    finally:
-        threading.excepthook = former
-
-
-def _names_data_class(arguments: Sequence[str]) -> bool:
-    """Whether a class of data modules is asked for, on the command line or in a configuration file."""
-    if any(argument.partition("=")[0] in ("--data", "--data.class_path") for argument in arguments):
-        return True
-    return any("class_path" in data for data in _data_of_files(arguments).values())
-
-
-def _require_init_args(arguments: Sequence[str]) -> None:
-    """Refuses options of a data module beside its class."""
-    for file, data in _data_of_files(arguments).items():
-        stray = next((name for name in data if name not in ("class_path", "init_args")), None)
-        if stray is not None:
-            raise ConfigurationError(
-                f"The option 'data.{stray}' of {file!r} is beside the class of the data and not among its arguments; "
-                "write it under data.init_args, after data.class_path."
-            )
-
-
-def _data_of_files(arguments: Sequence[str]) -> dict[str, Mapping[str, Any]]:
-    """The options of the data in each configuration file that has any."""
-    found: dict[str, Mapping[str, Any]] = {}
-    for file in _config_files(arguments):
-        content = read_yaml(file)
-        data = content.get("data") if isinstance(content, Mapping) else None
-        if isinstance(data, (str, Mapping)):
-            found[file] = {"class_path": data} if isinstance(data, str) else data
-    return found
-
-
-def _with_switches(arguments: Sequence[str]) -> list[str]:
-    """Lets ``--gate_importance false`` mean ``--gate_importance.enabled false``."""
-    switches = tuple(f"--{name}" for name in CALLBACKS)
-    expanded = []
-    for argument, value in zip(arguments, [*arguments[1:], ""], strict=True):
-        option, equals, own_value = argument.partition("=")
-        is_switch = option in switches and (own_value if equals else value) in _SWITCH_WORDS
-        expanded.append(f"{option}.enabled{equals}{own_value}" if is_switch else argument)
-    return expanded
-
-
-def _expand_switches(config: Namespace, defaults: Namespace) -> None:
-    """Turns ``gate_importance: false`` of a configuration file into the group with its switch off."""
-    for name in CALLBACKS:
-        value = config[name]
-        if isinstance(value, Namespace):
-            continue
-        if value not in (None, True, False):
-            raise ConfigurationError(explain(f'Parser key "{name}":', (), CALLBACKS, ()))
-        config[name] = defaults[name].clone()
-        config[name]["enabled"] = bool(value)
-
-
-def _share_settings(config: Namespace, defaults: Namespace) -> None:
-    """Gives both mechanisms, which find and observe gates together, what was set for one of them."""
-    for setting in ("observer", "allow_unmasked_gates", "example_inputs"):
-        for given, other in (_MECHANISMS, _MECHANISMS[::-1]):
-            untouched = config[other][setting] == defaults[other][setting]
-            if untouched and config[given][setting] != defaults[given][setting]:
-                config[other][setting] = config[given][setting]
-
-
-def _config_files(arguments: Sequence[str]) -> list[str]:
-    files = []
-    for position, argument in enumerate(arguments):
-        option, _, value = argument.partition("=")
-        if option in ("-c", "--config"):
-            files += [value] if value else list(arguments[position + 1 : position + 2])
-    return files
 
 
 def _refuse_twice(listed: Iterable[Callback]) -> None:

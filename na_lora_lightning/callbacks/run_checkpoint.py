@@ -14,6 +14,7 @@ from typing_extensions import override
 from na_lora_lightning.callbacks.trainer_progress import (
     is_accumulating,
     is_last_batch,
+    set_received_sigterm,
     unlogged_metrics,
     validation_follows,
 )
@@ -27,8 +28,8 @@ class RunCheckpoint(ModelCheckpoint):
 
     A run that goes on from any of them comes to the same weights and curves as one that was never interrupted. For
     that, a checkpoint that is due where validation follows is saved after the validation, whose curves would
-    otherwise be missing; and none is saved between the micro-batches of a step. On SIGTERM one is saved as soon as
-    that can be done.
+    otherwise be missing; and none is saved between the micro-batches of a step. On SIGTERM the step under way is
+    finished and saved, unless validation follows it, before the trainer stops.
 
     Args:
         every_n_steps: Optimizer steps from one checkpoint to the next; 0 saves after epochs alone.
@@ -56,6 +57,7 @@ class RunCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
         self._due = False
+        self._stops_after_step = False
         self._superseded: list[str] = []
 
     @override
@@ -80,7 +82,14 @@ class RunCheckpoint(ModelCheckpoint):
     ) -> None:
         """Saves if it is time to and the step is complete, unless something that belongs to it is still to come."""
         if is_accumulating(trainer):
+            if trainer.received_sigterm:
+                # The step is finished first, as half of one cannot be saved.
+                self._stops_after_step = True
+                set_received_sigterm(trainer, False)
             return
+        if self._stops_after_step:
+            self._stops_after_step = False
+            set_received_sigterm(trainer, True)
         every = self._every_n_train_steps
         self._due = self._due or trainer.received_sigterm or (every > 0 and trainer.global_step % every == 0)
         if not is_last_batch(trainer) and not validation_follows(trainer):

@@ -20,7 +20,12 @@ _LOGGED_STEP = "fit_loop.epoch_loop._batches_that_stepped"
 
 def is_logging_step(trainer: Trainer) -> bool:
     """Whether the trainer logs the batch that is about to be trained on (``log_every_n_steps``), and to something."""
-    return bool(trainer.loggers) and bool(_read(trainer, _IS_LOGGING_STEP))
+    return bool(trainer.loggers) and is_step_to_log(trainer)
+
+
+def is_step_to_log(trainer: Trainer) -> bool:
+    """The same, whether there is a logger or not."""
+    return bool(_read(trainer, _IS_LOGGING_STEP))
 
 
 def logged_step(trainer: Trainer) -> int:
@@ -61,6 +66,11 @@ def unlogged_metrics(trainer: Trainer) -> tuple[int, int, dict[str, float]]:
     named = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
     step = int(named.pop("step", last_step))
     return last_step, step, {"epoch": trainer.current_epoch, **named} if named else {}
+
+
+def set_received_sigterm(trainer: Trainer, received: bool) -> None:
+    """Has the trainer stop, or not, after this batch, as it does once it was sent SIGTERM."""
+    _read(trainer, "_signal_connector").received_sigterm = received
 
 
 def require_progress(trainer: Trainer) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -135,6 +136,8 @@ def forked(action: Callable[[], int], log: Path, kill_after: float | None = None
             descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             for stream in (1, 2):
                 os.dup2(descriptor, stream)
+            # A test runner has put others in their place.
+            sys.stdout = sys.stderr = os.fdopen(descriptor, "w", buffering=1)
             status = action()
         except BaseException:
             import traceback
@@ -174,6 +177,9 @@ def fit(
     """
 
     def action() -> int:
+        # As users have it, also where the tests make warnings errors.
+        warnings.simplefilter("default")
+        warnings.showwarning = lambda message, category, *place: print(f"{category.__name__}: {message}")
         if trap is not None:
             trap()
         return main(arguments)

@@ -1,0 +1,243 @@
+"""What ``na-lora`` does when it is stopped, or its files are damaged or cannot be written."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from faults.runs import SETTINGS, Setting, Workplace, differences, fit, last_run, remains
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from module_helpers import Batches, quiet_trainer, some_batches
+
+from na_lora_lightning import GateImportanceCallback, StepScaleCallback, adapters
+from na_lora_lightning.arguments import LoRAArguments
+from na_lora_lightning.callbacks.run_checkpoint import RunCheckpoint
+from na_lora_lightning.errors import CheckpointError, ConfigurationError
+from na_lora_lightning.module import NALoRALightningModule
+from na_lora_lightning.resuming import DamagedCheckpointWarning, continue_last_run, last_checkpoint, require_writable
+
+PLAIN = Setting("plain", ())
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    return Workplace(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.fixture(scope="module")
+def finished(workplace: Workplace) -> Path:
+    """The root folder of a run that came to its end."""
+    run = workplace.folder / "finished"
+    assert fit(workplace.arguments(run, PLAIN), workplace.folder / "log")[0] == 0
+    return run
+
+
+def send_at(number: int, which: int) -> Any:
+    """Sends a signal to the run in its n-th training step."""
+
+    def set_trap() -> None:
+        original, calls = NALoRALightningModule.training_step, 0
+
+        def trapped(self: Any, batch: Any, batch_idx: int) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                os.kill(os.getpid(), which)
+            return original(self, batch, batch_idx)
+
+        NALoRALightningModule.training_step = trapped  # type: ignore[method-assign]
+
+    return set_trap
+
+
+def stopped(log: Path) -> list[str]:
+    return [line for line in log.read_text().splitlines() if line.startswith(("Stopped by", "error: "))]
+
+
+def test_sigterm_ends_the_step_and_saves(workplace: Workplace, finished: Path, tmp_path: Path) -> None:
+    rare = Setting("rare", ("--checkpoint.every_n_steps=0", "--trainer.accumulate_grad_batches=2"))
+    arguments = workplace.arguments(tmp_path / "run", rare)
+    # In the first of two micro-batches: Lightning by itself would stop between the two.
+    status, _ = fit(arguments, tmp_path / "log", trap=send_at(3, signal.SIGTERM))
+    assert status == 143
+    path = tmp_path / "run" / "lightning_logs" / "version_0" / "checkpoints" / "epoch=0-step=2.ckpt"
+    expected = f"Stopped by SIGTERM after 2 optimizer steps; go on with --ckpt_path last, which is {str(path)!r}."
+    assert stopped(tmp_path / "log") == [expected]
+    assert "Traceback" not in (tmp_path / "log").read_text()
+    assert fit([*arguments, "--ckpt_path=last"], tmp_path / "log")[0] == 0
+    assert fit(workplace.arguments(tmp_path / "whole", rare), tmp_path / "log")[0] == 0
+    assert differences(remains(tmp_path / "whole"), remains(tmp_path / "run")) == []
+
+
+def test_an_interrupt_names_the_last_checkpoint(workplace: Workplace, tmp_path: Path) -> None:
+    arguments = workplace.arguments(tmp_path / "run", SETTINGS[1])
+    status, _ = fit(arguments, tmp_path / "log", trap=send_at(4, signal.SIGINT))
+    assert status == 130
+    (line,) = stopped(tmp_path / "log")
+    assert line.startswith("Stopped by SIGINT after 3 optimizer steps; go on with --ckpt_path last")
+    assert line.endswith("epoch=0-step=3.ckpt'.")
+
+
+@pytest.mark.parametrize(("limit", "status"), [(45_000, 0), (12_000, 2)])
+def test_files_that_cannot_be_written(workplace: Workplace, tmp_path: Path, limit: int, status: int) -> None:
+    # Checkpoints are larger than both limits, the curves than the lower one.
+    def forbid() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    found, _ = fit(workplace.arguments(tmp_path / "run", PLAIN), tmp_path / "log", trap=forbid)
+    log = (tmp_path / "log").read_text()
+    assert found == status
+    assert list((tmp_path / "run").rglob("*.ckpt")) == list((tmp_path / "run").rglob("*.partial")) == []
+    assert "Traceback" not in log
+    if status == 0:
+        assert "could not be written (File too large), and training goes on without it" in log
+        assert (last_run(tmp_path / "run") / "adapter" / "adapter_model.safetensors").is_file()
+    else:
+        (line,) = stopped(tmp_path / "log")
+        assert line.startswith("error: Writing logs failed after")
+        assert line.endswith(
+            "(File too large), so make room or choose another folder; there is no checkpoint yet, so begin again."
+        )
+
+
+def test_an_adapter_that_cannot_be_written(finished: Path, workplace: Workplace, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(last_run(run) / "adapter")
+    arguments = workplace.arguments(run, PLAIN, "--ckpt_path=last")
+
+    def fill_disk() -> None:
+        def fail(*arguments: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        adapters._take_place = fail
+
+    assert fit(arguments, tmp_path / "log", trap=fill_disk)[0] == 2
+    assert "error: The adapter could not be written to" in (tmp_path / "log").read_text()
+    assert not list(run.rglob(".adapter.partial"))
+    # The run had ended, and still its adapter is written.
+    assert fit(arguments, tmp_path / "log")[0] == 0
+    assert differences(remains(finished), remains(run)) == []
+
+
+def test_folders_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    require_writable([tmp_path / "new" / "deeper"])
+    with pytest.raises(
+        ConfigurationError, match=r"file/runs' for logs and checkpoints cannot be written to, as .* a file"
+    ):
+        require_writable([tmp_path / "file" / "runs"])
+    monkeypatch.setattr(os, "access", lambda *arguments: False)
+    with pytest.raises(ConfigurationError, match=r"is not allowed; set trainer\.default_root_dir"):
+        require_writable([tmp_path / "new"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+# ---- which checkpoint is the last one ----
+
+
+def checkpoint(path: Path, age: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"a": torch.ones(10)}, path)
+    os.utime(path, ns=(10**18 - age, 10**18 - age))
+    return path
+
+
+def test_last_is_of_the_newest_run_that_trained(tmp_path: Path) -> None:
+    older = checkpoint(tmp_path / "x" / "version_9" / "checkpoints" / "a.ckpt")
+    newer = checkpoint(tmp_path / "x" / "version_10" / "checkpoints" / "a.ckpt", age=1)
+    # A validation: no checkpoints.
+    (tmp_path / "x" / "version_11").mkdir()
+    logger = TensorBoardLogger(tmp_path, name="x")
+    trainer = quiet_trainer(tmp_path, logger=logger, enable_checkpointing=True)
+    assert last_checkpoint(trainer) == str(newer)
+    assert logger._version is None
+    assert continue_last_run(trainer) == str(newer)
+    assert logger.log_dir == str(tmp_path / "x" / "version_10")
+    assert older.exists()
+
+
+def test_last_of_a_run_without_checkpoints_begins_in_its_folder(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "x" / "version_0" / "checkpoints" / "a.ckpt")
+    (tmp_path / "x" / "version_1" / "checkpoints").mkdir(parents=True)
+    logger = TensorBoardLogger(tmp_path, name="x")
+    trainer = quiet_trainer(tmp_path, logger=logger, enable_checkpointing=True)
+    assert continue_last_run(trainer) is None
+    assert logger.version == 1
+    with pytest.raises(CheckpointError, match=r"there is no checkpoint in '.*version_1/checkpoints'; run fit first"):
+        last_checkpoint(trainer)
+
+
+def test_last_without_a_logger_and_in_named_folders(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "checkpoints" / "a.ckpt")
+    assert last_checkpoint(quiet_trainer(tmp_path, enable_checkpointing=True)) == str(path)
+    named = checkpoint(tmp_path / "elsewhere" / "a.ckpt")
+    saver = ModelCheckpoint(tmp_path / "elsewhere")
+    trainer = quiet_trainer(
+        tmp_path, enable_checkpointing=True, callbacks=[saver], logger=CSVLogger(tmp_path, name="csv")
+    )
+    assert continue_last_run(trainer) == str(named)
+    # That logger would delete the former curves.
+    assert trainer.logger is not None
+    assert trainer.logger.version == 0
+    csv = checkpoint(tmp_path / "csv" / "version_0" / "checkpoints" / "a.ckpt")
+    trainer = quiet_trainer(tmp_path, enable_checkpointing=True, logger=CSVLogger(tmp_path, name="csv"))
+    assert continue_last_run(trainer) == str(csv)
+    assert trainer.logger is not None
+    assert trainer.logger.version == 1
+
+
+def test_damaged_checkpoints_are_passed_over_by_name(tmp_path: Path) -> None:
+    before = checkpoint(tmp_path / "checkpoints" / "before.ckpt", age=1)
+    newest = checkpoint(tmp_path / "checkpoints" / "newest.ckpt")
+    newest.write_bytes(newest.read_bytes()[:100])
+    trainer = quiet_trainer(tmp_path, enable_checkpointing=True)
+    with pytest.warns(DamagedCheckpointWarning, match=r"newest\.ckpt' is damaged: it is incomplete; .*before\.ckpt'\."):
+        assert continue_last_run(trainer) == str(before)
+    before.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"Every checkpoint in .* is damaged \(before\.ckpt: it is empty\)"):
+        continue_last_run(trainer)
+
+
+def test_the_last_run_is_validated_and_another_rank_refused(
+    workplace: Workplace, finished: Path, tmp_path: Path
+) -> None:
+    common = workplace.arguments(finished, PLAIN, "--ckpt_path=last")[1:]
+    assert fit(["validate", *common], tmp_path / "log")[0] == 0
+    assert fit(["fit", *common, "--model.lora.r=4"], tmp_path / "other")[0] == 2
+    assert stopped(tmp_path / "other") == [
+        "error: The checkpoint was trained with lora.r=2 and the current model has 4; set lora as it was."
+    ]
+    assert fit(["validate", *common[:-1], "--ckpt_path=best"], tmp_path / "best")[0] == 2
+    assert "ckpt_path is 'best', which is known only while a fit runs" in stopped(tmp_path / "best")[0]
+
+
+# ---- many fits ----
+
+
+def test_fits_leave_no_hooks_behind(workplace: Workplace, tmp_path: Path) -> None:
+    module = NALoRALightningModule(str(workplace.folder / "base"), lora=LoRAArguments(r=2, alpha=4))
+    counts = []
+    for _ in range(3):
+        callbacks = [GateImportanceCallback(warmup_steps=0), StepScaleCallback(), RunCheckpoint(dirpath=None)]
+        trainer = quiet_trainer(tmp_path, callbacks=callbacks[:2])
+        trainer.fit(module, Batches(some_batches(2)))
+        (optimizer,) = trainer.optimizers
+        hooks = [
+            hook
+            for inner in module.modules()
+            for store in (inner._forward_hooks, inner._forward_pre_hooks, inner._backward_hooks)
+            for hook in store
+        ]
+        assert not optimizer._optimizer_step_pre_hooks
+        assert not optimizer._optimizer_step_post_hooks
+        assert not any(parameter._backward_hooks for parameter in module.parameters())
+        counts.append(len(hooks))
+    assert counts == [0, 0, 0]

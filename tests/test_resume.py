@@ -1,0 +1,62 @@
+"""Real kills of ``na-lora fit`` at chosen places; ``make faults`` has many more at random ones."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from faults.runs import SETTINGS, Remains, Workplace, differences, fit, last_run, remains
+from faults.traps import TRAPS
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+SETTING = SETTINGS[0]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    return Workplace(tmp_path_factory.mktemp("resume"))
+
+
+@pytest.fixture(scope="module")
+def whole(workplace: Workplace) -> Remains:
+    status, _ = fit(workplace.arguments(workplace.folder / "whole", SETTING), workplace.folder / "whole.log")
+    assert status == 0, (workplace.folder / "whole.log").read_text()
+    return remains(workplace.folder / "whole")
+
+
+@pytest.mark.parametrize(
+    ("kills", "left"),
+    [
+        # Before the first checkpoint, in the middle of one, between micro-batches, and at the very end.
+        ([("a training step begins", 2)], 0),
+        ([("half of a checkpoint is written", 2), ("between micro-batches", 3)], 2),
+        ([("the optimizer has stepped, the rows not masked", 6), ("a point of a curve is written", 40)], 2),
+        ([("half of the adapter is written", 1)], 2),
+    ],
+)
+def test_a_killed_run_ends_as_if_it_never_was(
+    workplace: Workplace, whole: Remains, tmp_path: Path, kills: list[tuple[str, int]], left: int
+) -> None:
+    arguments = workplace.arguments(tmp_path / "run", SETTING, "--ckpt_path=last")
+    for place, number in kills:
+        trap, _ = TRAPS[place]
+        status, _ = fit(arguments, tmp_path / "log", trap=lambda trap=trap, number=number: trap(number))
+        assert status == -signal.SIGKILL, (tmp_path / "log").read_text()
+    assert len(list((tmp_path / "run").rglob("*.ckpt"))) == left
+    status, _ = fit(arguments, tmp_path / "log")
+    assert status == 0, (tmp_path / "log").read_text()
+    assert differences(whole, remains(tmp_path / "run")) == []
+    # One run, in one folder.
+    assert last_run(tmp_path / "run").name == "version_0"
+    assert not list((tmp_path / "run").rglob("*.partial"))
+
+
+def test_what_differs_is_found(workplace: Workplace, whole: Remains, tmp_path: Path) -> None:
+    arguments = workplace.arguments(tmp_path / "run", SETTING, "--seed_everything=2")
+    assert fit(arguments, tmp_path / "log")[0] == 0
+    found = differences(whole, remains(tmp_path / "run"))
+    assert any(difference.startswith("adapter ") for difference in found)
+    assert any(difference.startswith("point train/loss at 3") for difference in found)
