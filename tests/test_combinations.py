@@ -125,7 +125,7 @@ def clip(parameters: list[nn.Parameter], how: str) -> None:
 
 
 @settings(
-    max_examples=80,
+    max_examples=60,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.filter_too_much],

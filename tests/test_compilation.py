@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from lightning_models import RowWatch, make_trainer
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback
@@ -36,11 +37,18 @@ class Blocks(nn.Module):
         self.ups = nn.ModuleList(nn.Linear(6, 8) for _ in range(2))
         self.downs = nn.ModuleList(nn.Linear(8, 6) for _ in range(2))
         self.acts = nn.ModuleList([nn.SiLU(), nn.GELU()])
+        self.use_reentrant: bool | None = None
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        for gate, up, down, act in zip(self.gates, self.ups, self.downs, self.acts, strict=True):
-            x = x + down(act(gate(x)) * up(x))
+        for index in range(2):
+            if self.training and self.use_reentrant is not None:
+                x = checkpoint(self.block, x, index, use_reentrant=self.use_reentrant)
+            else:
+                x = self.block(x, index)
         return x
+
+    def block(self, x: Tensor, index: int) -> Tensor:
+        return x + self.downs[index](self.acts[index](self.gates[index](x)) * self.ups[index](x))
 
 
 def blocks() -> PeftModel:
@@ -114,8 +122,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
             assert torch.equal(found[name], value), name
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("mask_gradient_to_a", [False, True])
+@pytest.mark.parametrize(("backend", "mask_gradient_to_a"), [("eager", False), ("aot_eager", True)])
 def test_a_compiled_model_is_bitwise_the_eager_one(backend: str, mask_gradient_to_a: bool) -> None:
     model = blocks()
     controller, optimizer = controlled(model, mask_gradient_to_a=mask_gradient_to_a)
@@ -135,6 +142,22 @@ def test_hooks_that_come_after_compilation_are_called_and_no_longer_when_they_ha
     passes = controller.observer.forward_passes
     model(**batch(0))
     assert controller.observer.forward_passes == passes
+
+
+def _require_gradient(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    # Reentrant checkpoints train nothing without a gradient that reaches them.
+    kwargs["x"].requires_grad_()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_compiled_model_with_checkpoints_is_bitwise_the_eager_one_without(use_reentrant: bool) -> None:
+    model = blocks()
+    controller, optimizer = controlled(model)
+    inner: Any = model.get_base_model()
+    inner.use_reentrant = use_reentrant
+    inner.register_forward_pre_hook(_require_gradient, with_kwargs=True)
+    compiled: Any = torch.compile(model, backend="aot_eager")
+    assert_same(train(compiled, model, controller, optimizer), in_eager_mode())
 
 
 def test_a_block_compiled_by_itself_is_observed() -> None:
