@@ -18,11 +18,12 @@ from na_lora_lightning.callbacks.model_search import explain_missing_parameters,
 from na_lora_lightning.callbacks.precisions import in_training_dtype, probing_precision
 from na_lora_lightning.callbacks.shared_settings import require_same_settings
 from na_lora_lightning.callbacks.strategies import (
+    is_true_in_any_process,
     reduce_over_processes,
     require_reachable_rows,
     require_supported_strategy,
 )
-from na_lora_lightning.callbacks.trainer_progress import is_logging_step, logged_step, require_progress
+from na_lora_lightning.callbacks.trainer_progress import is_step_to_log, logged_step, require_progress
 from na_lora_lightning.callbacks.tuner_sweeps import Sweep, batches_shown, follow_sweeps, leave_sweeps
 from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.discovery import discover_gates
@@ -77,6 +78,7 @@ class GateCallback(Callback, ABC):
         self._mechanism: TemporalImportance | StepScale | None = None
         self._optimizer: Optimizer | None = None
         self._is_fitting = False
+        self._is_logged = False
         self._logs_next_step = False
         self._step_to_log = 0
         self._steps_before_batch = (0, 0)
@@ -113,6 +115,8 @@ class GateCallback(Callback, ABC):
         self._optimizer = controller.optimizer_of_gates(trainer.optimizers)
         require_whole_closure(trainer, pl_module, self._optimizer)
         self._is_fitting = True
+        # What is measured is added over processes, so all measure where only one of them has a logger.
+        self._is_logged = is_true_in_any_process(trainer, bool(trainer.loggers))
         if self._pending_state is not None:
             self._restore(self._pending_state)
             self._pending_state = None
@@ -193,7 +197,7 @@ class GateCallback(Callback, ABC):
             )
         self._steps_before_batch = (trainer.global_step, controller.steps)
         # A manual optimization may step some batches later.
-        self._logs_next_step = self._logs_next_step or is_logging_step(trainer)
+        self._logs_next_step = self._logs_next_step or (self._is_logged and is_step_to_log(trainer))
         self._step_to_log = logged_step(trainer)
         controller.meter.enabled = self._logs_next_step
         self._show_labels(batch)

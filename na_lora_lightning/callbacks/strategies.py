@@ -101,3 +101,13 @@ def reduce_over_processes(trainer: Trainer) -> Callable[[Tensor], None] | None:
             tensor.copy_(sums)
 
     return reduce
+
+
+def is_true_in_any_process(trainer: Trainer, value: bool) -> bool:
+    """Whether ``value`` is true in one process at least; all of them have to call this."""
+    reduce = reduce_over_processes(trainer)
+    if reduce is None:
+        return value
+    count = torch.tensor(float(value))
+    reduce(count)
+    return bool(count)

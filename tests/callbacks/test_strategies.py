@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -85,10 +88,18 @@ def whole(parameter: Tensor) -> Tensor:
     return (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach().clone()
 
 
-def fit(folder: Path, kind: str, strategy: Any, trainer: dict[str, Any], options: dict[str, Any], **fit: Any) -> None:
+def fit(
+    folder: Path,
+    kind: str,
+    strategy: Any,
+    trainer: dict[str, Any],
+    options: dict[str, Any],
+    kind_of_module: type[Shard] = Shard,
+    **fit: Any,
+) -> None:
     """Fits, and writes what came out in this process."""
     callbacks = mechanisms(**options)
-    module = Shard(kind)
+    module = kind_of_module(kind)
     found = make_trainer(
         folder,
         callbacks=[*callbacks, *trainer.pop("callbacks", [])],
@@ -150,6 +161,47 @@ def test_two_processes_equal_one(
     fit(tmp_path / "one", kind, "auto", dict(trainer), options)
     run_in_processes(fit, tmp_path / "two", kind, STRATEGIES[strategy], {**trainer, "devices": 2}, options)
     compare(tmp_path / "one", tmp_path / "two")
+
+
+def fit_with_one_logger(folder: Path) -> None:
+    first = os.environ["RANK"] == "0"
+    logger = CSVLogger(folder) if first else False
+    strategy = partial(DDPStrategy, timeout=timedelta(seconds=60))
+    fit(folder, "llama", strategy, {"devices": 2, "logger": logger}, {})
+
+
+def test_a_logger_in_one_process_alone_does_not_part_them(tmp_path: Path) -> None:
+    run_in_processes(fit_with_one_logger, tmp_path)
+    ranks = [torch.load(tmp_path / f"rank_{rank}.pt", weights_only=True) for rank in range(2)]
+    assert_equal_states(ranks[0]["lora"], ranks[1]["lora"])
+    (written,) = tmp_path.glob("lightning_logs/*/metrics.csv")
+    assert "selection_misalignment/silu" in written.read_text()
+
+
+class SharesOptimizer(Shard):
+    """Each process keeps the optimizer's state of some parameters and sends those to the others."""
+
+    def configure_optimizers(self) -> Any:
+        if self.trainer.world_size == 1:
+            return super().configure_optimizers()
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        optimizer = ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def test_an_optimizer_that_processes_share_is_masked_on_all(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    fit(tmp_path / "one", "llama", "auto", {}, {}, kind_of_module=SharesOptimizer)
+    run_in_processes(fit_sharing, tmp_path / "two")
+    compare(tmp_path / "one", tmp_path / "two")
+
+
+def fit_sharing(folder: Path) -> None:
+    fit(folder, "llama", "ddp", {"devices": 2}, {}, kind_of_module=SharesOptimizer)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="processes cannot be forked once a graphics card is in use")
