@@ -16,6 +16,9 @@ _EXPORTS = {
     "GateImportanceCallback": "na_lora_lightning.callbacks.gate_importance",
     "StepScaleCallback": "na_lora_lightning.callbacks.step_scale",
     "FitSummaryCallback": "na_lora_lightning.callbacks.fit_summary",
+    "RunCheckpoint": "na_lora_lightning.callbacks.run_checkpoint",
+    "ResumableCurves": "na_lora_lightning.callbacks.run_checkpoint",
+    "AtomicCheckpointIO": "na_lora_lightning.checkpointing",
     "nonlinearity_aware": "na_lora_lightning.plain_pytorch",
     "NALoRATrainerCallback": "na_lora_lightning.transformers_callback",
     "discover_gates": "na_lora_lightning.core.discovery",
@@ -29,7 +32,9 @@ __all__ = [*_EXPORTS, "__version__"]
 if TYPE_CHECKING:
     from na_lora_lightning.callbacks.fit_summary import FitSummaryCallback
     from na_lora_lightning.callbacks.gate_importance import GateImportanceCallback
+    from na_lora_lightning.callbacks.run_checkpoint import ResumableCurves, RunCheckpoint
     from na_lora_lightning.callbacks.step_scale import StepScaleCallback
+    from na_lora_lightning.checkpointing import AtomicCheckpointIO
     from na_lora_lightning.core.discovery import discover_gates
     from na_lora_lightning.data import InstructionDataModule, VisionInstructionDataModule
     from na_lora_lightning.data.labelled_images import LabelledImageDataModule

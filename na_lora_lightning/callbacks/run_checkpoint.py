@@ -28,8 +28,8 @@ class RunCheckpoint(ModelCheckpoint):
 
     A run that goes on from any of them comes to the same weights and curves as one that was never interrupted. For
     that, a checkpoint that is due where validation follows is saved after the validation, whose curves would
-    otherwise be missing; and none is saved between the micro-batches of a step. On SIGTERM the step under way is
-    finished and saved, unless validation follows it, before the trainer stops.
+    otherwise be missing; and none is saved between the micro-batches of a step. On SIGTERM a single process
+    finishes and saves the step under way, unless validation follows it, before the trainer stops.
 
     Args:
         every_n_steps: Optimizer steps from one checkpoint to the next; 0 saves after epochs alone.
@@ -82,7 +82,7 @@ class RunCheckpoint(ModelCheckpoint):
     ) -> None:
         """Saves if it is time to and the step is complete, unless something that belongs to it is still to come."""
         if is_accumulating(trainer):
-            if trainer.received_sigterm:
+            if self._is_told_to_stop(trainer):
                 # The step is finished first, as half of one cannot be saved.
                 self._stops_after_step = True
                 set_received_sigterm(trainer, False)
@@ -91,9 +91,14 @@ class RunCheckpoint(ModelCheckpoint):
             self._stops_after_step = False
             set_received_sigterm(trainer, True)
         every = self._every_n_train_steps
-        self._due = self._due or trainer.received_sigterm or (every > 0 and trainer.global_step % every == 0)
+        self._due = self._due or self._is_told_to_stop(trainer) or (every > 0 and trainer.global_step % every == 0)
         if not is_last_batch(trainer) and not validation_follows(trainer):
             self._save_if_due(trainer)
+
+    @staticmethod
+    def _is_told_to_stop(trainer: Trainer) -> bool:
+        # Each of several processes may be told at another step, and all have to save together.
+        return trainer.world_size == 1 and trainer.received_sigterm
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
