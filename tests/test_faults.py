@@ -18,10 +18,11 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from module_helpers import Batches, quiet_trainer, some_batches
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback, adapters
-from na_lora_lightning.arguments import LoRAArguments
+from na_lora_lightning.arguments import AdapterArguments, LoRAArguments
 from na_lora_lightning.callbacks.run_checkpoint import RunCheckpoint
+from na_lora_lightning.core.statistics import ObserverOptions
 from na_lora_lightning.errors import CheckpointError, ConfigurationError
-from na_lora_lightning.module import NALoRALightningModule
+from na_lora_lightning.module import NALoRALightningModule, NoTargetTokensWarning
 from na_lora_lightning.resuming import DamagedCheckpointWarning, continue_last_run, last_checkpoint, require_writable
 
 PLAIN = Setting("plain", ())
@@ -217,6 +218,30 @@ def test_the_last_run_is_validated_and_another_rank_refused(
     ]
     assert fit(["validate", *common[:-1], "--ckpt_path=best"], tmp_path / "best")[0] == 2
     assert "ckpt_path is 'best', which is known only while a fit runs" in stopped(tmp_path / "best")[0]
+
+
+# ---- a batch without targets ----
+
+
+def test_a_batch_without_targets_moves_no_weight_and_is_counted(workplace: Workplace, tmp_path: Path) -> None:
+    def fitted(batches: list[dict[str, Any]]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        torch.manual_seed(0)
+        base = str(workplace.folder / "base")
+        module = NALoRALightningModule(base, lora=LoRAArguments(r=2, alpha=4), adapter=AdapterArguments(write="never"))
+        callback = GateImportanceCallback(warmup_steps=0, observer=ObserverOptions(max_tokens=None))
+        quiet_trainer(tmp_path, callbacks=[callback]).fit(module, Batches(batches))
+        weights = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+        return weights, callback.state_dict()["mechanism"]
+
+    (batch,) = some_batches(1)
+    without = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    with pytest.warns(NoTargetTokensWarning, match="Training batch 0 has no target token"):
+        weights, statistics = fitted([without])
+    # B begins at zero, and what has no gradient does not move.
+    assert all(not value.any() for name, value in weights.items() if "lora_B" in name)
+    assert statistics["steps"] == 1
+    # Its tokens are real ones, whatever is predicted from them.
+    assert torch.equal(statistics["responsiveness"], fitted([batch])[1]["responsiveness"])
 
 
 # ---- many fits ----
