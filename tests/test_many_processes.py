@@ -22,6 +22,7 @@ from na_lora_lightning.adapters import OtherProcessesWarning, random_state_of_pr
 from na_lora_lightning.arguments import AdapterArguments, EvaluationArguments, LoRAArguments, ScheduleArguments
 from na_lora_lightning.cli import main
 from na_lora_lightning.data import InstructionDataModule
+from na_lora_lightning.dual_encoder import DualEncoderLightningModule
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.module import NALoRALightningModule
 
@@ -153,6 +154,9 @@ def expect_refusals(base: str, folder: Path) -> None:
         trainer = quiet_trainer(folder, strategy=strategy(), devices=2)
         with pytest.raises(ConfigurationError, match=message):
             trainer.fit(NALoRALightningModule(base, **options), Batches(some_batches(1)))
+    trainer = quiet_trainer(folder, strategy=SHARDED(), devices=2)
+    with pytest.raises(ConfigurationError, match="DualEncoderLightningModule does not shard its model; use a single"):
+        trainer.fit(DualEncoderLightningModule(base, class_names=["a", "b"]), Batches(some_batches(1)))
 
 
 def test_what_does_not_work_with_a_sharded_model_is_refused(tmp_path: Path) -> None:

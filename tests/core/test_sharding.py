@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GPT2_TARGETS, LLAMA_TARGETS, random_batch, tiny_gpt2, tiny_llama, tiny_mixtral, with_lora
+from conftest import (
+    GPT2_TARGETS,
+    LLAMA_TARGETS,
+    enable_checkpointing,
+    random_batch,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_mixtral,
+    with_lora,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -184,7 +193,9 @@ def model_of(kind: str) -> Any:
 
 def shard(model: Any, how: str, count: int) -> None:
     """Makes units of parts of a model, the inner ones first."""
-    mesh = init_device_mesh("cpu", (count,))
+    names = ("copies", "shards")
+    mesh = init_device_mesh("cpu", (2, count // 2) if how == "copies" else (1, count), mesh_dim_names=names)
+    mesh = mesh if how == "copies" else mesh["shards"]
     base = model.get_base_model()
     inner = getattr(base, "model", getattr(base, "transformer", base))
     layers = list(inner.layers if hasattr(inner, "layers") else inner.h)
@@ -192,6 +203,7 @@ def shard(model: Any, how: str, count: int) -> None:
     units: dict[str, list[Any]] = {
         "one_unit": [],
         "every_layer": layers,
+        "copies": layers,
         "feed_forward": [layer.mlp for layer in layers] if how == "feed_forward" else [],
         "every_linear_layer": [*adapted, *layers],
         "adapters_apart": [
@@ -217,6 +229,8 @@ def loss_of(kind: str, model: Any, batch: dict[str, Tensor]) -> Tensor:
 def train(folder: Path, kind: str, how: str | None, count: int) -> None:
     model = model_of(kind)
     rank, reduce = 0, None
+    if kind == "checkpointed":
+        enable_checkpointing(model)
     if how is not None:
         distributed.init_process_group("gloo")
         rank, reduce = distributed.get_rank(), distributed.all_reduce
@@ -268,6 +282,8 @@ def train(folder: Path, kind: str, how: str | None, count: int) -> None:
         ("dora", "every_layer", 2),
         ("experts", "every_layer", 3),
         ("bfloat16", "every_layer", 2),
+        ("checkpointed", "every_layer", 2),
+        ("llama", "copies", 6),
     ],
 )
 def test_processes_with_shards_equal_one_with_the_whole(tmp_path: Path, kind: str, how: str, count: int) -> None:
