@@ -8,6 +8,7 @@ ARMS: dict[str, Any] = {
     "lora": {},
     "mask": {"importance": {"warmup_steps": 1, "refresh_every": 1}},
     "keep_all": {"importance": {"keep_fraction": 1.0, "warmup_steps": 0}},
+    "random": {"importance": {"control": "random", "warmup_steps": 0}},
     "equal_norm": {"importance": {"warmup_steps": 0}, "hook": "equal_norm"},
     "scale": {"step_scale": {"granularity": "channel", "normalize": True}},
     "no_gates": {"without_gates": True},

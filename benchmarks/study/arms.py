@@ -100,6 +100,13 @@ class Arm:
             "observer": asdict(ObserverOptions(**self.observer)),
         }
 
+    def options_of(self, seed: int) -> dict[str, Any]:
+        """:attr:`resolved` as a cell of this seed uses it: the random control draws other masks for every seed."""
+        found = self.resolved
+        if self.importance is not None and "seed" not in self.importance:
+            found["importance"]["seed"] = seed
+        return found
+
 
 @dataclass
 class BuiltArm:
@@ -212,12 +219,12 @@ def build(
     controller = None
     gates = GateMap() if arm.method == "adalora" else discover_gates(model)
     if arm.importance is not None or arm.step_scale is not None:
-        controller = GateController(model, gates.require(), ObserverOptions(**arm.observer))
+        options = arm.options_of(seed)
+        controller = GateController(model, gates.require(), ObserverOptions(**options["observer"]))
         if arm.importance is not None:
-            # The random control draws other masks for every seed of the study.
-            controller.set_importance(ImportanceOptions(**({"seed": seed} | dict(arm.importance))))
+            controller.set_importance(ImportanceOptions(**options["importance"]))
         if arm.step_scale is not None:
-            controller.set_step_scale(StepScaleOptions(**arm.step_scale))
+            controller.set_step_scale(StepScaleOptions(**options["step_scale"]))
     hook = arm.hook or ("adalora" if arm.method == "adalora" else None)
     built = BuiltArm(model, optimizer, gates, controller, [])
     if hook is not None:

@@ -120,7 +120,7 @@ def make_result(cell: Cell, ran: dict[str, Any], total_seconds: float) -> dict[s
         "study_info": {
             "fingerprint": cell.fingerprint,
             "project_commit": _package_commit(),
-            "options": cell.arm.resolved,
+            "options": cell.arm.options_of(cell.seed),
             "gates": ran["gates"],
             "probes": ran["probes"],
         },

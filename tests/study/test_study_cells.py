@@ -133,6 +133,21 @@ def test_adalora_is_called_every_step(make_study: Any) -> None:
     assert called == [0, 1, 2]
 
 
+def test_the_random_control_draws_other_masks_for_every_seed(make_study: Any) -> None:
+    study = make_study(["random"], seeds=[3, 4])
+    weights = []
+    for cell in study.cells():
+        arm = built(cell)
+        tokens = torch.arange(2, 34).reshape(2, 16)
+        batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+        training._train_step(arm, batch, 1.0, 0)
+        assert arm.controller is not None
+        weights.append(arm.controller.weights)
+        assert cell.arm.options_of(cell.seed)["importance"]["seed"] == cell.seed
+    assert weights[0].sum() == weights[1].sum() == 24
+    assert not torch.equal(*weights)
+
+
 class CountingHook(ArmHook):
     """A hook that a study names by its path."""
 
