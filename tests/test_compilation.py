@@ -21,6 +21,7 @@ from na_lora_lightning.core.discovery import discover_gates
 from na_lora_lightning.core.importance import ImportanceOptions
 from na_lora_lightning.core.statistics import ObserverOptions
 from na_lora_lightning.core.step_scale import StepScaleOptions
+from na_lora_lightning.lora_inputs import keep_inputs_uncast
 
 ALL_TOKENS = ObserverOptions(max_tokens=None)
 
@@ -178,6 +179,21 @@ def test_inductor_is_close_to_eager_mode() -> None:
     except torch._dynamo.exc.BackendCompilerFailed as error:
         pytest.skip(f"no compiler: {str(error).splitlines()[0]}")
     assert_same(found, in_eager_mode(), tolerance=1e-5)
+
+
+def test_lora_inputs_that_are_kept_uncast_compile_into_one_graph() -> None:
+    found = []
+    for whole_graph in (False, True):
+        model = blocks()
+        for name, parameter in model.named_parameters():
+            if "lora_" not in name:
+                parameter.data = parameter.data.bfloat16()
+        assert keep_inputs_uncast(model) == 3
+        called: Any = torch.compile(model, backend="aot_eager", fullgraph=True) if whole_graph else model
+        called(x=batch(0)["x"].bfloat16()).float().square().mean().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert len(found[0]) == 6
+    assert_same(found[1], found[0])
 
 
 def test_a_whole_graph_cannot_hold_the_hooks() -> None:
