@@ -71,11 +71,16 @@ def states(callbacks: list[Any]) -> list[dict[str, Any]]:
     return [callback.state_dict()["mechanism"] for callback in callbacks]
 
 
+def require_finite_state(callbacks: list[Any]) -> None:
+    for state in states(callbacks):
+        assert all(value.isfinite().all() for value in state.values() if isinstance(value, Tensor))
+
+
 def require_equal(first: Any, second: Any) -> None:
     for one, other in zip(first, second, strict=True):
         assert one.keys() == other.keys()
         for name, value in one.items():
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[name])), name
+            assert torch.equal(value, other[name]) if isinstance(value, Tensor) else value == other[name], name
 
 
 UP = "base_model.model.model.layers.1.mlp.up_proj"
@@ -93,7 +98,7 @@ def test_training_stops_and_names_the_layer(llama: str, tmp_path: Path) -> None:
     # Neither weights nor statistics took anything of it.
     assert len(spoil.weights) == 2
     require_equal([spoil.weights[-1]], [trained(module)])
-    assert all(torch.as_tensor(value).isfinite().all() for state in states(callbacks) for value in state.values())
+    require_finite_state(callbacks)
     assert not any(callback.controller.is_attached for callback in callbacks)
 
 
@@ -173,8 +178,7 @@ def test_statistics_leave_out_a_gate_that_is_not_finite_and_name_it(llama: str, 
     trainer = quiet_trainer(tmp_path, callbacks=[*callbacks, Silence(), Spoil(GATE, {1})], logger=logger)
     with pytest.warns(NonFiniteGateWarning, match=r"gate '.*layers\.1.*' had NaN or infinite pre-activations until"):
         trainer.fit(module, Batches(some_batches(3)))
-    for state in states(callbacks):
-        assert all(torch.as_tensor(value).isfinite().all() for value in state.values())
+    require_finite_state(callbacks)
 
 
 def test_origin_of_what_is_not_finite() -> None:

@@ -305,6 +305,8 @@ class TemporalImportance:
         """Tensors and plain values that restore this object exactly."""
         return {
             "steps": self.steps,
+            "criterion": self.options.criterion,
+            "signed": self.options.signed,
             **{name.lstrip("_"): getattr(self, name).clone() for name in self._STATE},
         }
 
@@ -312,8 +314,15 @@ class TemporalImportance:
         """Restores what :meth:`state_dict` returned.
 
         Raises:
-            ConfigurationError: The state belongs to a model with other gates.
+            ConfigurationError: The state belongs to a model with other gates, or is an average of something else.
         """
+        for name in ("criterion", "signed"):
+            now = getattr(self.options, name)
+            if state.get(name, now) != now:
+                raise ConfigurationError(
+                    f"the checkpoint's importance was averaged with {name}={state[name]!r} and this run has {now!r}, which "
+                    "cannot be averaged with it; resume with the option of the checkpoint, or begin anew."
+                )
         saved = state["weights"].numel()
         if saved != self.layout.total or state["average_weight"].numel() != len(self.layout.sizes):
             raise ConfigurationError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import reference
 import torch
@@ -148,6 +150,11 @@ def test_state_restores_exactly_and_another_layout_is_refused() -> None:
     assert torch.equal(first.importance, second.importance)
     with pytest.raises(ConfigurationError, match="holds the importance of 5 gate channels and the model has 6"):
         TemporalImportance(options, Layout([(1, 3), (1, 3)], CPU)).load_state_dict(first.state_dict())
+    other = replace(options, criterion="output_derivative")
+    with pytest.raises(
+        ConfigurationError, match="criterion='selection_derivative' and this run has 'output_derivative'"
+    ):
+        TemporalImportance(other, Layout([(1, 3), (1, 2)], CPU)).load_state_dict(first.state_dict())
 
 
 def test_a_criterion_that_cannot_rank_is_refused() -> None:
