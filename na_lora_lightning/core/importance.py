@@ -320,8 +320,8 @@ class TemporalImportance:
             now = getattr(self.options, name)
             if state.get(name, now) != now:
                 raise ConfigurationError(
-                    f"the checkpoint's importance was averaged with {name}={state[name]!r} and this run has {now!r}, which "
-                    "cannot be averaged with it; resume with the option of the checkpoint, or begin anew."
+                    f"the checkpoint's importance was averaged with {name}={state[name]!r} and this run has {now!r}, "
+                    "which does not go together; resume with the option of the checkpoint, or begin anew."
                 )
         saved = state["weights"].numel()
         if saved != self.layout.total or state["average_weight"].numel() != len(self.layout.sizes):
