@@ -24,6 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("study", type=Path)
     report.add_argument("--at", choices=("last", "best"), default="last", help="last step, or the best by validation")
     report.add_argument("--baseline", help="arm to compare with (default: the study's)")
+    report.add_argument("--interpolate", action="store_true", help="compare at the bottom of a parabola over rates")
     report.add_argument("--output", type=Path, help="folder for report.md and figures")
     report.add_argument("--figures", action="store_true")
     again = commands.add_parser("reproduce", help="run a result's cell again and compare bit by bit")
@@ -71,7 +72,8 @@ def _run(options: argparse.Namespace) -> int:
         if (config := result["run_info"]["train_config"])["seed"] in study.seeds
         and (config["setting"], config["arm_name"]) in wanted
     ]
-    make_report(found, options.baseline or study.baseline, options.at, options.output, study.name, options.figures)
+    baseline = options.baseline or study.baseline
+    make_report(found, baseline, options.at, options.output, study.name, options.figures, options.interpolate)
     return 0
 
 

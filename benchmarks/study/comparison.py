@@ -2,14 +2,18 @@
 
 Per setting and arm the learning rate is the one of the lowest validation loss, averaged over seeds; the score is what
 the cells of that rate got on the test set. Differences from the baseline are paired by seed.
+
+A grid of learning rates is coarse: an arm that shortens steps sees the curve of losses at other points than the
+baseline does, and may look better for that alone. ``interpolate`` therefore compares the arms at the bottom of a
+parabola through the best rate and its neighbours.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any, Literal
 
@@ -71,12 +75,14 @@ class ArmInSetting:
 
     Attributes:
         rate: That rate.
+        bottom: The rate at the bottom of the parabola, where scores are interpolated; else the same.
         at_edge: Whether it is the lowest or highest that was tried.
         scores: By seed.
         differences: Test loss minus the baseline's, by seed, for the seeds that both have.
     """
 
     rate: float
+    bottom: float
     at_edge: bool
     scores: Mapping[int, Score]
     differences: Mapping[int, float]
@@ -115,7 +121,9 @@ class Verdict:
 Table = dict[str, dict[str, ArmInSetting]]
 
 
-def compare(results: Iterable[Mapping[str, Any]], baseline: str, when: When = "last") -> Table:
+def compare(
+    results: Iterable[Mapping[str, Any]], baseline: str, when: When = "last", interpolate: bool = False
+) -> Table:
     """Arms by setting, each at its best learning rate.
 
     For an arm those seeds count that all its learning rates have; rates with less than half of the most seeds are left
@@ -130,26 +138,56 @@ def compare(results: Iterable[Mapping[str, Any]], baseline: str, when: When = "l
         by_seed[config["seed"]] = score_of(result, when)
     table: Table = {}
     for setting, by_arm in sorted(cells.items()):
-        chosen = {arm: found for arm, by_rate in by_arm.items() if (found := _best(by_rate)) is not None}
+        chosen = {arm: found for arm, by_rate in by_arm.items() if (found := _best(by_rate, interpolate)) is not None}
         reference = chosen.get(baseline)
         table[setting] = {}
-        for arm, (rate, at_edge, scores) in chosen.items():
-            common = sorted(set(scores) & set(reference[2])) if reference else []
-            differences = {seed: scores[seed].test - reference[2][seed].test for seed in common} if reference else {}
-            table[setting][arm] = ArmInSetting(rate, at_edge, scores, differences)
+        for arm, one in chosen.items():
+            common = sorted(set(one.scores) & set(reference.scores)) if reference else []
+            paired = {seed: one.scores[seed].test - reference.scores[seed].test for seed in common} if reference else {}
+            table[setting][arm] = replace(one, differences=paired)
     return table
 
 
-def _best(by_rate: Mapping[float, Mapping[int, Score]]) -> tuple[float, bool, Mapping[int, Score]] | None:
+def _best(by_rate: Mapping[float, Mapping[int, Score]], interpolate: bool) -> ArmInSetting | None:
     most = max(map(len, by_rate.values()))
     # A rate that was added to the grid and has only begun does not count yet.
     by_rate = {rate: scores for rate, scores in by_rate.items() if 2 * len(scores) >= most}
-    seeds = set.intersection(*(set(scores) for scores in by_rate.values()))
+    seeds = sorted(set.intersection(*(set(scores) for scores in by_rate.values())))
     if not seeds:
         return None
-    rate = min(sorted(by_rate), key=lambda one: mean(by_rate[one][seed].valid for seed in seeds))
-    chosen = {seed: by_rate[rate][seed] for seed in sorted(seeds)}
-    return rate, rate in (min(by_rate), max(by_rate)), chosen
+    rates = sorted(by_rate)
+    valid = [mean(by_rate[rate][seed].valid for seed in seeds) for rate in rates]
+    index = valid.index(min(valid))
+    scores = {seed: by_rate[rates[index]][seed] for seed in seeds}
+    at_edge = index in (0, len(rates) - 1)
+    near = slice(index - 1, index + 2)
+    if at_edge or not interpolate or not all(map(math.isfinite, valid[near])):
+        return ArmInSetting(rates[index], rates[index], at_edge, scores, {})
+    places = [math.log(rate) for rate in rates[near]]
+    bottom = _bottom(places, valid[near])
+    for seed, score in scores.items():
+        near_scores = [by_rate[rate][seed] for rate in rates[near]]
+        scores[seed] = replace(
+            score,
+            valid=_parabola(places, [one.valid for one in near_scores], bottom),
+            test=_parabola(places, [one.test for one in near_scores], bottom),
+        )
+    return ArmInSetting(rates[index], math.exp(bottom), at_edge, scores, {})
+
+
+def _parabola(x: Sequence[float], y: Sequence[float], at: float) -> float:
+    """Value at ``at`` of the parabola through three points."""
+    weights = [
+        math.prod((at - x[other]) / (x[own] - x[other]) for other in range(3) if other != own) for own in range(3)
+    ]
+    return sum(weight * value for weight, value in zip(weights, y, strict=True))
+
+
+def _bottom(x: Sequence[float], y: Sequence[float]) -> float:
+    """Where the parabola through three points, the middle one the lowest, has its minimum."""
+    left, right = (y[0] - y[1]) / (x[0] - x[1]), (y[2] - y[1]) / (x[2] - x[1])
+    curvature = (right - left) / (x[2] - x[0])
+    return x[1] if curvature <= 0 else (x[0] + x[1]) / 2 - left / (2 * curvature)
 
 
 def verdicts(table: Table, baseline: str) -> dict[str, Verdict]:

@@ -107,7 +107,7 @@ def setting_rows(table: Table, setting: str, baseline: str) -> Rows:
         rows.append(
             [
                 arm,
-                f"{found.rate:.3g}{'!' if found.at_edge else ''}",
+                f"{found.bottom:.3g}{'!' if found.at_edge else ''}",
                 str(len(found.scores)),
                 _number(found.average("valid")),
                 _number(found.average("test")),
@@ -168,14 +168,20 @@ def show(parts: Sections, console: Console | None = None) -> None:
 
 
 def make_report(
-    results: Sequence[Mapping[str, Any]], baseline: str, when: When, output: Path | None, title: str, figures: bool
+    results: Sequence[Mapping[str, Any]],
+    baseline: str,
+    when: When,
+    output: Path | None,
+    title: str,
+    figures: bool,
+    interpolate: bool = False,
 ) -> Table:
     """Prints a report, and writes it with its figures where ``output`` is a folder.
 
     Raises:
         StudyError: There are no results of the baseline, or figures are wanted without matplotlib.
     """
-    table = compare(results, baseline, when)
+    table = compare(results, baseline, when, interpolate)
     if not any(baseline in arms for arms in table.values()):
         raise StudyError(f"no result of the baseline {baseline!r} is complete for any seed; run the study further.")
     parts = sections(results, table, baseline)

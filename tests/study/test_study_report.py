@@ -112,6 +112,23 @@ def test_rates_are_chosen_by_validation_and_scored_on_test() -> None:
     assert found["mask"].average("misalignment") == pytest.approx(0.1)
 
 
+def test_interpolation_compares_at_the_bottom_of_the_curve() -> None:
+    # Both arms have the same curve of losses over rates; the second is moved by 0.6 steps of the grid.
+    found = []
+    for arm, shift in (("lora", 0.0), ("cut", 0.6)):
+        for exponent in range(-4, 1):
+            for seed in (0, 1):
+                loss = (exponent - shift + 1.75) ** 2 + seed
+                found.append(result(arm, 2.0**exponent, seed, valid=loss, test=2 * loss))
+    assert compare(found, "lora")["s"]["cut"].differences == pytest.approx({0: -0.08, 1: -0.08})
+    fine = compare(found, "lora", interpolate=True)["s"]
+    assert fine["cut"].differences == pytest.approx({0: 0.0, 1: 0.0})
+    assert (fine["lora"].rate, fine["cut"].rate) == (0.25, 0.5)
+    assert (fine["lora"].bottom, fine["cut"].bottom) == pytest.approx((2**-1.75, 2**-1.15))
+    assert fine["cut"].average("test") == pytest.approx(1.0)
+    assert [fine["cut"].scores[seed].valid for seed in (0, 1)] == pytest.approx([0.0, 1.0])
+
+
 def test_the_best_interval_is_early_stopping() -> None:
     found = compare(example(), "lora", "best")["s"]
     assert found["lora"].average("test") == 0.75
