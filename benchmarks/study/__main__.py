@@ -13,7 +13,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     pretrain = commands.add_parser("pretrain", help="pretrain the small models, once")
-    pretrain.add_argument("rest", nargs=argparse.REMAINDER)
+    pretrain.add_argument("models", nargs="*", metavar="MODEL", help="which (default: all)")
     run = commands.add_parser("run", help="run what is left of a study")
     run.add_argument("study", type=Path)
     run.add_argument("--minutes", type=float, help="start no cell that would end after this many minutes")
@@ -37,9 +37,9 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> int:
     # Each command imports what it needs: reports start without torch's and transformers' seconds.
     if options.command == "pretrain":
-        from benchmarks.study.pretraining import main as pretrain
+        from benchmarks.study.pretraining import pretrain_missing
 
-        pretrain(options.rest)
+        pretrain_missing(options.models)
         return 0
     if options.command == "reproduce":
         from benchmarks.study.reproduce import reproduce

@@ -7,11 +7,11 @@ model takes two bytes a parameter.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,16 +182,17 @@ def read_record(folder: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_text()))
 
 
-def main(arguments: list[str]) -> None:
-    """``python -m benchmarks.study pretrain``."""
-    parser = argparse.ArgumentParser(prog="pretrain", description="Pretrain the study's small models.")
-    parser.add_argument("names", nargs="*", metavar="model", help="models (default: all)")
-    parser.add_argument("--folder", type=Path, default=FOLDER)
-    parser.add_argument("--steps", type=int, default=5000)
-    options = parser.parse_args(arguments)
+def pretrain_missing(names: Sequence[str], folder: Path = FOLDER, steps: int = 5000) -> None:
+    """Pretrains those of the models that are not there yet, on one thread.
+
+    Raises:
+        StudyError: There is no model of that name.
+    """
     torch.set_num_threads(1)
-    for name in options.names or ARCHITECTURES:
-        if (options.folder / name / "pretraining.json").is_file():
+    for name in names or ARCHITECTURES:
+        if name not in ARCHITECTURES:
+            raise StudyError(f"there is no recipe for a model {name!r}; choose one of {', '.join(ARCHITECTURES)}.")
+        if (folder / name / "pretraining.json").is_file():
             print(f"{name} is there already")
-            continue
-        print(json.dumps(pretrain(name, options.folder, steps=options.steps)))
+        else:
+            print(json.dumps(pretrain(name, folder, steps=steps)))
