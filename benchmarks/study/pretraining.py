@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from benchmarks.study import corpus
 from benchmarks.study.errors import StudyError
 
 FOLDER = Path(".cache/study/models")
+# Models that the project ships, if it does: another machine's processor would pretrain others, bit for bit.
+SHIPPED = Path(__file__).parent / "models"
 END = "<end>"
 VOCABULARY = 1024
 _LAYERS, _HIDDEN, _HEADS, _POSITIONS = 4, 128, 4, 256
@@ -183,7 +186,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def pretrain_missing(names: Sequence[str], folder: Path = FOLDER, steps: int = 5000) -> None:
-    """Pretrains those of the models that are not there yet, on one thread.
+    """Copies the models that the project ships, and pretrains the others that are not there yet, on one thread.
 
     Raises:
         StudyError: There is no model of that name.
@@ -194,5 +197,8 @@ def pretrain_missing(names: Sequence[str], folder: Path = FOLDER, steps: int = 5
             raise StudyError(f"there is no recipe for a model {name!r}; choose one of {', '.join(ARCHITECTURES)}.")
         if (folder / name / "pretraining.json").is_file():
             print(f"{name} is there already")
+        elif (SHIPPED / name / "pretraining.json").is_file():
+            shutil.copytree(SHIPPED / name, folder / name)
+            print(f"{name} is copied from {SHIPPED}")
         else:
             print(json.dumps(pretrain(name, folder, steps=steps)))

@@ -27,9 +27,7 @@ def test_a_study_from_the_command_line(make_study: Any, tmp_path: Path, capsys: 
     assert "equal, bit by bit" in capsys.readouterr().out
 
 
-def test_a_changed_result_is_no_match(
-    make_study: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_changed_result_is_no_match(make_study: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_study(["lora"])
     assert main(["run", str(tmp_path / "tiny.yaml"), "--results", str(tmp_path / "results")]) == 0
     file = next((tmp_path / "results").rglob("*.json"))

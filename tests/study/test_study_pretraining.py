@@ -34,6 +34,16 @@ def test_a_pretrained_model_is_loaded_as_it_was_saved(
     assert pretraining.weights_digest(again) == record["weights_sha256"]
 
 
+def test_a_shipped_model_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shipped" / "llama-silu").mkdir(parents=True)
+    (tmp_path / "shipped" / "llama-silu" / "pretraining.json").write_text('{"name": "llama-silu"}')
+    monkeypatch.setattr(pretraining, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(pretraining, "pretrain", lambda *args, **kwargs: pytest.fail("pretrained"))
+    pretraining.pretrain_missing(["llama-silu"], tmp_path / "models")
+    pretraining.pretrain_missing(["llama-silu"], tmp_path / "models")
+    assert pretraining.read_record(tmp_path / "models" / "llama-silu") == {"name": "llama-silu"}
+
+
 def test_a_missing_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="there is no model in"):
         training.fresh_model(str(tmp_path), "float32", torch.device("cpu"))
