@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODEL := .cache/quickstart/SmolLM2-135M-Instruct
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart gemma digits test zoo check format benchmark clean
+.PHONY: help install quickstart gemma digits test zoo faults soak check format benchmark clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -34,6 +34,12 @@ test: install ## Run the tests
 
 zoo: install ## Check gates on a tiny model of every type of transformers, and write docs/model_zoo.md
 	cd tests && ../$(BIN)/python -m zoo.report --jobs 2 --output ../docs/model_zoo.md
+
+faults: install ## Kill na-lora fit a hundred times, resume, compare bitwise, and write docs/faults.md
+	cd tests && ../$(BIN)/python -W ignore -m faults.campaign --kills 100 --output ../docs/faults.md
+
+soak: install ## 2,000 steps and 20 fits: memory and hooks, written to docs/faults.md
+	cd tests && ../$(BIN)/python -W ignore -m faults.soak --output ../docs/faults.md
 
 check: install ## Lint, format check and types
 	$(BIN)/ruff check
