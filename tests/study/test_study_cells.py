@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from study_fixtures import base_models_folder, pools_folder, study_maker  # noqa: F401
 from study_helpers import ARMS
 
 from benchmarks.study import result_files, training

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from study_fixtures import base_models_folder, pools_folder, study_maker  # noqa: F401
 
 from benchmarks.study.__main__ import main
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from study_fixtures import base_models_folder, pools_folder, study_maker  # noqa: F401
 
 from benchmarks.study import corpus, tasks
 from benchmarks.study.encoding import IGNORED, collate, encode

@@ -17,8 +17,8 @@ from benchmarks.study.pretraining import make_tokenizer
 from benchmarks.study.specification import Study, load_study
 
 
-@pytest.fixture(scope="session")
-def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="session", name="base_model")
+def base_models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a Llama with two layers of 24 gates, with a tokenizer and held-out windows."""
     folder = tmp_path_factory.mktemp("base")
     tokenizer = make_tokenizer(["a digit is drawn with dots and crosses", "Digit: 3"])
@@ -39,13 +39,13 @@ def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def cached_pools(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, name="cached_pools")
+def pools_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "CACHE", tmp_path_factory.getbasetemp() / "pools")
 
 
-@pytest.fixture
-def make_study(base_model: Path, tmp_path: Path) -> Any:
+@pytest.fixture(name="make_study")
+def study_maker(base_model: Path, tmp_path: Path) -> Any:
     """Writes a study file with some of the arms and reads it."""
 
     def make(arms: list[str], seeds: list[int] | None = None, **changes: Any) -> Study:
