@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,11 @@ def _number(value: float, digits: int = 4, sign: bool = False) -> str:
     return f"{value:{'+' if sign else ''}.{digits}f}"
 
 
+def _mean(values: Iterable[float]) -> float:
+    given = list(values)
+    return sum(given) / len(given) if given else math.inf
+
+
 def verdict_rows(found: Mapping[str, Verdict]) -> Rows:
     """One row for each arm: pooled over settings."""
     return [
@@ -89,17 +94,17 @@ def mechanism_rows(found: Mapping[str, Mechanism]) -> Rows:
 
 
 def setting_rows(table: Table, setting: str, baseline: str) -> Rows:
-    """One row for each arm of a setting, best test loss first; an edge rate is marked with ``!``."""
+    """One row for each arm of a setting, greatest gain over the baseline first; an edge rate is marked with ``!``."""
     arms = table[setting]
     rows = []
-    for arm, found in sorted(arms.items(), key=lambda entry: entry[1].average("test")):
+    for arm, found in sorted(arms.items(), key=lambda entry: (_mean(entry[1].differences.values()), entry[0])):
         differences = list(found.differences.values())
         paired = ["", "", "", ""]
         if arm != baseline and differences and all(map(math.isfinite, differences)):
             lower, upper = bootstrap_interval([differences])
             better, pairs, p_value = sign_test(differences)
             paired = [
-                _number(sum(differences) / len(differences), sign=True),
+                _number(_mean(differences), sign=True),
                 f"{_number(lower, sign=True)} … {_number(upper, sign=True)}",
                 f"{better}/{pairs}",
                 f"{p_value:.3f}",
