@@ -68,9 +68,6 @@ class Averaging(torch.optim.SGD):
 class ScheduleFree(torch.optim.SGD):
     """SGD by Defazio et al.: the parameter is y in training and x in evaluation, z is in the state."""
 
-    # As if it were of the package.
-    __module__ = "schedulefree.stand_in"
-
     averaged = 0
     in_training = True
 
@@ -105,6 +102,12 @@ class ScheduleFree(torch.optim.SGD):
             parameter.add_(gradient, alpha=lr * (0.9 * (1 - weight) - 1))
             z.sub_(gradient, alpha=lr)
         return loss
+
+
+@pytest.fixture(autouse=True)
+def of_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the stand-in be of the package, and no longer than a test: jsonargparse imports what any optimizer is of."""
+    monkeypatch.setattr(ScheduleFree, "__module__", "schedulefree.stand_in")
 
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
