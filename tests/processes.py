@@ -32,6 +32,8 @@ def _call(rank: int, function: Callable[..., None], arguments: tuple[Any, ...], 
         "GROUP_RANK": "0",
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
+        # As torchrun sets it.
+        "OMP_NUM_THREADS": "1",
         "TORCHELASTIC_RUN_ID": "tests",
     }
     function(*arguments)

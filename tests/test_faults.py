@@ -203,6 +203,8 @@ def test_damaged_checkpoints_are_passed_over_by_name(tmp_path: Path) -> None:
     with pytest.warns(DamagedCheckpointWarning, match=r"newest\.ckpt' is damaged: it is incomplete; .*before\.ckpt'\."):
         assert continue_last_run(trainer) == str(before)
     before.write_bytes(b"")
+    # Written just now both, and a file's time may be too coarse to tell which was later.
+    os.utime(newest, ns=(0, 0))
     with pytest.raises(CheckpointError, match=r"Every checkpoint in .* is damaged \(before\.ckpt: it is empty\)"):
         continue_last_run(trainer)
 
