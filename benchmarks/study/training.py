@@ -74,7 +74,7 @@ def held_out_windows(folder: str, tokenizer: Any) -> Tensor:
     """Windows of held-out documentation, ``[32, 128]``, on which forgetting is measured."""
     kept = Path(folder) / "held_out.pt"
     if kept.is_file():
-        return torch.load(kept)[:_HELD_OUT_WINDOWS]
+        return torch.load(kept, weights_only=True)[:_HELD_OUT_WINDOWS]
     documents = [example.answer for example in tasks.pool({"kind": "documentation"})]
     return windows_of(token_stream(tokenizer, documents), _HELD_OUT_WINDOWS, _HELD_OUT_LENGTH)
 
