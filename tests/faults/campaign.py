@@ -115,7 +115,8 @@ def interrupt_from_outside(place: Workplace, run: Path, setting: Setting, draw: 
     """Kills a run that nothing prepared: the command itself, imports and all."""
     command = [sys.executable, "-m", "na_lora_lightning", *place.arguments(run, setting, "--ckpt_path=last")]
     with run.with_suffix(".log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=dict(os.environ))
+        # As many threads as the runs that it is compared with: sums in another order round otherwise.
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
         # Until it trains, then a little longer.
         while process.poll() is None and not list(run.rglob("*.ckpt")):
             time.sleep(0.02)
