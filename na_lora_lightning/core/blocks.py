@@ -78,6 +78,17 @@ class Unadaptable(str):
     """Why a gate cannot be adapted, though it is one."""
 
 
+def _width_of_heads(root: nn.Module) -> int | None:
+    """The vocabulary's size, which tells a head that a model does not name; None where blocks are just as wide."""
+    size = vocabulary_size(root)
+    get_embeddings = getattr(root, "get_input_embeddings", None)
+    try:
+        embeddings = get_embeddings() if callable(get_embeddings) else None
+    except NotImplementedError:
+        embeddings = None
+    return None if size == getattr(embeddings, "embedding_dim", None) else size
+
+
 class Blocks:
     """Answers for every activation of a trace.
 
@@ -92,7 +103,7 @@ class Blocks:
         self._root = root
         get_head = getattr(root, "get_output_embeddings", None)
         self._head = get_head() if callable(get_head) else None
-        self._vocabulary = vocabulary_size(root)
+        self._vocabulary = _width_of_heads(root)
         self._linear_of_leaf = trace.linear_of_leaf()
         self._nodes = {call.output.grad_fn for call in activations if call.output.grad_fn is not None}
         # One walk per linear layer, from its input back to the activations, serves all activations.

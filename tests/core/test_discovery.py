@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import LlamaForCausalLM
 
 from na_lora_lightning.core.discovery import default_inputs, discover_gates, root_of
 from na_lora_lightning.core.row_probe import probe_rows, storage_rows
@@ -57,6 +58,12 @@ def test_a_perturbed_row_changes_exactly_its_channel(
             with torch.no_grad():
                 rows.parameter[site.rows[channel]] -= 1.0
             before = pre_activation(model, site.source.module)
+
+
+def test_a_block_as_wide_as_the_vocabulary_is_no_output_head() -> None:
+    config = tiny_llama().config
+    config.vocab_size = config.hidden_size
+    assert len(discover_gates(with_lora(LlamaForCausalLM(config), LLAMA_TARGETS)).require()) == 2
 
 
 def test_llama_sites_are_gated_and_gpt2_sites_plain() -> None:
