@@ -18,6 +18,7 @@ from na_lora_lightning.core.lora_layers import is_lora_layer, lora_a, lora_b
 
 if TYPE_CHECKING:
     from benchmarks.study.arms import BuiltArm
+    from na_lora_lightning.core.activations import ActivationValues
     from na_lora_lightning.core.sites import GateSite
 
 _LARGEST = 4.0
@@ -158,6 +159,44 @@ class SelectionTrustRegion(ResponsivePower):
         """See the class."""
         predicted = self._importance(target) * moved.norm(dim=1)
         return (self._budget * predicted.mean() / predicted.clamp(min=1e-30)).clamp(max=1.0)
+
+
+class MaskOfUpLayer(RowRule):
+    """The arm's mask also holds the rows of the up layer that feed the same channels."""
+
+    def __init__(self, built: BuiltArm) -> None:
+        super().__init__(built, layers=("up",), keep_norm=False)
+        if built.controller is None:
+            raise StudyError("the rule copies the weights of a mechanism; give the arm importance or step_scale.")
+
+    def weights(self, target: Target, step: int, moved: Tensor) -> Tensor | None:
+        """See the class."""
+        assert self.built.controller is not None
+        return self.built.controller.weights[self.built.controller.layout.site_slices[target.site]]
+
+
+class ActivityCollector:
+    """Sums |φ'(z)|·|φ(z)| over tokens, per channel: responsive and also in use."""
+
+    components = 1
+
+    def columns(self, site: GateSite) -> int:
+        """One column per gate channel."""
+        return site.channels
+
+    def collect(self, values: ActivationValues, token_weight: Tensor) -> Tensor:
+        """The sum, ``[1, channels]``."""
+        return (token_weight @ (values.output_derivative * values.output).abs()).reshape(1, -1)
+
+
+class ActivityWeighted(ArmHook):
+    """The arm's temporal importance is the mean of |φ'|·|φ| instead of its own criterion."""
+
+    def __init__(self, built: BuiltArm) -> None:
+        super().__init__(built)
+        if built.controller is None or built.controller.importance is None:
+            raise StudyError("the rule replaces the criterion of a mask; give the arm importance.")
+        built.controller.observer.add("importance", ActivityCollector())
 
 
 class TimeWindow(RowRule):

@@ -22,6 +22,8 @@ def rule(name: str, base: Any, **options: Any) -> Any:
     given = {"hook": f"benchmarks.study.candidates:{name}", "hook_options": options}
     if name in ("ResponsivePower", "SelectionTrustRegion"):
         given["importance"] = MEASURE
+    elif name in ("MaskOfUpLayer", "ActivityWeighted"):
+        given["importance"] = {"warmup_steps": 0, "refresh_every": 1}
     arm = Arm.from_options("candidate", given)
     lora = {"rank": 2, "alpha": 4, "targets": "ffn"}
     settings = {"steps": 4, "weight_decay": 0.0}
@@ -102,3 +104,31 @@ def test_what_a_rule_does_not_know_is_refused(base_model: Any) -> None:
     model = training.fresh_model(str(base_model), "float32", torch.device("cpu"))
     with pytest.raises(StudyError, match="needs importance"):
         build(model, arm, {"rank": 2, "alpha": 4, "targets": "ffn"}, {"steps": 4, "weight_decay": 0.0}, 0.01, 0)
+
+
+def test_the_up_layer_is_held_where_the_mask_holds_the_gate(base_model: Any) -> None:
+    built = rule("MaskOfUpLayer", base_model)
+    take_step(built, 0)
+    whole, weighed = take_step(built, 1)
+    slices = built.controller.layout.site_slices
+    for target, plain, own in zip(built.hooks[0].targets, whole, weighed, strict=True):
+        kept = built.controller.weights[slices[target.site]]
+        assert sorted(set(kept.tolist())) == [0.0, 1.0]
+        assert plain.norm(dim=1).min() > 0
+        torch.testing.assert_close(own, kept[:, None] * plain, rtol=1e-3, atol=1e-7)
+
+
+def test_activity_is_averaged_over_tokens(base_model: Any) -> None:
+    built = rule("ActivityWeighted", base_model)
+    seen: dict[str, torch.Tensor] = {}
+    sites = list(built.gates)
+    for site in sites:
+        site.lora_layer.register_forward_hook(lambda _, __, out, name=site.name: seen.setdefault(name, out.detach()))
+    tokens = torch.randint(0, 60, (2, 8), generator=torch.Generator().manual_seed(0))
+    built.model(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=tokens).loss.backward()
+    built.optimizer.step()
+    z = torch.cat([seen[site.name].reshape(-1, site.channels) for site in sites], dim=1).requires_grad_()
+    output = torch.nn.functional.silu(z)
+    (derivative,) = torch.autograd.grad(output.sum(), z)
+    expected = (output * derivative).abs().mean(dim=0).detach()
+    torch.testing.assert_close(built.controller.importance.responsiveness, expected, rtol=1e-4, atol=1e-7)
