@@ -29,7 +29,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--figures", action="store_true")
     again = commands.add_parser("reproduce", help="run a result's cell again and compare bit by bit")
     again.add_argument("result", type=Path)
-    for command in (run, status, report):
+    evidence = commands.add_parser("evidence", help="fill docs/evidence.md from results alone")
+    evidence.add_argument("--check", action="store_true", help="change nothing; fail where it would change")
+    for command in (run, status, report, evidence):
         command.add_argument("--results", type=Path, help="folder of results (default: results/ beside this file)")
     return parser
 
@@ -48,6 +50,13 @@ def _run(options: argparse.Namespace) -> int:
         print("\n".join(differences) or "equal, bit by bit")
         return 1 if differences else 0
     from benchmarks.study import result_files
+
+    if options.command == "evidence":
+        from benchmarks.study.evidence import DOCUMENT, write_evidence
+
+        same = write_evidence(options.results or result_files.RESULTS, check=options.check)
+        print(f"{DOCUMENT.name} " + ("says what the results say" if same else "was behind the results"))
+        return 1 if options.check and not same else 0
     from benchmarks.study.specification import load_study
 
     study = load_study(options.study)

@@ -225,3 +225,29 @@ class TimeWindow(RowRule):
     def weights(self, target: Target, step: int, moved: Tensor) -> Tensor | None:
         """See the class."""
         return torch.full((len(moved),), self._factor) if self._inside(step) else None
+
+
+class SlowA(ArmHook):
+    """A smaller learning rate for the matrices A of gate layers, of the whole block, or of all layers.
+
+    A step of A moves the selection of every channel at once, whichever channels asked for it; a step of B moves each
+    channel by its own gradient.
+
+    Args:
+        built: The arm.
+        factor: On the learning rate.
+        layers: ``"gate"``, ``"others"`` (all but the gates) or ``"all"``.
+    """
+
+    def __init__(self, built: BuiltArm, factor: float, layers: str = "gate") -> None:
+        super().__init__(built)
+        gates = {id(lora_a(site.lora_layer, "default").weight) for site in built.gates}
+        slow = [
+            parameter
+            for name, parameter in built.model.named_parameters()
+            if "lora_A" in name and (layers == "all" or (id(parameter) in gates) == (layers == "gate"))
+        ]
+        chosen = {id(parameter) for parameter in slow}
+        for group in built.optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
+        built.optimizer.add_param_group({"params": slow, "lr": factor * built.optimizer.param_groups[0]["lr"]})

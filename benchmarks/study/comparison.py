@@ -5,7 +5,7 @@ the cells of that rate got on the test set. Differences from the baseline are pa
 
 A grid of learning rates is coarse: an arm that shortens steps sees the curve of losses at other points than the
 baseline does, and may look better for that alone. ``interpolate`` therefore compares the arms at the bottom of a
-parabola through the best rate and its neighbours.
+parabola through the best rate and its neighbours; forgetting and misalignment are those of the same place.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import Any, Literal
 from benchmarks.study.paired import bootstrap_interval, holm, sign_test
 
 When = Literal["last", "best"]
+_FEWEST = 3
+_CURVES = ("valid", "test", "forgetting", "misalignment")
 
 
 @dataclass(frozen=True)
@@ -126,8 +128,8 @@ def compare(
 ) -> Table:
     """Arms by setting, each at its best learning rate.
 
-    For an arm those seeds count that all its learning rates have; rates with less than half of the most seeds are left
-    out.
+    For an arm those learning rates count that have the most seeds. While less than three do, those with at least half
+    as many count too, and of the seeds those that all these rates have.
     """
     cells: dict[str, dict[str, dict[float, dict[int, Score]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(dict))
@@ -150,8 +152,9 @@ def compare(
 
 def _best(by_rate: Mapping[float, Mapping[int, Score]], interpolate: bool) -> ArmInSetting | None:
     most = max(map(len, by_rate.values()))
-    # A rate that was added to the grid and has only begun does not count yet.
-    by_rate = {rate: scores for rate, scores in by_rate.items() if 2 * len(scores) >= most}
+    whole = {rate: scores for rate, scores in by_rate.items() if len(scores) == most}
+    # A rate that was added to the grid and has only begun, or that a wider and shorter study left, does not count.
+    by_rate = whole if len(whole) >= _FEWEST else {rate: own for rate, own in by_rate.items() if 2 * len(own) >= most}
     seeds = sorted(set.intersection(*(set(scores) for scores in by_rate.values())))
     if not seeds:
         return None
@@ -167,15 +170,17 @@ def _best(by_rate: Mapping[float, Mapping[int, Score]], interpolate: bool) -> Ar
     bottom = _bottom(places, valid[near])
     for seed, score in scores.items():
         near_scores = [by_rate[rate][seed] for rate in rates[near]]
-        scores[seed] = replace(
-            score,
-            valid=_parabola(places, [one.valid for one in near_scores], bottom),
-            test=_parabola(places, [one.test for one in near_scores], bottom),
-        )
+        between = {name: _between(places, [getattr(one, name) for one in near_scores], bottom) for name in _CURVES}
+        scores[seed] = replace(score, **between)
     return ArmInSetting(rates[index], math.exp(bottom), at_edge, scores, {})
 
 
-def _parabola(x: Sequence[float], y: Sequence[float], at: float) -> float:
+def _between(places: Sequence[float], values: Sequence[Any], at: float) -> Any:
+    """:func:`parabola`, or None where a value was not measured."""
+    return None if None in values else parabola(places, values, at)
+
+
+def parabola(x: Sequence[float], y: Sequence[float], at: float) -> float:
     """Value at ``at`` of the parabola through three points."""
     weights = [
         math.prod((at - x[other]) / (x[own] - x[other]) for other in range(3) if other != own) for own in range(3)

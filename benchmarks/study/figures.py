@@ -14,8 +14,8 @@ from benchmarks.study.errors import StudyError
 _CURVES = 6
 
 
-def draw(results: Sequence[Mapping[str, Any]], table: Table, baseline: str, when: When, output: Path) -> None:
-    """Draws ``differences.svg``, ``rates.svg`` and ``walk.svg`` into a folder.
+def pyplot() -> Any:
+    """Pyplot of matplotlib, set up to write the same SVG each time.
 
     Raises:
         StudyError: matplotlib is not installed.
@@ -23,19 +23,35 @@ def draw(results: Sequence[Mapping[str, Any]], table: Table, baseline: str, when
     try:
         import matplotlib
     except ImportError as error:
-        raise StudyError("figures need matplotlib; install it, or report without --figures.") from error
+        raise StudyError("figures need matplotlib; install it, or go without them.") from error
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "study"
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def save(plt: Any, figure: Any, file: Path) -> None:
+    """Writes a figure without its date, and closes it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, metadata={"Date": None})
+    plt.close(figure)
+
+
+def draw(results: Sequence[Mapping[str, Any]], table: Table, baseline: str, when: When, output: Path) -> None:
+    """Draws ``differences.svg``, ``rates.svg`` and ``walk.svg`` into a folder.
+
+    Raises:
+        StudyError: matplotlib is not installed.
+    """
+    plt = pyplot()
     best = list(verdicts(table, baseline))[: _CURVES - 1]
     for name, figure in (
         ("differences", _differences(plt, table, baseline)),
         ("rates", _rates(plt, results, table, [baseline, *best], when)),
         ("walk", _walk(plt, results, table, [baseline, *best])),
     ):
-        figure.savefig(output / f"{name}.svg", metadata={"Date": None})
-        plt.close(figure)
+        save(plt, figure, output / f"{name}.svg")
 
 
 def _differences(plt: Any, table: Table, baseline: str) -> Any:

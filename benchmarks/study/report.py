@@ -16,7 +16,7 @@ from benchmarks.study.mechanism import Mechanism, mechanisms
 from benchmarks.study.paired import bootstrap_interval, sign_test
 
 Rows = list[list[str]]
-_VERDICT_HEAD = ["arm", "settings", "test loss, % of baseline", "95 % interval", "better", "p", "p (Holm)", "time"]
+VERDICT_HEAD = ["arm", "settings", "test loss, % of baseline", "95 % interval", "better", "p", "p (Holm)", "time"]
 _SETTING_HEAD = [
     "arm",
     "rate",
@@ -36,7 +36,7 @@ _SETTING_HEAD = [
 ]
 
 
-_MECHANISM_HEAD = [
+MECHANISM_HEAD = [
     "arm",
     "pairs",
     "|Δρ| ÷ baseline",
@@ -48,7 +48,8 @@ _MECHANISM_HEAD = [
 ]
 
 
-def _number(value: float, digits: int = 4, sign: bool = False) -> str:
+def shown(value: float, digits: int = 4, sign: bool = False) -> str:
+    """A number for a table: a dash where it was not measured, a word where it is infinite."""
     if not math.isfinite(value):
         return "–" if math.isnan(value) else "diverged"
     return f"{value:{'+' if sign else ''}.{digits}f}"
@@ -65,12 +66,12 @@ def verdict_rows(found: Mapping[str, Verdict]) -> Rows:
         [
             arm,
             str(one.settings),
-            _number(one.relative, 2, sign=True),
-            f"{_number(one.interval[0], 2, sign=True)} … {_number(one.interval[1], 2, sign=True)}",
+            shown(one.relative, 2, sign=True),
+            f"{shown(one.interval[0], 2, sign=True)} … {shown(one.interval[1], 2, sign=True)}",
             f"{one.better}/{one.pairs}",
             f"{one.p_value:.3f}",
             f"{one.adjusted:.3f}",
-            _number(one.time, 2),
+            shown(one.time, 2),
         ]
         for arm, one in found.items()
     ]
@@ -82,12 +83,12 @@ def mechanism_rows(found: Mapping[str, Mechanism]) -> Rows:
         [
             arm,
             str(one.pairs),
-            _number(one.misalignment, 3),
+            shown(one.misalignment, 3),
             "/".join(map(str, one.less_misaligned)),
-            _number(one.forgetting, 4, sign=True),
+            shown(one.forgetting, 4, sign=True),
             "/".join(map(str, one.less_forgotten)),
-            _number(one.worse, 4, sign=True),
-            _number(one.walk, 3),
+            shown(one.worse, 4, sign=True),
+            shown(one.walk, 3),
         ]
         for arm, one in found.items()
     ]
@@ -104,8 +105,8 @@ def setting_rows(table: Table, setting: str, baseline: str) -> Rows:
             lower, upper = bootstrap_interval([differences])
             better, pairs, p_value = sign_test(differences)
             paired = [
-                _number(_mean(differences), sign=True),
-                f"{_number(lower, sign=True)} … {_number(upper, sign=True)}",
+                shown(_mean(differences), sign=True),
+                f"{shown(lower, sign=True)} … {shown(upper, sign=True)}",
                 f"{better}/{pairs}",
                 f"{p_value:.3f}",
             ]
@@ -114,14 +115,14 @@ def setting_rows(table: Table, setting: str, baseline: str) -> Rows:
                 arm,
                 f"{found.bottom:.3g}{'!' if found.at_edge else ''}",
                 str(len(found.scores)),
-                _number(found.average("valid")),
-                _number(found.average("test")),
+                shown(found.average("valid")),
+                shown(found.average("test")),
                 *paired,
-                _number(100 * found.average("accuracy"), 1),
-                _number(found.average("forgetting"), 3, sign=True),
-                _number(found.average("misalignment")),
-                _number(found.average("seconds") / arms[baseline].average("seconds"), 2) if baseline in arms else "–",
-                _number(found.average("memory") / 2**20, 0),
+                shown(100 * found.average("accuracy"), 1),
+                shown(found.average("forgetting"), 3, sign=True),
+                shown(found.average("misalignment")),
+                shown(found.average("seconds") / arms[baseline].average("seconds"), 2) if baseline in arms else "–",
+                shown(found.average("memory") / 2**20, 0),
                 str(round(found.average("parameters"))),
             ]
         )
@@ -140,8 +141,8 @@ Sections = dict[str, tuple[list[str], Rows]]
 def sections(results: Sequence[Mapping[str, Any]], table: Table, baseline: str) -> Sections:
     """Heads and rows of all tables, by title."""
     found: Sections = {
-        "All settings": (_VERDICT_HEAD, verdict_rows(verdicts(table, baseline))),
-        "Mechanism, at equal rates and seeds": (_MECHANISM_HEAD, mechanism_rows(mechanisms(results, baseline))),
+        "All settings": (VERDICT_HEAD, verdict_rows(verdicts(table, baseline))),
+        "Mechanism, at equal rates and seeds": (MECHANISM_HEAD, mechanism_rows(mechanisms(results, baseline))),
     }
     return found | {setting: (_SETTING_HEAD, setting_rows(table, setting, baseline)) for setting in table}
 
@@ -164,12 +165,12 @@ def show(parts: Sections, console: Console | None = None) -> None:
     if not console.is_terminal:
         console = Console(width=200)
     for title, (head, rows) in parts.items():
-        shown = RichTable(title=title, title_justify="left")
+        printed = RichTable(title=title, title_justify="left")
         for index, name in enumerate(head):
-            shown.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0)
+            printed.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0)
         for row in rows:
-            shown.add_row(*row)
-        console.print(shown)
+            printed.add_row(*row)
+        console.print(printed)
 
 
 def make_report(

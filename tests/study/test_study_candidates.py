@@ -132,3 +132,18 @@ def test_activity_is_averaged_over_tokens(base_model: Any) -> None:
     (derivative,) = torch.autograd.grad(output.sum(), z)
     expected = (output * derivative).abs().mean(dim=0).detach()
     torch.testing.assert_close(built.controller.importance.responsiveness, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(("layers", "slow"), [("gate", 2), ("others", 4), ("all", 6)])
+def test_a_is_slowed_by_its_learning_rate(base_model: Any, layers: str, slow: int) -> None:
+    given = {"hook": "benchmarks.study.candidates:SlowA", "hook_options": {"factor": 0.25, "layers": layers}}
+    model = training.fresh_model(str(base_model), "float32", torch.device("cpu"))
+    settings = {"steps": 4, "weight_decay": 0.0}
+    built = build(model, Arm.from_options("slow", given), {"rank": 2, "alpha": 4, "targets": "ffn"}, settings, 0.01, 0)
+    fast, slowed = built.optimizer.param_groups
+    assert (fast["lr"], slowed["lr"]) == (0.01, 0.0025)
+    names = {id(p): name for name, p in built.model.named_parameters()}
+    found = [names[id(p)] for p in slowed["params"]]
+    assert len(found) == slow
+    assert all("lora_A" in name and (layers == "all" or ("gate_proj" in name) == (layers == "gate")) for name in found)
+    assert len(fast["params"]) + len(slowed["params"]) == 12
