@@ -1,7 +1,8 @@
 """An arm: a name, a dictionary of options, and a hook for what options cannot say.
 
 Every option of the method is the package's own: ``importance`` goes to ``ImportanceOptions``, ``step_scale`` to
-``StepScaleOptions``. A new rule is tried as a hook (:mod:`benchmarks.study.hooks`) or as a new option of the package.
+``StepScaleOptions``, and what is not named is as in :data:`PLAIN_READING`. A new rule is tried as a hook
+(:mod:`benchmarks.study.hooks`) or as a new option of the package.
 """
 
 from __future__ import annotations
@@ -32,6 +33,21 @@ from na_lora_lightning.core.statistics import ObserverOptions
 from na_lora_lightning.core.step_scale import StepScaleOptions
 
 ALL_LINEAR, FEED_FORWARD = "all-linear", "ffn"
+# What an arm means where it names no option: the plain reading of the method. The package's own defaults follow from
+# the study, and must not change what its results are results of.
+PLAIN_READING: dict[str, dict[str, Any]] = {
+    "importance": {
+        "keep_fraction": 0.5,
+        "beta": 0.9,
+        "criterion": "selection_derivative",
+        "scope": "site",
+        "warmup_steps": 10,
+        "refresh_every": 10,
+        "selection": "top_k",
+    },
+    "step_scale": {"granularity": "activation", "normalize": False, "tau": 0.1, "eta_min": 0.1, "beta": 0.9},
+    "observer": {"max_tokens": 128},
+}
 
 
 @dataclass(frozen=True)
@@ -93,11 +109,15 @@ class Arm:
 
     @property
     def resolved(self) -> dict[str, Any]:
-        """The options of the mechanisms with their defaults filled in."""
+        """The options of the mechanisms, all of them."""
+        kinds = (
+            ("importance", ImportanceOptions, self.importance),
+            ("step_scale", StepScaleOptions, self.step_scale),
+            ("observer", ObserverOptions, self.observer),
+        )
         return {
-            "importance": None if self.importance is None else asdict(ImportanceOptions(**self.importance)),
-            "step_scale": None if self.step_scale is None else asdict(StepScaleOptions(**self.step_scale)),
-            "observer": asdict(ObserverOptions(**self.observer)),
+            name: None if given is None else asdict(kind(**(PLAIN_READING[name] | dict(given))))
+            for name, kind, given in kinds
         }
 
     def options_of(self, seed: int) -> dict[str, Any]:

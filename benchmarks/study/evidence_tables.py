@@ -75,10 +75,13 @@ def pooled(
     without: Sequence[str] = (),
     at: When = "last",
 ) -> Found:
-    """One row for each arm, over all settings; ``without`` leaves settings out."""
-    table = {name: own for name, own in sources.table(study, baseline, at).items() if name not in without}
-    found = verdicts(table, baseline)
-    return VERDICT_HEAD, verdict_rows({arm: one for arm, one in found.items() if arms is None or arm in arms})
+    """One row for each arm, over all settings; ``without`` leaves settings out. Holm adjusts for the arms shown."""
+    table = {
+        name: {arm: one for arm, one in own.items() if arms is None or arm in (*arms, baseline)}
+        for name, own in sources.table(study, baseline, at).items()
+        if name not in without
+    }
+    return VERDICT_HEAD, verdict_rows(verdicts(table, baseline))
 
 
 def by_setting(sources: Sources, study: str, baseline: str = "lora", arms: Sequence[str] | None = None) -> Found:
@@ -187,6 +190,11 @@ def layers(sources: Sources, study: str, arm: str = "lora") -> Found:
     ]
 
 
+def _correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    constant = len(set(first)) < 2 or len(set(second)) < 2
+    return math.nan if constant else float(spearmanr(first, second).statistic)
+
+
 def correlations(sources: Sources, study: str) -> Found:
     """Spearman's correlation of selection misalignment with forgetting and test loss.
 
@@ -216,10 +224,10 @@ def correlations(sources: Sources, study: str) -> Found:
             if arm not in ("lora", "pissa")
         ]
         across = [
-            spearmanr([one.misalignment for one in plain], [getattr(one, name) for one in plain]).statistic
+            _correlation([one.misalignment for one in plain], [getattr(one, name) for one in plain])
             for name in ("forgetting", "test")
         ]
-        within = [spearmanr([one[0] for one in moved], [one[kind] for one in moved]).statistic for kind in (1, 2)]
+        within = [_correlation([one[0] for one in moved], [one[kind] for one in moved]) for kind in (1, 2)]
         numbers = [shown(value, 2, sign=True) for value in (*across, *within)]
         rows.append([setting, str(len(plain)), *numbers[:2], str(len(moved)), *numbers[2:]])
     head = ["setting", "cells of LoRA", "|Δρ| and forgetting", "|Δρ| and test loss", "pairs with LoRA"]

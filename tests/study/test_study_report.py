@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import stats
+from study_helpers import result
 
 from benchmarks.study.comparison import compare, verdicts
 from benchmarks.study.errors import StudyError
@@ -57,35 +58,6 @@ def test_the_sign_test(differences: list[float], expected: tuple[int, int, float
 def test_holm() -> None:
     assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
     assert holm([]) == []
-
-
-def result(
-    arm: str, rate: float, seed: int, valid: float | None, test: float, setting: str = "s", seconds: float = 1.0
-) -> dict[str, Any]:
-    def entry(step: int, valid_loss: float | None, test_loss: float, held_out: float) -> dict[str, Any]:
-        return {
-            "step": step,
-            "valid loss": valid_loss,
-            "test loss": test_loss,
-            "test accuracy": 0.5,
-            "held-out loss": held_out,
-        }
-
-    metrics = [entry(0, 9.0, 9.0, 2.0), entry(5, 0.5, 0.75, 2.25), entry(10, valid, test, 2.5)]
-    return {
-        "run_info": {"train_config": {"setting": setting, "arm_name": arm, "rate": rate, "seed": seed}},
-        "train_info": {
-            "status": "success" if valid is not None else "diverged",
-            "metrics": metrics,
-            "train_time": seconds,
-            "accelerator_memory_max": 2**20,
-            "num_trainable_params": 7,
-        },
-        "study_info": {
-            "fingerprint": "f",
-            "probes": [{"step": step, "misalignment": [step / 100, None]} for step in (0, 5, 10)],
-        },
-    }
 
 
 def example() -> list[dict[str, Any]]:

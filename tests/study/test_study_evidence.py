@@ -1,0 +1,184 @@
+"""The document of evidence: tables and numbers filled from results, the trade of fit against forgetting."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from study_helpers import result
+
+from benchmarks.study import result_files
+from benchmarks.study.arms import PLAIN_READING, Arm
+from benchmarks.study.comparison import compare
+from benchmarks.study.errors import StudyError
+from benchmarks.study.evidence import DOCUMENT, filled, make_tables, write_evidence
+from benchmarks.study.specification import Cell
+from benchmarks.study.tradeoff import at_equal_forgetting
+from na_lora_lightning.core.importance import ImportanceOptions
+from na_lora_lightning.core.step_scale import StepScaleOptions
+
+RATES = (1.0, 2.0, 4.0)
+SETTING = "llama-silu.functions.r4-all-linear"
+
+
+def curves(setting: str = "s", seeds: tuple[int, ...] = (0, 1)) -> list[dict[str, Any]]:
+    """LoRA's test loss is (x − 0.5)² + 3 and its forgetting x + 2 at x = log2 of the rate, minus 1.
+
+    ``half`` is LoRA at half of its rate, so that it lies on LoRA's own curve, and ``gain`` is better by 0.1.
+    """
+    found = []
+    for arm, shift, gain in (("lora", 0.0, 0.0), ("half", 0.25, 0.0), ("gain", 0.25, 0.1)):
+        for rate in RATES:
+            for seed in seeds:
+                x = math.log2(rate) - 1 - shift
+                loss = (x - 0.25) ** 2 + 3 - gain
+                one = result(arm, rate, seed, valid=loss, test=loss, setting=setting)
+                one["train_info"]["metrics"][-1]["held-out loss"] = x + 4
+                one["run_info"]["experiment_name"] = f"{arm}/{rate}/{seed}"
+                one["train_info"]["metrics"][-1] |= {"train time": 1800.0, "eval time": 1800.0}
+                one["study_info"]["probes"][-1] |= {"misalignment": [2.0 + x, 3.0 + x], "share": [0.25, 0.5]}
+                found.append(one)
+    return found
+
+
+def test_an_arm_on_the_baselines_own_curve_gains_nothing_at_equal_forgetting() -> None:
+    results = curves()
+    # At the one rate both chose, ``half`` forgets 0.25 less for a loss that is higher.
+    table = compare(results, "lora")
+    assert table["s"]["half"].differences == pytest.approx({0: 0.1875, 1: 0.1875})
+    found = at_equal_forgetting(results, table, "lora")
+    assert found["s", "half"] == pytest.approx({0: 0.0, 1: 0.0}, abs=1e-5)
+    assert found["s", "gain"] == pytest.approx({0: -0.1, 1: -0.1}, abs=1e-5)
+    assert ("s", "lora") not in found
+
+
+def test_nothing_is_said_of_forgetting_that_the_baseline_does_not_reach() -> None:
+    results = curves()
+    for one in results:
+        if one["run_info"]["train_config"]["arm_name"] == "gain":
+            one["train_info"]["metrics"][-1]["held-out loss"] -= 5.0
+    found = at_equal_forgetting(results, compare(results, "lora"), "lora")
+    assert set(found) == {("s", "half")}
+
+
+def test_interpolation_also_places_forgetting_and_misalignment() -> None:
+    fine = compare(curves(), "lora", interpolate=True)["s"]
+    assert (fine["lora"].bottom, fine["half"].bottom) == pytest.approx((2.0**1.25, 2.0**1.5))
+    for arm in ("lora", "half"):
+        assert fine[arm].average("test") == pytest.approx(3.0)
+        assert fine[arm].average("forgetting") == pytest.approx(2.25)
+        assert fine[arm].average("misalignment") == pytest.approx(2.75)
+
+
+def test_rates_of_a_wider_but_shorter_study_do_not_take_seeds_away() -> None:
+    results = [*curves(seeds=(0, 1, 2, 3)), *(result("lora", 8.0, seed, 9.0, 9.0) for seed in (0, 1))]
+    assert set(compare(results, "lora")["s"]["lora"].scores) == {0, 1, 2, 3}
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """Results, and a specification beside a study of them."""
+    results, studies = tmp_path / "results", tmp_path / "studies"
+    results.mkdir()
+    studies.mkdir()
+    for number, one in enumerate(curves(SETTING)):
+        (results / f"{number}.json").write_text(json.dumps(one))
+    shipped = Path(__file__).parents[2] / "benchmarks" / "study"
+    (studies / "tasks.yaml").write_text((shipped / "tasks.yaml").read_text())
+    (studies / "arms.yaml").write_text("lora: {}\nhalf: {}\ngain: {}\n")
+    study = {
+        "role": "screening",
+        "models": {"llama-silu": "folder"},
+        "arms": ["lora", "half", "gain"],
+        "seeds": [0, 1],
+        "settings": [{"model": "llama-silu", "task": "functions", "rank": 4, "rates": list(RATES)}],
+    }
+    (studies / "small.yaml").write_text(yaml.safe_dump(study))
+    tables = {
+        "pooled": {"kind": "pooled", "study": "small", "arms": ["gain"]},
+        "settings": {"kind": "by_setting", "study": "small"},
+        "pairs": {"kind": "pairs", "study": "small", "pairs": [["gain", "half"]]},
+        "mechanism": {"kind": "mechanism", "study": "small"},
+        "forgetting": {"kind": "equal_forgetting", "study": "small"},
+        "layers": {"kind": "layers", "study": "small"},
+        "correlations": {"kind": "correlations", "study": "small"},
+        "cost": {"kind": "cost", "studies": ["small", "small"]},
+    }
+    (studies / "evidence.yaml").write_text(yaml.safe_dump({"tables": tables}))
+    return results, studies / "evidence.yaml"
+
+
+def test_every_kind_of_table(folders: tuple[Path, Path]) -> None:
+    tables = make_tables(*folders)
+    assert tables["pooled"][1] == [["gain", "1", "-3.33", "-3.33 … -3.33", "2/2", "0.500", "0.500", "1.00"]]
+    gain, half, base = tables["settings"][1]
+    assert gain[1] == "-3.33 (-3.33 … -3.33) 2/2"
+    assert half[1].startswith("+0.00 (") or half[1].startswith("-0.00 (")
+    assert base == ["lora, nats", "3.0000 at 2.4, 2 seeds"]
+    assert tables["pairs"][1] == [["gain against half", "1", "-3.33", "-3.33 … -3.33", "2/2", "0.500"]]
+    assert [row[0] for row in tables["mechanism"][1]] == ["lora", "gain", "half"]
+    assert tables["forgetting"][1][0][:4] == ["gain", "1", "+0.000", "-3.33"]
+    # LoRA's best rate of the grid is 2: x = 0.
+    assert tables["layers"][1] == [[SETTING, "2.0000 (25 %)", "3.0000 (50 %)"]]
+    assert tables["correlations"][1][0][:3] == [SETTING, "6", "+1.00"]
+    assert tables["cost"][1] == [["small", "3", "18", "18.00"], ["small", "3", "0", "0.00"]]
+
+
+def test_a_document_is_filled_and_stays_as_it_is(folders: tuple[Path, Path]) -> None:
+    tables = make_tables(*folders)
+    number = "<!--= pooled | gain | test loss, % of baseline -->"
+    text = f"A\n<!-- table: pooled -->\nold\n<!-- /table -->\nB {number}?<!--/-->."
+    once = filled(text, tables)
+    assert "| gain | 1 | -3.33 |" in once
+    assert "old" not in once
+    assert once.endswith(f"{number}-3.33<!--/-->.")
+    assert filled(once, tables) == once
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("<!-- table: absent -->\n<!-- /table -->", "asks for the table 'absent'"),
+        ("<!--= absent | a | b -->?<!--/-->", "asks for the table 'absent'"),
+        ("<!--= pooled | gain | b -->?<!--/-->", "asks for 'b' of 'gain' in the table 'pooled'"),
+        ("<!--= pooled | half | time -->?<!--/-->", "has the columns .* and 0 such rows"),
+    ],
+)
+def test_what_no_table_has_is_refused(folders: tuple[Path, Path], text: str, said: str) -> None:
+    with pytest.raises(StudyError, match=said):
+        filled(text, make_tables(*folders))
+
+
+def test_a_kind_of_table_that_does_not_exist_is_refused(folders: tuple[Path, Path]) -> None:
+    folders[1].write_text("tables: {a: {kind: chart}}")
+    with pytest.raises(StudyError, match="the unknown kind 'chart'; choose one of pooled"):
+        make_tables(*folders)
+
+
+def test_the_plain_reading_does_not_follow_the_packages_defaults() -> None:
+    mask = Arm.from_options("mask", {"importance": {}, "step_scale": {}}).resolved
+    assert set(PLAIN_READING["importance"].items()) <= set(mask["importance"].items())
+    assert set(PLAIN_READING["step_scale"].items()) <= set(mask["step_scale"].items())
+    assert mask["importance"]["keep_fraction"] == 0.5
+    assert mask["importance"]["criterion"] == "selection_derivative"
+    assert ImportanceOptions(**mask["importance"])
+    assert StepScaleOptions(**mask["step_scale"])
+
+
+def test_committed_results_are_of_the_cells_that_they_name() -> None:
+    results = result_files.read_all(result_files.RESULTS)
+    assert len(results) > 250
+    for one in results:
+        cell = Cell.from_config(one["run_info"]["train_config"])
+        assert cell.fingerprint == one["study_info"]["fingerprint"]
+        assert cell.name == one["run_info"]["experiment_name"]
+
+
+def test_the_document_says_what_the_results_say() -> None:
+    if not DOCUMENT.is_file():
+        pytest.skip("docs/evidence.md is not written yet")
+    assert write_evidence(result_files.RESULTS, check=True)
