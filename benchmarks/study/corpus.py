@@ -117,6 +117,25 @@ def named_functions(package: str) -> tuple[tuple[str, str], ...]:
 
 
 @cache
+def raised_messages(package: str) -> tuple[tuple[str, str], ...]:
+    """Messages of at least 25 characters that a package raises, ``_`` for what is filled in, with the exception's name."""
+    found: dict[str, str] = {}
+    for _, tree in syntax_trees(package):
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Raise) or not isinstance(node.exc, ast.Call) or not node.exc.args:
+                continue
+            first, function = node.exc.args[0], node.exc.func
+            parts = first.values if isinstance(first, ast.JoinedStr) else [first]
+            if not isinstance(function, ast.Name) or not isinstance(first, ast.JoinedStr | ast.Constant):
+                continue
+            text = "".join(str(part.value) if isinstance(part, ast.Constant) else "_" for part in parts)
+            message = " ".join(text.split())
+            if len(message) >= 25:  # Shorter ones hardly say what went wrong.
+                found.setdefault(message, function.id)
+    return tuple(found.items())
+
+
+@cache
 def header_pieces(package: str, folder: str, length: int = 400) -> tuple[str, ...]:
     """C and C++ headers of a package, cut at blank lines into pieces of about ``length`` characters."""
     root = package_folder(package) / folder

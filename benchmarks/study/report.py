@@ -52,7 +52,8 @@ def shown(value: float, digits: int = 4, sign: bool = False) -> str:
     """A number for a table: a dash where it was not measured, a word where it is infinite."""
     if not math.isfinite(value):
         return "–" if math.isnan(value) else "diverged"
-    return f"{value:{'+' if sign else ''}.{digits}f}"
+    # Adding zero makes a rounded -0.0 a plain zero, which has no direction.
+    return f"{round(value, digits) + 0.0:{'+' if sign else ''}.{digits}f}"
 
 
 def _mean(values: Iterable[float]) -> float:

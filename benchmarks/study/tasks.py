@@ -73,6 +73,17 @@ def _names(packages: list[str]) -> list[Example]:
     return [Example(f"{text[:140]}\nName:", f" {name}") for text, name in pairs.items()]
 
 
+def _errors(packages: list[str], kinds: list[str], each: int) -> list[Example]:
+    """Which exception is raised with this message? ``each`` messages of each kind."""
+    raised = dict(pair for package in packages for pair in corpus.raised_messages(package))
+    found = []
+    for kind in kinds:
+        messages = [message[:140] for message, name in raised.items() if name == kind]
+        random.Random(kind).shuffle(messages)
+        found += [Example(f"{message}\nError:", f" {kind}") for message in dict.fromkeys(messages)][:each]
+    return found
+
+
 def _tissue() -> list[Example]:
     """Is a tumour with these measurements malignant? Ten means of the real breast-cancer table of Wisconsin."""
     from sklearn.datasets import load_breast_cancer
@@ -118,6 +129,7 @@ SOURCES: dict[str, Callable[..., list[Example]]] = {
     "headers": _headers,
     "origin": _origin,
     "names": _names,
+    "errors": _errors,
     "digits": _digits,
     "tissue": _tissue,
     "reasoning": _reasoning,

@@ -62,7 +62,7 @@ def test_only_the_answer_and_the_end_are_predicted() -> None:
 
 
 @pytest.mark.parametrize(
-    "file", sorted(path.name for path in STUDY.glob("*.yaml") if path.stem not in ("tasks", "arms"))
+    "file", sorted(path.name for path in STUDY.glob("*.yaml") if path.stem not in ("tasks", "arms", "evidence"))
 )
 def test_every_study_of_the_repository_can_be_read(file: str) -> None:
     study = load_study(STUDY / file)
@@ -104,6 +104,26 @@ def test_functions_lose_their_docstrings(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(corpus, "package_folder", lambda package: tmp_path)
     assert corpus.functions("made-up") == (f"def add():\n{body}",)
     assert corpus.docstrings("made-up") == (" ".join(["Adds numbers."] * 10),)
+
+
+def test_raised_messages_go_with_the_name_of_their_exception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "module.py").write_text(
+        "def f(x):\n"
+        "    raise ValueError(f'the number {x} is\\n too large for this')\n"
+        "    raise TypeError('too short')\n"
+        "    raise KeyError(x)\n"
+        "    raise module.Error('this one has no plain name at all')\n"
+        "    raise RuntimeError('this happens when nothing else does', x)\n"
+    )
+    monkeypatch.setattr(corpus, "package_folder", lambda package: tmp_path)
+    pairs = (
+        ("the number _ is too large for this", "ValueError"),
+        ("this happens when nothing else does", "RuntimeError"),
+    )
+    assert corpus.raised_messages("raising") == pairs
+    source = {"packages": ["raising"], "kinds": ["RuntimeError", "ValueError"], "each": 1}
+    made = tasks.SOURCES["errors"](**source)
+    assert made == [Example(f"{text}\nError:", f" {name}") for text, name in reversed(pairs)]
 
 
 def test_a_chat_model_gets_the_prompt_as_a_turn_of_the_user() -> None:
