@@ -118,7 +118,7 @@ def named_functions(package: str) -> tuple[tuple[str, str], ...]:
 
 @cache
 def raised_messages(package: str) -> tuple[tuple[str, str], ...]:
-    """Messages of at least 25 characters that a package raises, ``_`` for what is filled in, with the exception's name."""
+    """Messages (at least 25 characters) that a package raises, ``_`` for what is filled in, and their exceptions."""
     found: dict[str, str] = {}
     for _, tree in syntax_trees(package):
         for node in ast.walk(tree):
