@@ -227,8 +227,28 @@ class TimeWindow(RowRule):
         return torch.full((len(moved),), self._factor) if self._inside(step) else None
 
 
+def slow_down(built: BuiltArm, factor: float, layers: str) -> None:
+    """Gives the matrices A of some layers a group of their own in the optimizer, with a smaller learning rate.
+
+    Args:
+        built: The arm.
+        factor: On the learning rate; 0 leaves them as they were drawn.
+        layers: ``"gate"``, ``"others"`` (all but the gates) or ``"all"``.
+    """
+    gates = {id(lora_a(site.lora_layer, "default").weight) for site in built.gates}
+    slow = [
+        parameter
+        for name, parameter in built.model.named_parameters()
+        if "lora_A" in name and (layers == "all" or (id(parameter) in gates) == (layers == "gate"))
+    ]
+    chosen = {id(parameter) for parameter in slow}
+    for group in built.optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
+    built.optimizer.add_param_group({"params": slow, "lr": factor * built.optimizer.param_groups[0]["lr"]})
+
+
 class SlowA(ArmHook):
-    """A smaller learning rate for the matrices A of gate layers, of the whole block, or of all layers.
+    """A smaller learning rate for the matrices A of gate layers, of all other layers, or of all.
 
     A step of A moves the selection of every channel at once, whichever channels asked for it; a step of B moves each
     channel by its own gradient.
@@ -236,18 +256,17 @@ class SlowA(ArmHook):
     Args:
         built: The arm.
         factor: On the learning rate.
-        layers: ``"gate"``, ``"others"`` (all but the gates) or ``"all"``.
+        layers: See :func:`slow_down`.
     """
 
     def __init__(self, built: BuiltArm, factor: float, layers: str = "gate") -> None:
         super().__init__(built)
-        gates = {id(lora_a(site.lora_layer, "default").weight) for site in built.gates}
-        slow = [
-            parameter
-            for name, parameter in built.model.named_parameters()
-            if "lora_A" in name and (layers == "all" or (id(parameter) in gates) == (layers == "gate"))
-        ]
-        chosen = {id(parameter) for parameter in slow}
-        for group in built.optimizer.param_groups:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
-        built.optimizer.add_param_group({"params": slow, "lr": factor * built.optimizer.param_groups[0]["lr"]})
+        slow_down(built, factor, layers)
+
+
+class TrustRegionAndSlowA(SelectionTrustRegion):
+    """:class:`SelectionTrustRegion` on B and :class:`SlowA` on A, both of the gates."""
+
+    def __init__(self, built: BuiltArm, factor: float, budget: float = 1.0) -> None:
+        super().__init__(built, budget)
+        slow_down(built, factor, "gate")

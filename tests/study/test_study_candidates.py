@@ -20,7 +20,7 @@ LAYERS = ["gate", "up", "down"]
 def rule(name: str, base: Any, **options: Any) -> Any:
     """An arm with a candidate's hook, on the tiny base model."""
     given = {"hook": f"benchmarks.study.candidates:{name}", "hook_options": options}
-    if name in ("ResponsivePower", "SelectionTrustRegion"):
+    if name in ("ResponsivePower", "SelectionTrustRegion", "TrustRegionAndSlowA"):
         given["importance"] = MEASURE
     elif name in ("MaskOfUpLayer", "ActivityWeighted"):
         given["importance"] = {"warmup_steps": 0, "refresh_every": 1}
@@ -147,3 +147,14 @@ def test_a_is_slowed_by_its_learning_rate(base_model: Any, layers: str, slow: in
     assert len(found) == slow
     assert all("lora_A" in name and (layers == "all" or ("gate_proj" in name) == (layers == "gate")) for name in found)
     assert len(fast["params"]) + len(slowed["params"]) == 12
+
+
+def test_a_trust_region_goes_with_a_slow_a(base_model: Any) -> None:
+    both = rule("TrustRegionAndSlowA", base_model, factor=0.25, budget=1.0)
+    alone = rule("SelectionTrustRegion", base_model, budget=1.0)
+    for built in (both, alone):
+        take_step(built, 0)
+    for (name, own), (_, other) in zip(both.model.named_parameters(), alone.model.named_parameters(), strict=True):
+        if own.requires_grad and not ("lora_A" in name and "gate_proj" in name):
+            assert torch.equal(own, other), name
+    assert [group["lr"] for group in both.optimizer.param_groups] == [0.01, 0.0025]
