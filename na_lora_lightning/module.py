@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.strategies import DeepSpeedStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from lightning.pytorch import Callback
 from torch import Tensor
-from torch.optim import Optimizer
 from typing_extensions import override
 
-from na_lora_lightning.adapters import (
-    CHECKPOINT_KEY,
-    RANDOM_STATE_KEY,
-    adapter_keys,
-    describe_adapter,
-    gather_random_states,
-    random_state_of_process,
-    require_same_adapter,
-    require_same_tensors,
-    set_random_state,
-    without_base_weights,
-    write_adapter_folder,
-)
+from na_lora_lightning.adapter_training import AdapterTrainingModule, NoTargetTokensWarning
 from na_lora_lightning.arguments import (
     AdapterArguments,
     EvaluationArguments,
@@ -41,7 +23,7 @@ from na_lora_lightning.arguments import (
 from na_lora_lightning.callbacks.throughput import ThroughputCallback
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.evaluation import Evaluator, generate_answers, prompt_inputs
-from na_lora_lightning.losses import StepAverage, TokenSums, accepts_logits_to_keep, model_inputs, token_sums
+from na_lora_lightning.losses import accepts_logits_to_keep, model_inputs, token_sums
 from na_lora_lightning.model_loading import (
     BaseModelSource,
     Dtype,
@@ -50,33 +32,15 @@ from na_lora_lightning.model_loading import (
     load_base_model,
 )
 from na_lora_lightning.model_sharding import require_shardable, shard_model
-from na_lora_lightning.nonfinite import (
-    NonFiniteStepWarning,
-    SkippedStep,
-    StepGuard,
-    has_finite_gradients,
-    loss_error,
-    nonfinite_origin,
-    require_finite,
-)
-from na_lora_lightning.optimization import (
-    OptimizerFactory,
-    describe_optimizer,
-    make_optimizer,
-    make_schedule,
-    optimizer_factory,
-)
+from na_lora_lightning.optimization import OptimizerFactory, describe_optimizer, optimizer_factory
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-
-class NoTargetTokensWarning(UserWarning):
-    """A training batch has no token to compute the loss on."""
+__all__ = ["NALoRALightningModule", "NoTargetTokensWarning"]
 
 
-class NALoRALightningModule(LightningModule):
+class NALoRALightningModule(AdapterTrainingModule):
     """Fine-tunes a causal language model, or a model for images and text, with LoRA.
 
     The model is loaded when a trainer needs it and is then in ``model``, a ``peft.PeftModel`` whose LoRA parameters
@@ -116,8 +80,6 @@ class NALoRALightningModule(LightningModule):
         Trainer(max_epochs=1, callbacks=[GateImportanceCallback()]).fit(module, datamodule)
     """
 
-    model: PeftModel | None
-
     def __init__(
         self,
         model_name_or_path: str,
@@ -133,18 +95,19 @@ class NALoRALightningModule(LightningModule):
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        super().__init__()
         if dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigurationError(f"dtype={dtype!r} is unknown; use 'auto', 'float32', 'bfloat16' or 'float16'.")
-        self.source = BaseModelSource(model_name_or_path, revision, trust_remote_code, dtype, attention_implementation)
         # Mappings come from a checkpoint's hyper-parameters.
-        self.lora = as_group(LoRAArguments, lora, "lora")
-        self.schedule = as_group(ScheduleArguments, schedule, "schedule")
-        self.loss = as_group(LossArguments, loss, "loss")
+        super().__init__(
+            lora=as_group(LoRAArguments, lora, "lora"),
+            adapter=as_group(AdapterArguments, adapter, "adapter"),
+            optimizer=optimizer_factory(optimizer),
+            schedule=as_group(ScheduleArguments, schedule, "schedule"),
+            loss=as_group(LossArguments, loss, "loss"),
+        )
+        self.source = BaseModelSource(model_name_or_path, revision, trust_remote_code, dtype, attention_implementation)
         self.evaluation = as_group(EvaluationArguments, evaluation, "evaluation")
-        self.adapter = as_group(AdapterArguments, adapter, "adapter")
         self.gradient_checkpointing = gradient_checkpointing
-        self._optimizer_factory = optimizer_factory(optimizer)
         # Plain values, and the same ones whether a script or the command line made the module.
         values = {
             "model_name_or_path": model_name_or_path,
@@ -161,15 +124,7 @@ class NALoRALightningModule(LightningModule):
         }
         description = describe_optimizer(self._optimizer_factory)
         self.save_hyperparameters(values if description is None else {**values, "optimizer": description})
-        # The base weights are not in checkpoints; load_state_dict checks what is.
-        self.strict_loading = False
-        self.model = None
         self.evaluator = Evaluator(self.evaluation)
-        self.written_adapter_folder: Path | None = None
-        self._step_average: StepAverage | None = None
-        self._guard = StepGuard()
-        self._is_written = False
-        self._random_state: Tensor | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self.example_inputs: dict[str, Any] | None = None
         self._example_batch: Mapping[str, Any] | None = None
@@ -203,59 +158,12 @@ class NALoRALightningModule(LightningModule):
             # Also where an evaluation before training has loaded the model.
             self.example_inputs = {**model_inputs(self.model, self._example_batch), "use_cache": False}
 
-    @property
-    def peft_model(self) -> PeftModel:
-        """The model.
-
-        Raises:
-            ConfigurationError: It is not loaded yet.
-        """
-        if self.model is None:
-            raise ConfigurationError("The model is not loaded yet; call configure_model() or use a Trainer first.")
-        return self.model
-
-    @override
-    def forward(self, **inputs: Any) -> Any:
-        """Runs the PEFT model on keyword arguments and returns the Hugging Face output."""
-        return self.peft_model(**inputs)
-
     @override
     def configure_callbacks(self) -> list[Callback]:
         """Measures tokens per second."""
         return [ThroughputCallback()]
 
-    @override
-    def on_fit_start(self) -> None:
-        """Reports how many parameters train."""
-        self._is_written = False
-        trainable, total = self.peft_model.get_nb_trainable_parameters()
-        rank_zero_info(f"LoRA trains {trainable:,} of {total:,} parameters ({100 * trainable / total:.3g} %).")
-        for logger in self.loggers:
-            logger.log_metrics({"model/trainable_parameters": trainable, "model/total_parameters": total}, step=0)
-
     # ---- training ----
-
-    @override
-    def on_train_start(self) -> None:
-        """Prepares the average over a step, and goes on with the random numbers of a checkpoint."""
-        if self._random_state is not None:
-            # Dropout then draws what it would have drawn without the interruption.
-            set_random_state(self._random_state, self.device)
-            self._random_state = None
-        if self.loss.on_nonfinite == "skip" and self.trainer.world_size > 1:
-            raise ConfigurationError(
-                "loss.on_nonfinite='skip' works in one process, as all would have to leave out the same steps; set it "
-                "to 'stop'."
-            )
-        self._guard = StepGuard()
-        self._step_average = None
-        # DeepSpeed keeps gradients where they cannot be scaled.
-        if self.loss.average_over == "step" and not isinstance(self.trainer.strategy, DeepSpeedStrategy):
-            self._step_average = StepAverage(self._mean_over_processes if self.trainer.world_size > 1 else None)
-
-    def _mean_over_processes(self, value: Tensor) -> Tensor:
-        reduced: Tensor = self.trainer.strategy.reduce(value.clone(), reduce_op="mean")
-        return reduced
 
     @override
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
@@ -268,76 +176,6 @@ class NALoRALightningModule(LightningModule):
             return model(**model_inputs(model, batch), use_cache=False)
 
         return self._training_loss(sums, batch_idx, len(batch["labels"]), run)
-
-    def _training_loss(self, sums: TokenSums, batch_idx: int, batch_size: int, run: Callable[[], Any]) -> Tensor:
-        """Logs the loss of a batch and returns what is to be minimised; ``run`` repeats the forward pass."""
-        mean_loss = sums.mean_loss
-        self.log("train/loss", mean_loss.detach(), prog_bar=True, batch_size=batch_size)
-        # Both at once, as each wait for the device costs time.
-        is_finite, target_tokens = torch.stack([mean_loss.detach().isfinite(), sums.target_tokens]).tolist()
-        if not is_finite:
-            where = f"training batch {batch_idx} in optimizer step {self.trainer.global_step}"
-            if self.loss.on_nonfinite == "stop":
-                raise loss_error(where, float(mean_loss.detach()), nonfinite_origin(self.peft_model, run))
-            self._leave_out(f"the loss of {where} is {float(mean_loss.detach())}")
-            # A GradScaler leaves out steps by itself; otherwise the gradient reaches no weight.
-            return mean_loss if self._has_scaler else torch.zeros_like(mean_loss, requires_grad=True)
-        if target_tokens == 0:
-            rank_zero_warn(
-                f"Training batch {batch_idx} has no target token, so nothing is learned from it; look at its labels.",
-                category=NoTargetTokensWarning,
-            )
-        return mean_loss if self._step_average is None else self._step_average.loss(sums)
-
-    @property
-    def _has_scaler(self) -> bool:
-        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
-
-    def _leave_out(self, reason: str) -> None:
-        rank_zero_warn(self._guard.leave_out(reason), category=NonFiniteStepWarning)
-
-    @override
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Turns gradients of micro-batches into that of the mean over the step's tokens, before clipping."""
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if self._step_average is not None:
-            self._step_average.finish_step(parameters, self.trainer.accumulate_grad_batches)
-        if self._has_scaler:
-            self._guard = StepGuard()
-        elif self.loss.on_nonfinite == "skip":
-            if not self._guard.skips and not has_finite_gradients(parameters):
-                self._leave_out(f"the gradient of optimizer step {self.trainer.global_step} is not finite")
-            self._guard.finish()
-
-    @override
-    def optimizer_step(self, *arguments: Any, **keywords: Any) -> None:
-        """Steps, unless the step is left out for a loss or gradient that is not finite."""
-        with suppress(SkippedStep):
-            super().optimizer_step(*arguments, **keywords)
-
-    @override
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Makes the optimizer of the LoRA parameters and its schedule."""
-        optimizer = make_optimizer(self._optimizer_factory, self.parameters())
-        schedule = make_schedule(self.schedule, optimizer, self.trainer.estimated_stepping_batches)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    @override
-    def on_train_end(self) -> None:
-        """Writes the adapter."""
-        self._is_written = self.adapter.write != "never"
-        if self._is_written:
-            # A collective call where the parameters are sharded.
-            state = self.trainer.strategy.lightning_module_state_dict()
-            require_finite(without_base_weights(state, adapter_keys(self)), self.trainer.global_step)
-            self._write_adapter(state)
-
-    @override
-    def on_fit_end(self) -> None:
-        """Writes the adapter where the checkpoint to go on from was the last one, so that there was no training."""
-        if self.adapter.write != "never" and not self._is_written and self.trainer.global_step > 0:
-            self._write_adapter(self.trainer.strategy.lightning_module_state_dict())
-            rank_zero_info(f"Training had ended already; its adapter is now in {str(self.written_adapter_folder)!r}.")
 
     # ---- evaluation ----
 
@@ -394,50 +232,3 @@ class NALoRALightningModule(LightningModule):
                 )
             self._tokenizer = tokenizer
         return self._tokenizer
-
-    # ---- checkpoints ----
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leaves the base model out."""
-        checkpoint[CHECKPOINT_KEY] = describe_adapter(self.peft_model, self.lora)
-        if self._trainer is not None:
-            # Only the first process writes, and each has random numbers of its own.
-            checkpoint[RANDOM_STATE_KEY] = gather_random_states(self.device, self.trainer.world_size)
-        if checkpoint["state_dict"]:
-            checkpoint["state_dict"] = without_base_weights(checkpoint["state_dict"], adapter_keys(self))
-            require_finite(checkpoint["state_dict"], checkpoint.get("global_step", 0))
-        if self.adapter.write == "checkpoint" and self._trainer is not None:
-            self._write_adapter(checkpoint["state_dict"])
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another model or LoRA."""
-        if CHECKPOINT_KEY not in checkpoint:
-            raise ConfigurationError(f"The checkpoint was not written by {type(self).__name__}; load one that was.")
-        require_same_adapter(checkpoint[CHECKPOINT_KEY], describe_adapter(self.peft_model, self.lora))
-        states = checkpoint.get(RANDOM_STATE_KEY)
-        if states is not None and self._trainer is not None and self.trainer.state.fn == "fit":
-            self._random_state = random_state_of_process(states, self.global_rank, self.trainer.world_size)
-
-    @override
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads an adapter, or a whole state dict.
-
-        Raises:
-            ConfigurationError: The adapter's tensors are not exactly those of this model.
-        """
-        require_same_tensors(state_dict, self.state_dict(), adapter_keys(self))
-        result = super().load_state_dict(state_dict, strict=False, assign=assign)
-        # What is missing now is the base model, and no news.
-        result.missing_keys.clear()
-        return result
-
-    def _write_adapter(self, state: Mapping[str, Tensor]) -> None:
-        folder = self.adapter.folder
-        if folder is None:
-            # The trainer broadcasts it, so every process has to ask.
-            folder = str(Path(self.trainer.log_dir or self.trainer.default_root_dir) / "adapter")
-        if self.trainer.is_global_zero:
-            self.written_adapter_folder = write_adapter_folder(self.peft_model, folder, state)
-        self.trainer.strategy.barrier()

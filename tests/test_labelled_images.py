@@ -91,7 +91,7 @@ def test_labels_are_renamed_and_left_out(clip: str, lines: str) -> None:
 def test_shots_are_drawn_of_each_class(clip: str, shapes: str) -> None:
     def drawn(seed: int, shots: int = 2) -> list[int]:
         data = fit_data(clip, train=shapes, shots=shots, seed=seed)
-        dataset = data._dataset_of("train")
+        dataset = data._dataset("train")
         assert dataset.classes == [index // 5 for index in dataset.indices]
         assert sorted(dataset.classes) == [index for index in range(4) for _ in range(shots)]
         return dataset.indices
@@ -202,6 +202,21 @@ def test_unlabelled_images_can_be_classified(clip: str, shapes: str, tmp_path: P
     assert set(batch) == {"pixel_values"}
     assert len(batch["pixel_values"]) == 3
     assert data.class_names is None
+
+
+def test_all_given_data_is_set_up_at_once(clip: str, shapes: str) -> None:
+    data = LabelledImageDataModule(clip, validation=shapes, predict=shapes, batch_size=4, validation_batch_size=8)
+    with pytest.raises(
+        ConfigurationError, match=r"data for 'predict' is not set up; give data\.predict and call setup"
+    ):
+        data.predict_dataloader()
+    data.prepare_data()
+    data.setup()
+    assert data.class_names == NAMES
+    assert [len(batch["label"]) for batch in data.val_dataloader()] == [8, 8, 4]
+    assert [set(batch) for batch in data.predict_dataloader()] == [{"pixel_values"}] * 3
+    with pytest.raises(ConfigurationError, match="data for 'train' is not set up"):
+        data.train_dataloader()
 
 
 @pytest.mark.parametrize(

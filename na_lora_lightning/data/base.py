@@ -1,19 +1,17 @@
-"""What the data modules share: where data comes from, stages, and the order of batches."""
+"""What all data modules share: where data comes from, stages, and the order of batches."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from datasets import Dataset
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
+from typing_extensions import override
 
 from na_lora_lightning.data.batching import EpochSampler, ResumableDataLoader
-from na_lora_lightning.data.sources import load_records
 from na_lora_lightning.errors import ConfigurationError
 
 _SPLITS_OF_STAGE: dict[str | None, tuple[str, ...]] = {
@@ -24,11 +22,11 @@ _SPLITS_OF_STAGE: dict[str | None, tuple[str, ...]] = {
     None: ("train", "validation", "test", "predict"),
 }
 # What each split is called in a data set that does not say otherwise.
-_DEFAULT_SPLITS = {"train": "train", "validation": "validation", "test": "test", "predict": "test"}
+DEFAULT_SPLITS = {"train": "train", "validation": "validation", "test": "test", "predict": "test"}
 
 
-class SupervisedDataModule(LightningDataModule, ABC):
-    """A data module for supervised fine-tuning whose batches depend on the data, the arguments and the epoch alone.
+class ResumableDataModule(LightningDataModule, ABC):
+    """A data module whose batches depend on the data, the arguments and the epoch alone.
 
     Args:
         sources: The source of each of the splits ``train``, ``validation``, ``test`` and ``predict``, or None.
@@ -36,12 +34,7 @@ class SupervisedDataModule(LightningDataModule, ABC):
         columns: The names that the data has for some of ``COLUMNS``.
         batch_size: The number of records in a training batch of each process.
         validation_batch_size: The number of records in other batches; None stands for ``batch_size``.
-        max_length: The largest number of tokens of a record.
-        use_chat_template: Whether to render records with a chat template; None stands for whenever there is one.
-        system_prompt: A system message for records that have none.
         shuffle: Whether to shuffle the training data in each epoch.
-        group_by_length: Whether to form training batches of records of similar length.
-        pad_to_multiple_of: Pads batches to a length that is a multiple of this number.
         num_workers: The number of processes that load batches.
         seed: The seed of the order of the training data.
 
@@ -61,30 +54,15 @@ class SupervisedDataModule(LightningDataModule, ABC):
         columns: dict[str, str] | None,
         batch_size: int,
         validation_batch_size: int | None,
-        max_length: int,
-        use_chat_template: bool | None,
-        system_prompt: str | None,
         shuffle: bool,
-        group_by_length: bool,
-        pad_to_multiple_of: int,
         num_workers: int,
         seed: int,
     ) -> None:
         super().__init__()
-        require_at_least(1, batch_size=batch_size, pad_to_multiple_of=pad_to_multiple_of)
-        require_at_least(2, max_length=max_length)
+        require_at_least(1, batch_size=batch_size)
         require_at_least(0, num_workers=num_workers, seed=seed)
         if validation_batch_size is not None:
             require_at_least(1, validation_batch_size=validation_batch_size)
-        if group_by_length and not shuffle:
-            raise ConfigurationError(
-                "shuffle=False keeps the order of the records, which group_by_length=True changes; set "
-                "group_by_length=False too."
-            )
-        if system_prompt is not None and use_chat_template is False:
-            raise ConfigurationError(
-                "system_prompt needs a chat template, which use_chat_template=False turns off; leave one out."
-            )
         unknown = sorted(set(columns or {}) - set(self.COLUMNS))
         if unknown:
             *first, last = (repr(name) for name in self.COLUMNS)
@@ -94,42 +72,42 @@ class SupervisedDataModule(LightningDataModule, ABC):
         self.columns = dict(columns or {})
         self.batch_size = batch_size
         self.validation_batch_size = validation_batch_size
-        self.max_length = max_length
-        self.use_chat_template = use_chat_template
-        self.system_prompt = system_prompt
         self.shuffle = shuffle
-        self.group_by_length = group_by_length
-        self.pad_to_multiple_of = pad_to_multiple_of
         self.num_workers = num_workers
         self.seed = seed
-        self._encoded: dict[str, Dataset] = {}
+        self._prepared: dict[str, Any] = {}
         self._limit_val_batches: int | float | None = None
         self._plan: dict[str, Any] = {}
         self._plan_to_resume: dict[str, Any] = {}
 
-    @property
     @abstractmethod
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the model, loaded on first use."""
+    def _load(self, split: str, source: str) -> Any:
+        """Downloads, converts and reads a split."""
 
     @abstractmethod
-    def _encode(self, split: str, source: str) -> Dataset:
-        """Encodes a split; the column ``tokens`` has the number of tokens of each record."""
+    def _prepare(self, split: str, source: str) -> Any:
+        """Makes of a split what is kept of it from ``setup`` on."""
 
     @abstractmethod
+    def _sampler(self, **options: Any) -> EpochSampler:
+        """What draws the order of the training data, with ``options`` and those of the subclass."""
+
     def _dataset(self, split: str) -> Any:
-        """The records of a split as the collator takes them, in the order of the encoded ones."""
+        """The records of a split as the collator takes them, in the order of the prepared ones."""
+        return self._prepared_split(split)
 
-    @abstractmethod
-    def _collator(self, split: str) -> Callable[[list[Any]], Any]:
-        """What makes batches of the records of a split."""
+    def _collator(self, split: str) -> Callable[[list[Any]], Any] | None:
+        """What makes batches of the records of a split; None stacks tensors."""
+        return None
 
+    @override
     def prepare_data(self) -> None:
         """Downloads and converts the data once, before every process loads it."""
         for split, source in self.sources.items():
             if source is not None:
                 self._load(split, source)
 
+    @override
     def setup(self, stage: str | None = None) -> None:
         """Prepares the data of a stage.
 
@@ -137,8 +115,8 @@ class SupervisedDataModule(LightningDataModule, ABC):
             stage: ``fit``, ``validate``, ``test`` or ``predict``; None stands for all data that is given.
 
         Raises:
-            ConfigurationError: If the stage needs data that was not given, or the tokenizer or processor
-                does not fit.
+            ConfigurationError: If the stage needs data that was not given, or the model's tokenizer, processor or
+                classes do not fit.
             DataError: If the data, or a record of it, cannot be used.
         """
         # Lightning gives an enumeration whose members equal, but do not print as, their names.
@@ -152,11 +130,15 @@ class SupervisedDataModule(LightningDataModule, ABC):
             # Lightning warns of a validation step without data, however it is told that there is none.
             self._limit_val_batches = self.trainer.limit_val_batches
             self.trainer.limit_val_batches = 0
+        self._prepare_splits(splits)
+
+    def _prepare_splits(self, splits: Sequence[str]) -> None:
         for split in splits:
             source = self.sources[split]
-            if source is not None and split not in self._encoded:
-                self._encoded[split] = self._encode(split, source)
+            if source is not None and split not in self._prepared:
+                self._prepared[split] = self._prepare(split, source)
 
+    @override
     def teardown(self, stage: str | None = None) -> None:
         """Lets the trainer validate again, should it be used with other data.
 
@@ -167,15 +149,13 @@ class SupervisedDataModule(LightningDataModule, ABC):
             self.trainer.limit_val_batches = self._limit_val_batches
             self._limit_val_batches = None
 
+    @override
     def train_dataloader(self) -> ResumableDataLoader:
-        """Returns the shuffled training batches."""
-        encoded = self._encoded_split("train")
+        """Returns the training batches."""
         strategy = self.trainer.strategy if self.trainer is not None else None
-        sampler = EpochSampler(
-            list(encoded["tokens"]),
+        sampler = self._sampler(
             batch_size=self.batch_size,
             shuffle=self.shuffle,
-            group_by_length=self.group_by_length,
             seed=self.seed,
             **(getattr(strategy, "distributed_sampler_kwargs", None) or {}),
         )
@@ -188,35 +168,35 @@ class SupervisedDataModule(LightningDataModule, ABC):
             processed_batches=None if self.trainer is None else self._processed_batches,
         )
 
+    @override
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[DataLoader[dict[str, Any]]]:
         """Returns the validation batches, or none if no validation data was given."""
         return [] if self.sources["validation"] is None else self._make_evaluation_loader("validation")
 
+    @override
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Returns the test batches."""
         return self._make_evaluation_loader("test")
 
+    @override
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Returns the batches to predict."""
         return self._make_evaluation_loader("predict")
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         """Returns what the order of the training batches depends on."""
         return {"plan": self._plan}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps what the order of the training batches depended on, to be checked if training goes on."""
         self._plan_to_resume = state_dict["plan"]
 
-    def _load(self, split: str, source: str) -> Dataset:
-        return load_records(
-            source, default_split=_DEFAULT_SPLITS[split], config=self.dataset_config, columns=self.columns
-        )
-
-    def _encoded_split(self, split: str) -> Dataset:
-        if split not in self._encoded:
+    def _prepared_split(self, split: str) -> Any:
+        if split not in self._prepared:
             raise ConfigurationError(f"The data for {split!r} is not set up; give data.{split} and call setup() first.")
-        return self._encoded[split]
+        return self._prepared[split]
 
     def _make_evaluation_loader(self, split: str) -> DataLoader[dict[str, Any]]:
         batch_size = self.validation_batch_size or self.batch_size

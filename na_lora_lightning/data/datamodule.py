@@ -8,10 +8,10 @@ from typing import Any, Literal
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from na_lora_lightning.data.base import SupervisedDataModule
 from na_lora_lightning.data.batching import Collator
 from na_lora_lightning.data.encoding import RecordEncoder, load_tokenizer
-from na_lora_lightning.data.splits import SplitSummary, encode_split
+from na_lora_lightning.data.splits import encode_split
+from na_lora_lightning.data.supervised import SupervisedDataModule
 from na_lora_lightning.errors import ConfigurationError
 
 
@@ -128,11 +128,7 @@ class InstructionDataModule(SupervisedDataModule):
             )
         return self._tokenizer
 
-    def describe(self) -> dict[str, SplitSummary]:
-        """Returns the size of each split that has been set up."""
-        return {split: SplitSummary.of(encoded) for split, encoded in self._encoded.items()}
-
-    def _encode(self, split: str, source: str) -> Dataset:
+    def _prepare(self, split: str, source: str) -> Dataset:
         encoder = RecordEncoder(
             self.tokenizer,
             max_length=self.max_length,
@@ -140,16 +136,10 @@ class InstructionDataModule(SupervisedDataModule):
             use_chat_template=self.use_chat_template,
             system_prompt=self.system_prompt,
         )
-        return encode_split(
-            self._load(split, source),
-            encoder,
-            source=source,
-            evaluation=split != "train",
-            needs_completion=split != "predict",
-        )
+        return encode_split(self._load(split, source), encoder, source=source, split=split)
 
     def _dataset(self, split: str) -> Dataset:
-        return self._encoded_split(split).remove_columns(["tokens", "target_tokens", "truncated"])
+        return self._prepared_split(split).remove_columns(["tokens", "target_tokens", "truncated"])
 
     def _collator(self, split: str) -> Callable[[list[Any]], Any]:
         pad_token_id = self.tokenizer.pad_token_id

@@ -6,21 +6,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from typing_extensions import override
 
 from na_lora_lightning.data.augmentation import CropAndFlip, input_side
-from na_lora_lightning.data.base import require_at_least
-from na_lora_lightning.data.batching import EpochSampler, ResumableDataLoader
+from na_lora_lightning.data.base import DEFAULT_SPLITS, ResumableDataModule, require_at_least
+from na_lora_lightning.data.batching import EpochSampler
 from na_lora_lightning.data.image_classes import IMAGE, LABEL, LabelledImages, few_of_each_class
 from na_lora_lightning.data.processors import load_processor
 from na_lora_lightning.errors import ConfigurationError
 
-_SPLITS_OF_STAGE = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
-_SPLITS_OF_STAGE["predict"] = ("predict",)
-_DEFAULT_SPLITS = {"train": "train", "validation": "validation", "test": "test", "predict": "test"}
 _FEWEST_CLASSES = 2
 
 
@@ -74,7 +70,7 @@ class _EpochAndIndexSampler(EpochSampler):
             yield self.epoch, index
 
 
-class LabelledImageDataModule(LightningDataModule):
+class LabelledImageDataModule(ResumableDataModule):
     """Images with a class each, for :class:`~na_lora_lightning.dual_encoder.DualEncoderLightningModule`.
 
     Each of ``train``, ``validation``, ``test`` and ``predict`` is one of
@@ -136,28 +132,23 @@ class LabelledImageDataModule(LightningDataModule):
         processor_revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        super().__init__()
-        require_at_least(1, batch_size=batch_size, shots=1 if shots is None else shots)
-        require_at_least(1, validation_batch_size=1 if validation_batch_size is None else validation_batch_size)
-        require_at_least(0, num_workers=num_workers, seed=seed)
-        unknown = sorted(set(columns or {}) - set(self.COLUMNS))
-        if unknown:
-            raise ConfigurationError(f"columns has the unknown key {unknown[0]!r}; use 'image' and 'label'.")
+        super().__init__(
+            sources={"train": train, "validation": validation, "test": test, "predict": predict},
+            dataset_config=dataset_config,
+            columns=columns,
+            batch_size=batch_size,
+            validation_batch_size=validation_batch_size,
+            shuffle=shuffle,
+            num_workers=num_workers,
+            seed=seed,
+        )
+        if shots is not None:
+            require_at_least(1, shots=shots)
         self.save_hyperparameters(logger=False)
-        self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
-        self.batch_size = batch_size
-        self.validation_batch_size = validation_batch_size
-        self.shuffle = shuffle
-        self.num_workers = num_workers
-        self.seed = seed
         self._given_names = class_names
         self._class_names: list[str] | None = None
-        self._datasets: dict[str, ClassifiedImages] = {}
         self._read: dict[str, LabelledImages] = {}
         self._image_processor: Any = None
-        self._limit_val_batches: int | float | None = None
-        self._plan: dict[str, Any] = {}
-        self._plan_to_resume: dict[str, Any] = {}
 
     @property
     def class_names(self) -> list[str] | None:
@@ -177,106 +168,22 @@ class LabelledImageDataModule(LightningDataModule):
         return self._image_processor
 
     @override
-    def prepare_data(self) -> None:
-        """Downloads and converts the data once, before every process loads it."""
-        for split in self.sources:
-            self._data(split)
-
-    @override
-    def setup(self, stage: str | None = None) -> None:
-        """Prepares the data of a stage.
-
-        Args:
-            stage: ``fit``, ``validate``, ``test`` or ``predict``; None stands for all data that is given.
-
-        Raises:
-            ConfigurationError: The stage needs data that was not given, or there are fewer than two classes.
-            DataError: The data, or a record of it, cannot be used.
-        """
-        # Lightning gives an enumeration whose members equal, but do not print as, their names.
-        stage = getattr(stage, "value", stage)
-        splits = tuple(self.sources) if stage is None else _SPLITS_OF_STAGE[stage]
-        if stage is not None and self.sources[splits[0]] is None:
-            raise ConfigurationError(
-                f"The data for {splits[0]!r} is not given but is needed to {stage}; set data.{splits[0]}."
-            )
-        if stage == "fit" and self.sources["validation"] is None and self.trainer is not None:
-            # Lightning warns of a validation step without data, however it is told that there is none.
-            self._limit_val_batches = self.trainer.limit_val_batches
-            self.trainer.limit_val_batches = 0
-        self._name_classes(splits)
-        for split in splits:
-            if split not in self._datasets and self.sources[split] is not None:
-                self._datasets[split] = self._dataset(split)
-
-    @override
-    def teardown(self, stage: str | None = None) -> None:
-        """Lets the trainer validate again, should it be used with other data."""
-        if self._limit_val_batches is not None and self.trainer is not None:
-            self.trainer.limit_val_batches = self._limit_val_batches
-            self._limit_val_batches = None
-
-    @override
-    def train_dataloader(self) -> ResumableDataLoader:
-        """Returns the training batches."""
-        dataset = self._dataset_of("train")
-        strategy = self.trainer.strategy if self.trainer is not None else None
-        sampler = _EpochAndIndexSampler(
-            [1] * len(dataset),
-            batch_size=self.batch_size,
-            shuffle=self.shuffle,
-            group_by_length=False,
-            seed=self.seed,
-            **(getattr(strategy, "distributed_sampler_kwargs", None) or {}),
-        )
-        if self._plan_to_resume:
-            sampler.refuse_other_plan(self._plan_to_resume)
-        self._plan, self._plan_to_resume = sampler.plan, {}
-        return ResumableDataLoader(
-            **self._loader_options(dataset, self.batch_size),
-            sampler=sampler,
-            processed_batches=None if self.trainer is None else self._processed_batches,
-        )
-
-    @override
-    def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[DataLoader[dict[str, Any]]]:
-        """Returns the validation batches, or none if no validation data was given."""
-        return [] if self.sources["validation"] is None else self._evaluation_loader("validation")
-
-    @override
-    def test_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Returns the test batches."""
-        return self._evaluation_loader("test")
-
-    @override
-    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Returns the batches to predict."""
-        return self._evaluation_loader("predict")
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        """Returns what the order of the training batches depends on."""
-        return {"plan": self._plan}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps what the order of the training batches depended on, to be checked if training goes on."""
-        self._plan_to_resume = state_dict["plan"]
-
-    def _data(self, split: str) -> LabelledImages | None:
-        source = self.sources[split]
-        if source is not None and split not in self._read:
+    def _load(self, split: str, source: str) -> LabelledImages:
+        if split not in self._read:
             self._read[split] = LabelledImages.read(
-                source,
-                default_split=_DEFAULT_SPLITS[split],
-                config=self.hparams["dataset_config"],
-                columns=self.hparams["columns"],
+                source, default_split=DEFAULT_SPLITS[split], config=self.dataset_config, columns=self.columns
             )
-        return self._read.get(split)
+        return self._read[split]
+
+    @override
+    def _prepare_splits(self, splits: Sequence[str]) -> None:
+        self._name_classes(splits)
+        super()._prepare_splits(splits)
 
     def _name_classes(self, splits: Sequence[str]) -> None:
         """The training data says which classes there are; without it the first data that a stage has."""
-        data = next(data for split in ("train", *splits) if (data := self._data(split)) is not None)
+        sources = ((split, self.sources[split]) for split in ("train", *splits))
+        data = next(self._load(split, source) for split, source in sources if source is not None)
         unlabelled = splits == ("predict",) and data.labels is None and self._given_names is None
         if self._class_names is not None or unlabelled:
             return
@@ -288,9 +195,9 @@ class LabelledImageDataModule(LightningDataModule):
             )
         self._class_names = names
 
-    def _dataset(self, split: str) -> ClassifiedImages:
-        data = self._data(split)
-        assert data is not None
+    @override
+    def _prepare(self, split: str, source: str) -> ClassifiedImages:
+        data = self._load(split, source)
         names = self._class_names
         classes = None if split == "predict" or names is None else data.class_indices(self._given_names, names)
         indices: Sequence[int] = range(len(data))
@@ -304,27 +211,6 @@ class LabelledImageDataModule(LightningDataModule):
             augmentation = CropAndFlip(input_side(self.image_processor), self.seed)
         return ClassifiedImages(data, indices, classes, self.image_processor, augmentation)
 
-    def _dataset_of(self, split: str) -> ClassifiedImages:
-        if split not in self._datasets:
-            raise ConfigurationError(f"The data for {split!r} is not set up; give data.{split} and call setup() first.")
-        return self._datasets[split]
-
-    def _evaluation_loader(self, split: str) -> DataLoader[dict[str, Any]]:
-        batch_size = self.validation_batch_size or self.batch_size
-        return DataLoader(**self._loader_options(self._dataset_of(split), batch_size))
-
-    def _loader_options(self, dataset: ClassifiedImages, batch_size: int) -> dict[str, Any]:
-        return {
-            "dataset": dataset,
-            "batch_size": batch_size,
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-            # Otherwise each epoch would advance the global random state, which dropout depends on.
-            "generator": torch.Generator().manual_seed(self.seed),
-        }
-
-    def _processed_batches(self) -> int:
-        assert self.trainer is not None
-        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
-        return progress.processed
+    @override
+    def _sampler(self, **options: Any) -> EpochSampler:
+        return _EpochAndIndexSampler([1] * len(self._dataset("train")), group_by_length=False, **options)

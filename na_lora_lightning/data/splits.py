@@ -37,25 +37,24 @@ class SplitSummary:
         return cls(records=len(encoded), **sums)
 
 
-def encode_split(
-    records: Dataset, encoder: RecordEncoder, *, source: str, evaluation: bool, needs_completion: bool
-) -> Dataset:
+def encode_split(records: Dataset, encoder: RecordEncoder, *, source: str, split: str) -> Dataset:
     """Encodes all records of a split, or takes them from the cache of ``datasets``.
 
     Args:
         records: The records.
         encoder: What to encode them with.
         source: The name of the data, for messages.
-        evaluation: Whether to add what generation is scored with.
-        needs_completion: Whether a record without completion is an error.
+        split: Which one it is. What generation is scored with is added but for ``train``, and a record without
+            completion is an error but for ``predict``.
 
     Raises:
         DataError: If a record cannot be used.
     """
+    evaluation = split != "train"
     encoded = records.map(
         encoder,
         with_indices=True,
-        fn_kwargs={"source": source, "evaluation": evaluation, "needs_completion": needs_completion},
+        fn_kwargs={"source": source, "evaluation": evaluation, "needs_completion": split != "predict"},
         remove_columns=records.column_names,
         features=encoder.features(evaluation=evaluation),
         desc="Tokenising",

@@ -8,11 +8,12 @@ from datasets import Dataset
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
-from na_lora_lightning.data.base import SupervisedDataModule, require_at_least
+from na_lora_lightning.data.base import require_at_least
 from na_lora_lightning.data.image_reading import ImageReader
 from na_lora_lightning.data.processors import load_processor
 from na_lora_lightning.data.record_images import RecordImages, folder_of
-from na_lora_lightning.data.splits import SplitSummary, encode_split
+from na_lora_lightning.data.splits import encode_split
+from na_lora_lightning.data.supervised import SupervisedDataModule
 from na_lora_lightning.data.vision_batching import SKIP_REMEDY, VisionCollator, VisionDataLoader, VisionRecords
 from na_lora_lightning.data.vision_encoding import NUMBER_OF_IMAGES, VisionRecordEncoder, require_options_of
 from na_lora_lightning.data.vision_example import noise_image
@@ -180,10 +181,6 @@ class VisionInstructionDataModule(SupervisedDataModule):
             count = len(self.left_out)
             rank_zero_info(f"{count} {'record was' if count == 1 else 'records were'} left out because of images.")
 
-    def describe(self) -> dict[str, SplitSummary]:
-        """Returns the size of each split that has been set up; an image counts as one token."""
-        return {split: SplitSummary.of(encoded) for split, encoded in self._encoded.items()}
-
     def example_batch(self) -> dict[str, Any]:
         """Returns the model's inputs for the shortest training record with images, with noise for its images.
 
@@ -192,13 +189,13 @@ class VisionInstructionDataModule(SupervisedDataModule):
         Raises:
             ConfigurationError: If the training data is not set up.
         """
-        encoded = self._encoded_split("train")
+        encoded = self._prepared_split("train")
         rows = enumerate(zip(encoded["images"], encoded["tokens"], strict=True))
         index = min(rows, key=lambda row: (row[1][0] == 0, row[1][1]))[0]
         row = encoded[index]
         return self._collator("train").inputs_of([{**row, "pictures": [noise_image()] * row["images"]}])
 
-    def _encode(self, split: str, source: str) -> Dataset:
+    def _prepare(self, split: str, source: str) -> Dataset:
         records = self._load(split, source)
         reader = ImageReader(folder_of(source), self.max_image_pixels, self.max_image_bytes, self.resize_longest_side)
         images = self._images[split] = RecordImages(records, source, reader)
@@ -209,8 +206,7 @@ class VisionInstructionDataModule(SupervisedDataModule):
             records.add_column(NUMBER_OF_IMAGES, counts).remove_columns(images.columns),
             self._record_encoder(),
             source=source,
-            evaluation=split != "train",
-            needs_completion=split != "predict",
+            split=split,
         )
         if not missing:
             return encoded
@@ -235,7 +231,7 @@ class VisionInstructionDataModule(SupervisedDataModule):
         return self._encoder
 
     def _dataset(self, split: str) -> VisionRecords:
-        return VisionRecords(self._encoded_split(split), self._images[split])
+        return VisionRecords(self._prepared_split(split), self._images[split])
 
     def _collator(self, split: str) -> VisionCollator:
         return VisionCollator(

@@ -1,0 +1,149 @@
+"""A LightningModule around a PEFT model: checkpoints of the adapter alone, and its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from typing_extensions import override
+
+from na_lora_lightning.adapters import (
+    CHECKPOINT_KEY,
+    RANDOM_STATE_KEY,
+    adapter_keys,
+    describe_adapter,
+    gather_random_states,
+    random_state_of_process,
+    require_same_adapter,
+    require_same_tensors,
+    set_random_state,
+    without_base_weights,
+    write_adapter_folder,
+)
+from na_lora_lightning.arguments import AdapterArguments, LoRAArguments
+from na_lora_lightning.errors import ConfigurationError
+from na_lora_lightning.nonfinite import require_finite
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+class AdapterModule(LightningModule):
+    """Keeps the adapter of a PEFT model, which a subclass loads into ``model``.
+
+    Args:
+        lora: What the adapter is.
+        adapter: When and where it is written as a PEFT folder.
+    """
+
+    model: PeftModel | None
+
+    def __init__(self, lora: LoRAArguments, adapter: AdapterArguments) -> None:
+        super().__init__()
+        self.lora = lora
+        self.adapter = adapter
+        # The base weights are not in checkpoints; load_state_dict checks what is.
+        self.strict_loading = False
+        self.model = None
+        self.written_adapter_folder: Path | None = None
+        self._is_written = False
+        self._random_state: Tensor | None = None
+
+    @property
+    def peft_model(self) -> PeftModel:
+        """The model.
+
+        Raises:
+            ConfigurationError: It is not loaded yet.
+        """
+        if self.model is None:
+            raise ConfigurationError("The model is not loaded yet; call configure_model() or use a Trainer first.")
+        return self.model
+
+    @override
+    def forward(self, **inputs: Any) -> Any:
+        """Runs the PEFT model on keyword arguments and returns the Hugging Face output."""
+        return self.peft_model(**inputs)
+
+    @override
+    def on_fit_start(self) -> None:
+        """Reports how many parameters train."""
+        self._is_written = False
+        trainable, total = self.peft_model.get_nb_trainable_parameters()
+        rank_zero_info(f"LoRA trains {trainable:,} of {total:,} parameters ({100 * trainable / total:.3g} %).")
+        for logger in self.loggers:
+            logger.log_metrics({"model/trainable_parameters": trainable, "model/total_parameters": total}, step=0)
+
+    @override
+    def on_train_start(self) -> None:
+        """Goes on with the random numbers of a checkpoint."""
+        if self._random_state is not None:
+            # Dropout then draws what it would have drawn without the interruption.
+            set_random_state(self._random_state, self.device)
+            self._random_state = None
+
+    @override
+    def on_train_end(self) -> None:
+        """Writes the adapter."""
+        self._is_written = self.adapter.write != "never"
+        if self._is_written:
+            # A collective call where the parameters are sharded.
+            state = self.trainer.strategy.lightning_module_state_dict()
+            require_finite(without_base_weights(state, adapter_keys(self)), self.trainer.global_step)
+            self._write_adapter(state)
+
+    @override
+    def on_fit_end(self) -> None:
+        """Writes the adapter where the checkpoint to go on from was the last one, so that there was no training."""
+        if self.adapter.write != "never" and not self._is_written and self.trainer.global_step > 0:
+            self._write_adapter(self.trainer.strategy.lightning_module_state_dict())
+            rank_zero_info(f"Training had ended already; its adapter is now in {str(self.written_adapter_folder)!r}.")
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leaves the base model out."""
+        checkpoint[CHECKPOINT_KEY] = describe_adapter(self.peft_model, self.lora)
+        if self._trainer is not None:
+            # Only the first process writes, and each has random numbers of its own.
+            checkpoint[RANDOM_STATE_KEY] = gather_random_states(self.device, self.trainer.world_size)
+        if checkpoint["state_dict"]:
+            checkpoint["state_dict"] = without_base_weights(checkpoint["state_dict"], adapter_keys(self))
+            require_finite(checkpoint["state_dict"], checkpoint.get("global_step", 0))
+        if self.adapter.write == "checkpoint" and self._trainer is not None:
+            self._write_adapter(checkpoint["state_dict"])
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another model or LoRA."""
+        if CHECKPOINT_KEY not in checkpoint:
+            raise ConfigurationError(f"The checkpoint was not written by {type(self).__name__}; load one that was.")
+        require_same_adapter(checkpoint[CHECKPOINT_KEY], describe_adapter(self.peft_model, self.lora))
+        states = checkpoint.get(RANDOM_STATE_KEY)
+        if states is not None and self._trainer is not None and self.trainer.state.fn == "fit":
+            self._random_state = random_state_of_process(states, self.global_rank, self.trainer.world_size)
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads an adapter, or a whole state dict.
+
+        Raises:
+            ConfigurationError: The adapter's tensors are not exactly those of this model.
+        """
+        require_same_tensors(state_dict, self.state_dict(), adapter_keys(self))
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        # What is missing now is the base model, and no news.
+        result.missing_keys.clear()
+        return result
+
+    def _write_adapter(self, state: Mapping[str, Tensor]) -> None:
+        folder = self.adapter.folder
+        if folder is None:
+            # The trainer broadcasts it, so every process has to ask.
+            folder = str(Path(self.trainer.log_dir or self.trainer.default_root_dir) / "adapter")
+        if self.trainer.is_global_zero:
+            self.written_adapter_folder = write_adapter_folder(self.peft_model, folder, state)
+        self.trainer.strategy.barrier()
