@@ -219,6 +219,13 @@ def test_all_given_data_is_set_up_at_once(clip: str, shapes: str) -> None:
         data.train_dataloader()
 
 
+def test_without_data_there_is_nothing_to_set_up(clip: str) -> None:
+    data = LabelledImageDataModule(clip)
+    data.setup()
+    assert data.class_names is None
+    assert data.val_dataloader() == []
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -183,7 +183,9 @@ class LabelledImageDataModule(ResumableDataModule):
     def _name_classes(self, splits: Sequence[str]) -> None:
         """The training data says which classes there are; without it the first data that a stage has."""
         sources = ((split, self.sources[split]) for split in ("train", *splits))
-        data = next(self._load(split, source) for split, source in sources if source is not None)
+        data = next((self._load(split, source) for split, source in sources if source is not None), None)
+        if data is None:
+            return
         unlabelled = splits == ("predict",) and data.labels is None and self._given_names is None
         if self._class_names is not None or unlabelled:
             return
