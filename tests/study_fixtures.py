@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import yaml
 from study_helpers import ARMS
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.study import tasks
+from benchmarks.study import tasks, vision_pretraining
 from benchmarks.study.pretraining import make_tokenizer
 from benchmarks.study.specification import Study, load_study
 
@@ -39,6 +40,17 @@ def base_models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", name="picture_model")
+def picture_models_folder(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of that Llama with a vision tower and a projector that were hardly trained."""
+    folder = tmp_path_factory.mktemp("models")
+    shutil.copytree(base_model, folder / "llama-silu")
+    record = {"name": "llama-silu", "weights_sha256": "", "held_out_loss": 0.0}
+    (folder / "llama-silu" / "pretraining.json").write_text(json.dumps(record))
+    vision_pretraining.pretrain("llava-silu", folder, tower_steps=2, projector_steps=2, batch_size=4)
+    return folder / "llava-silu"
+
+
 @pytest.fixture(autouse=True, name="cached_pools")
 def pools_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "CACHE", tmp_path_factory.getbasetemp() / "pools")
@@ -48,8 +60,11 @@ def pools_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
 def study_maker(base_model: Path, tmp_path: Path) -> Any:
     """Writes a study file with some of the arms and reads it."""
 
-    def make(arms: list[str], seeds: list[int] | None = None, **changes: Any) -> Study:
-        data = {"source": {"kind": "digits"}, "train": 24, "valid": 8, "test": 8, "label_noise": 0.25}
+    def make(
+        arms: list[str], seeds: list[int] | None = None, source: dict[str, Any] | None = None, **changes: Any
+    ) -> Study:
+        source = source or {"kind": "digits"}
+        data = {"source": source, "train": 24, "valid": 8, "test": 8, "label_noise": 0.25}
         training = {"steps": 6, "batch_size": 4, "evaluate_every": 3, "max_length": 84}
         study = {
             "role": "screening",

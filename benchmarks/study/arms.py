@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -160,9 +160,12 @@ def target_names(base: PreTrainedModel, targets: str) -> str | list[str]:
     return [name for name, module in base.named_modules() if is_linear(module) and ".mlp." in name]
 
 
-def _names_of_gates(base: PreTrainedModel, targets: str | list[str]) -> list[str]:
+def _names_of_gates(
+    base: PreTrainedModel, targets: str | list[str], example_inputs: Mapping[str, Tensor] | None
+) -> list[str]:
     adapted = get_peft_model(copy.deepcopy(base), LoraConfig(r=1, target_modules=copy.copy(targets)))
-    return sorted({site.lora_layer_name.rpartition("base_model.model.")[2] for site in discover_gates(adapted)})
+    gates = discover_gates(adapted, example_inputs)
+    return sorted({site.lora_layer_name.rpartition("base_model.model.")[2] for site in gates})
 
 
 def initialise_a(model: nn.Module, seed: int) -> None:
@@ -180,7 +183,14 @@ def initialise_a(model: nn.Module, seed: int) -> None:
                 matrix.weight.data.copy_(drawn)
 
 
-def adapt(base: PreTrainedModel, arm: Arm, lora: Mapping[str, Any], steps: int, seed: int) -> PeftModel:
+def adapt(
+    base: PreTrainedModel,
+    arm: Arm,
+    lora: Mapping[str, Any],
+    steps: int,
+    seed: int,
+    example_inputs: Mapping[str, Tensor] | None = None,
+) -> PeftModel:
     """Wraps the base model with the arm's adapter.
 
     Args:
@@ -189,6 +199,7 @@ def adapt(base: PreTrainedModel, arm: Arm, lora: Mapping[str, Any], steps: int, 
         lora: ``rank``, ``alpha`` and ``targets``.
         steps: Optimizer steps of the run, for AdaLoRA's schedule.
         seed: The cell's seed.
+        example_inputs: As :func:`build` takes them.
 
     Raises:
         StudyError: The method is unknown.
@@ -199,7 +210,7 @@ def adapt(base: PreTrainedModel, arm: Arm, lora: Mapping[str, Any], steps: int, 
     if type(base).__name__.startswith("GPT2"):
         common["fan_in_fan_out"] = True
     if arm.without_gates:
-        common["exclude_modules"] = _names_of_gates(base, targets)
+        common["exclude_modules"] = _names_of_gates(base, targets, example_inputs)
     if arm.method == "adalora":
         schedule = {"tinit": steps // 10, "tfinal": steps // 3, "deltaT": max(1, steps // 50), "total_step": steps}
         ranks = {"target_r": lora["rank"], "init_r": math.ceil(1.5 * lora["rank"])}
@@ -230,14 +241,30 @@ def make_optimizer(model: PeftModel, arm: Arm, lora: Mapping[str, Any], rate: fl
 
 
 def build(
-    base: PreTrainedModel, arm: Arm, lora: Mapping[str, Any], training: Mapping[str, Any], rate: float, seed: int
+    base: PreTrainedModel,
+    arm: Arm,
+    lora: Mapping[str, Any],
+    training: Mapping[str, Any],
+    rate: float,
+    seed: int,
+    example_inputs: Mapping[str, Tensor] | None = None,
 ) -> BuiltArm:
-    """Builds an arm around a fresh base model."""
-    model = adapt(base, arm, lora, training["steps"], seed)
+    """Builds an arm around a fresh base model.
+
+    Args:
+        base: The base model; it is changed in place.
+        arm: The arm.
+        lora: ``rank``, ``alpha`` and ``targets``.
+        training: How the cell is trained.
+        rate: Its learning rate.
+        seed: Its seed.
+        example_inputs: Of a forward pass that reaches all of the model, where a few tokens do not: with images.
+    """
+    model = adapt(base, arm, lora, training["steps"], seed, example_inputs)
     model.train()
     optimizer = make_optimizer(model, arm, lora, rate, training["weight_decay"])
     controller = None
-    gates = GateMap() if arm.method == "adalora" else discover_gates(model)
+    gates = GateMap() if arm.method == "adalora" else discover_gates(model, example_inputs)
     if arm.importance is not None or arm.step_scale is not None:
         options = arm.options_of(seed)
         controller = GateController(model, gates.require(), ObserverOptions(**options["observer"]))

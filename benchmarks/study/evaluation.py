@@ -8,16 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.study.encoding import IGNORED, Encoded, collate
+from benchmarks.study.encoding import IGNORED, Encoded, collate, inputs_of
 
 Batches = list[dict[str, Tensor]]
 
 
-def evaluation_batches(encoded: Sequence[Encoded], padding: int, batch_size: int, device: torch.device) -> Batches:
-    """Batches in order of length, so that little is padded."""
-    ordered = sorted(encoded, key=lambda entry: len(entry[0]))
+def evaluation_batches(
+    encoded: Sequence[Encoded], padding: int, batch_size: int, device: torch.device, dtype: torch.dtype
+) -> Batches:
+    """Batches in order of length, so that little is padded; pixels are in ``dtype``."""
+    ordered = sorted(encoded, key=lambda entry: len(entry.ids))
     parts = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
-    return [collate(part, padding, device) for part in parts]
+    return [collate(part, padding, device, dtype) for part in parts]
 
 
 def text_batches(windows: Tensor, batch_size: int, device: torch.device) -> Batches:
@@ -37,7 +39,7 @@ def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
     model.eval()
     total, tokens, exact, examples = 0.0, 0, 0, 0
     for batch in batches:
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].float()
+        logits = model(**inputs_of(batch)).logits[:, :-1].float()
         targets = batch["labels"][:, 1:]
         losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
         predicted = targets != IGNORED

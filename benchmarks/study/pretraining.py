@@ -11,8 +11,10 @@ import hashlib
 import json
 import math
 import shutil
+import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -185,20 +187,47 @@ def read_record(folder: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_text()))
 
 
+def take_shipped(folder: Path) -> bool:
+    """Copies the model of a folder's name, if the project ships it, whole or not at all.
+
+    Args:
+        folder: Where the model should be; one that exists is left alone.
+
+    Returns:
+        Whether it was copied.
+    """
+    shipped = SHIPPED / folder.name
+    if folder.exists() or not (shipped / "pretraining.json").is_file():
+        return False
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as scratch:
+        partial = Path(shutil.copytree(shipped, Path(scratch) / folder.name))
+        # Another process may have been faster.
+        with suppress(OSError):
+            partial.rename(folder)
+    return True
+
+
 def pretrain_missing(names: Sequence[str], folder: Path = FOLDER, steps: int = 5000) -> None:
     """Copies the models that the project ships, and pretrains the others that are not there yet, on one thread.
 
     Raises:
         StudyError: There is no model of that name.
     """
+    # It is built upon this module.
+    from benchmarks.study import vision_pretraining
+
     torch.set_num_threads(1)
-    for name in names or ARCHITECTURES:
-        if name not in ARCHITECTURES:
-            raise StudyError(f"there is no recipe for a model {name!r}; choose one of {', '.join(ARCHITECTURES)}.")
+    known = [*ARCHITECTURES, *vision_pretraining.LANGUAGE_MODELS]
+    for name in names or known:
+        if name not in known:
+            raise StudyError(f"there is no recipe for a model {name!r}; choose one of {', '.join(known)}.")
         if (folder / name / "pretraining.json").is_file():
             print(f"{name} is there already")
-        elif (SHIPPED / name / "pretraining.json").is_file():
-            shutil.copytree(SHIPPED / name, folder / name)
+        elif take_shipped(folder / name):
             print(f"{name} is copied from {SHIPPED}")
-        else:
+        elif name in ARCHITECTURES:
             print(json.dumps(pretrain(name, folder, steps=steps)))
+        else:
+            pretrain_missing([vision_pretraining.LANGUAGE_MODELS[name]], folder, steps)
+            print(json.dumps(vision_pretraining.pretrain(name, folder)))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.study.arms import BuiltArm
+from benchmarks.study.encoding import inputs_of
 from na_lora_lightning.core.discovery import root_of
 from na_lora_lightning.core.importance import Criterion, ResponsivenessCollector
 from na_lora_lightning.core.lora_layers import lora_b
@@ -102,7 +103,7 @@ class GateProbe:
         passes = 0 if controller is None else controller.observer.forward_passes
         # With gradients, since observers look at training passes alone; nothing is backpropagated.
         with torch.enable_grad():
-            self._built.model(**{name: self._batch[name] for name in ("input_ids", "attention_mask")})
+            self._built.model(**inputs_of(self._batch))
         if controller is not None:
             controller.observer.reset()
             controller.meter.reset()

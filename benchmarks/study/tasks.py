@@ -1,8 +1,9 @@
 """Tasks: pools of examples from real text or verifiable puzzles, and how a seed draws its training set from them.
 
-The last examples of a pool in a fixed random order are the test set and the validation set, the same for every seed.
+The first examples of a pool in a fixed random order are the test set and the validation set, the same for every seed.
 A seed draws the training set, its label noise and the order of the batches from the rest, and nothing else does: all
-arms of a seed see the same batches.
+arms of a seed see the same batches. A source whose examples share something (an image, say) makes its three parts
+itself.
 """
 
 from __future__ import annotations
@@ -12,22 +13,19 @@ import json
 import random
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.study import corpus
 from benchmarks.study.errors import StudyError
+from benchmarks.study.examples import Example
+from benchmarks.study.pictures import pictured_digits
 
 CACHE = Path(".cache/study/pools")
-
-
-@dataclass(frozen=True)
-class Example:
-    """A prompt, empty for plain text, and what is to be predicted after it."""
-
-    prompt: str
-    answer: str
+PARTS = ("test", "valid", "train")
+# All examples of a source, or those of each part where the source makes the parts.
+Pool = list[Example] | dict[str, list[Example]]
 
 
 @dataclass(frozen=True)
@@ -124,19 +122,21 @@ def _documentation() -> list[Example]:
     return [Example("", text) for text in corpus.pretraining_text()[1]]
 
 
-SOURCES: dict[str, Callable[..., list[Example]]] = {
+SOURCES: dict[str, Callable[..., Pool]] = {
     "functions": _functions,
     "headers": _headers,
     "origin": _origin,
     "names": _names,
     "errors": _errors,
     "digits": _digits,
+    "pictured_digits": pictured_digits,
     "tissue": _tissue,
     "reasoning": _reasoning,
     "documentation": _documentation,
 }
 _PACKAGES_OF = {
     "digits": ["sklearn"],
+    "pictured_digits": ["sklearn"],
     "tissue": ["sklearn"],
     "reasoning": ["reasoning_gym"],
     "documentation": list(corpus.PRETRAINING_PACKAGES),
@@ -150,7 +150,7 @@ def packages_of(data: Mapping[str, Any]) -> dict[str, str]:
     return corpus.versions_of(names)
 
 
-def pool(source: Mapping[str, Any]) -> list[Example]:
+def pool(source: Mapping[str, Any]) -> Pool:
     """All examples of a source, in a fixed random order; kept in a cache for the installed versions.
 
     Raises:
@@ -163,14 +163,30 @@ def pool(source: Mapping[str, Any]) -> list[Example]:
     key = json.dumps([source, packages_of({"source": source}), "1"], sort_keys=True)
     file = CACHE / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
     if file.is_file():
-        return [Example(*entry) for entry in json.loads(file.read_text())]
+        return _each_part(json.loads(file.read_text()), lambda part: [Example.from_plain(entry) for entry in part])
     examples = SOURCES[kind](**options)
-    random.Random(0).shuffle(examples)
+    _each_part(examples, random.Random(0).shuffle)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{random.SystemRandom().getrandbits(32)}")
-    partial.write_text(json.dumps([[example.prompt, example.answer] for example in examples]))
+    partial.write_text(json.dumps(_each_part(examples, lambda part: [example.plain() for example in part])))
     partial.replace(file)
     return examples
+
+
+def _each_part(made: Any, function: Callable[[list[Any]], Any]) -> Any:
+    """Calls a function with each part of what a source made, or with all of it where it has no parts."""
+    return {name: function(part) for name, part in made.items()} if isinstance(made, dict) else function(made)
+
+
+def _cut(examples: list[Example], data: Mapping[str, Any]) -> dict[str, list[Example]]:
+    wanted = sum(data[part] for part in PARTS)
+    if len(examples) < wanted:
+        raise StudyError(
+            f"the source {data['source']['kind']!r} has {len(examples)} examples and the task wants {wanted}; lower "
+            "its train, valid or test size."
+        )
+    test, rest = examples[: data["test"]], examples[data["test"] :]
+    return {"test": test, "valid": rest[: data["valid"]], "train": rest[data["valid"] :]}
 
 
 def load(data: Mapping[str, Any], seed: int) -> TaskData:
@@ -184,18 +200,22 @@ def load(data: Mapping[str, Any], seed: int) -> TaskData:
     Raises:
         StudyError: The pool is too small.
     """
-    examples = pool(data["source"])
-    wanted = data["train"] + data["valid"] + data["test"]
-    if len(examples) < wanted:
-        raise StudyError(
-            f"the source {data['source']['kind']!r} has {len(examples)} examples and the task wants {wanted}; lower "
-            "its train, valid or test size."
-        )
-    test, rest = examples[: data["test"]], examples[data["test"] :]
-    valid, rest = rest[: data["valid"]], rest[data["valid"] :]
-    train = random.Random(f"{seed}:sample").sample(rest, data["train"])
-    sha256 = corpus.digest(text for example in examples for text in (example.prompt, example.answer))
-    return TaskData(with_label_noise(train, data.get("label_noise", 0.0), seed), valid, test, sha256)
+    made = pool(data["source"])
+    parts = made if isinstance(made, dict) else _cut(made, data)
+    for name, part in parts.items():
+        if len(part) < data[name]:
+            raise StudyError(
+                f"the source {data['source']['kind']!r} has {len(part)} examples in its part {name!r} and the task "
+                f"wants {data[name]}; lower its {name} size, or have the source make more."
+            )
+    whole = [example for part in PARTS for example in made[part]] if isinstance(made, dict) else made
+    train = random.Random(f"{seed}:sample").sample(parts["train"], data["train"])
+    return TaskData(
+        with_label_noise(train, data.get("label_noise", 0.0), seed),
+        parts["valid"][: data["valid"]],
+        parts["test"][: data["test"]],
+        corpus.digest(text for example in whole for text in example.texts()),
+    )
 
 
 def with_label_noise(train: list[Example], share: float, seed: int) -> list[Example]:
@@ -206,7 +226,7 @@ def with_label_noise(train: list[Example], share: float, seed: int) -> list[Exam
     answers = sorted({example.answer for example in train})
     noisy = set(generator.sample(range(len(train)), round(share * len(train))))
     return [
-        Example(example.prompt, generator.choice([other for other in answers if other != example.answer]))
+        replace(example, answer=generator.choice([other for other in answers if other != example.answer]))
         if index in noisy
         else example
         for index, example in enumerate(train)

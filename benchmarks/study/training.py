@@ -13,15 +13,22 @@ import psutil
 import torch
 from peft import get_peft_model_state_dict
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.study import tasks
 from benchmarks.study.arms import BuiltArm, build
-from benchmarks.study.encoding import collate, encode
+from benchmarks.study.encoding import collate, encode, inputs_of, tokenizer_of
 from benchmarks.study.errors import StudyError
 from benchmarks.study.evaluation import evaluate, evaluation_batches, text_batches
-from benchmarks.study.pretraining import token_stream, weights_digest, windows_of
+from benchmarks.study.pretraining import FOLDER, take_shipped, token_stream, weights_digest, windows_of
 from benchmarks.study.probes import GateProbe
 from benchmarks.study.specification import Cell
 from na_lora_lightning.arguments import ScheduleArguments
@@ -49,18 +56,26 @@ class Memory:
 
 @lru_cache(maxsize=2)
 def _base(folder: str, dtype: str) -> tuple[PreTrainedModel, Any, str]:
-    """Base model on the CPU, tokenizer and digest of the weights."""
+    """Base model on the CPU, its tokenizer (its processor where it takes images) and digest of the weights."""
+    if Path(folder).parent == FOLDER:
+        take_shipped(Path(folder))
     if not (Path(folder) / "config.json").is_file():
         raise StudyError(
             f"there is no model in {folder!r}; pretrain it with `python -m benchmarks.study pretrain`, or put it there "
-            "(SmolLM2 and Gemma: examples/quickstart/prepare.py)."
+            "(SmolLM2 and Gemma: examples/quickstart/prepare.py; SmolLM2 that sees: examples/vlm_digits/run.py)."
         )
     disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    takes_images = getattr(AutoConfig.from_pretrained(folder), "vision_config", None) is not None
+    kind = AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
+    model = kind.from_pretrained(folder, dtype=getattr(torch, dtype))
+    processor = (AutoProcessor if takes_images else AutoTokenizer).from_pretrained(folder)
+    tokenizer = tokenizer_of(processor)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer, weights_digest(model)
+    if takes_images:
+        # Folders have the chat template in either place.
+        tokenizer.chat_template = tokenizer.chat_template or processor.chat_template
+    return model, processor, weights_digest(model)
 
 
 def fresh_model(folder: str, dtype: str, device: torch.device) -> PreTrainedModel:
@@ -101,21 +116,24 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     training = cell.training
     device = device_of(cell)
     memory = Memory(device)
-    _, tokenizer, model_sha256 = _base(cell.setting.model, training["dtype"])
+    _, processor, model_sha256 = _base(cell.setting.model, training["dtype"])
     data = tasks.load(cell.setting.data, cell.seed)
     encoded = {
-        part: encode(tokenizer, getattr(data, part), training["max_length"]) for part in ("train", "valid", "test")
+        part: encode(processor, getattr(data, part), training["max_length"]) for part in ("train", "valid", "test")
     }
-    padding = tokenizer.pad_token_id
+    tokenizer = tokenizer_of(processor)
+    padding, dtype = tokenizer.pad_token_id, getattr(torch, training["dtype"])
     size = training["evaluation_batch_size"]
-    scored = {part: evaluation_batches(encoded[part], padding, size, device) for part in ("valid", "test")}
+    scored = {part: evaluation_batches(encoded[part], padding, size, device, dtype) for part in ("valid", "test")}
     held_out = text_batches(held_out_windows(cell.setting.model, tokenizer), size, device)
     order = tasks.batch_order(len(encoded["train"]), training["batch_size"], training["steps"], cell.seed)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     base = fresh_model(cell.setting.model, training["dtype"], device)
-    built = build(base, cell.arm, cell.setting.lora, training, cell.rate, cell.seed)
-    probe = GateProbe(built, collate(encoded["valid"][:_PROBE_EXAMPLES], padding, device))
+    probed = collate(encoded["valid"][:_PROBE_EXAMPLES], padding, device, dtype)
+    example_inputs = inputs_of(probed) if "pixel_values" in probed else None
+    built = build(base, cell.arm, cell.setting.lora, training, cell.rate, cell.seed, example_inputs)
+    probe = GateProbe(built, probed)
     schedule = make_schedule(
         ScheduleArguments(name=training["schedule"], warmup_fraction=training["warmup_fraction"]),
         built.optimizer,
@@ -152,7 +170,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     finite = score(0)
     for step, chosen in enumerate(order):
         started = clock()
-        batch = collate([encoded["train"][index] for index in chosen], padding, device)
+        batch = collate([encoded["train"][index] for index in chosen], padding, device, dtype)
         losses.append(_train_step(built, batch, training["clip"], step))
         schedule.step()
         seconds["train"] += clock() - started

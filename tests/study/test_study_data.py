@@ -11,7 +11,7 @@ import yaml
 from study_fixtures import base_models_folder, pools_folder, study_maker  # noqa: F401
 
 from benchmarks.study import corpus, tasks
-from benchmarks.study.encoding import IGNORED, collate, encode
+from benchmarks.study.encoding import IGNORED, Encoded, collate, encode
 from benchmarks.study.errors import StudyError
 from benchmarks.study.pretraining import END, make_tokenizer
 from benchmarks.study.specification import load_study
@@ -49,14 +49,16 @@ def test_only_the_answer_and_the_end_are_predicted() -> None:
     tokenizer = make_tokenizer(["abc", "abd"])
     end = tokenizer.eos_token_id
     ids = tokenizer("xyz")["input_ids"]
-    (tokens, prompt), (short, _) = encode(tokenizer, [Example("ab", "xyz"), Example("", "x")], max_length=20)
+    (tokens, prompt, pixels), (short, *_) = encode(tokenizer, [Example("ab", "xyz"), Example("", "x")], max_length=20)
     assert tokens[-4:] == [*ids, end]
     assert tokens[0] == tokenizer.convert_tokens_to_ids(END)
-    batch = collate([(tokens, prompt), (short, 1)], padding=end)
+    batch = collate([Encoded(tokens, prompt), Encoded(short, 1)], padding=end)
+    assert pixels is None
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
     assert batch["labels"][0].tolist() == [IGNORED] * prompt + [*ids, end]
     assert batch["attention_mask"].sum(dim=1).tolist() == [len(tokens), len(short)]
     assert batch["labels"][1, len(short) :].eq(IGNORED).all()
-    (cut, kept), *_ = encode(tokenizer, [Example("abcabcabcabc", "xyz")], max_length=6)
+    (cut, kept, _), *_ = encode(tokenizer, [Example("abcabcabcabc", "xyz")], max_length=6)
     assert len(cut) == 6
     assert cut[kept:] == [*ids, end]
 
@@ -131,6 +133,6 @@ def test_a_chat_model_gets_the_prompt_as_a_turn_of_the_user() -> None:
     tokenizer.chat_template = (
         "{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}[model]"
     )
-    ((tokens, prompt),) = encode(tokenizer, [Example("ab", " xyz")], max_length=64)
+    ((tokens, prompt, _),) = encode(tokenizer, [Example("ab", " xyz")], max_length=64)
     assert tokenizer.decode(tokens[:prompt]) == "[user]ab[model]"
     assert tokenizer.decode(tokens[prompt:]) == f"xyz{END}"

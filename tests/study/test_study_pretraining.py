@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.study import corpus, pretraining, training
+from benchmarks.study import corpus, pretraining, training, vision_pretraining
 from benchmarks.study.errors import StudyError
 
 
@@ -44,8 +44,29 @@ def test_a_shipped_model_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert pretraining.read_record(tmp_path / "models" / "llama-silu") == {"name": "llama-silu"}
 
 
+def test_a_cell_takes_a_shipped_model_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = training.fresh_model(str(pretraining.FOLDER / "llama-silu"), "float32", torch.device("cpu"))
+    record = pretraining.read_record(pretraining.SHIPPED / "llama-silu")
+    assert pretraining.weights_digest(model) == record["weights_sha256"]
+    assert [place.name for place in pretraining.FOLDER.iterdir()] == ["llama-silu"]
+    with pytest.raises(StudyError, match="there is no model in"):
+        training.fresh_model(str(Path("elsewhere") / "llama-silu"), "float32", torch.device("cpu"))
+
+
 def test_a_missing_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="there is no model in"):
         training.fresh_model(str(tmp_path), "float32", torch.device("cpu"))
     with pytest.raises(StudyError, match="holds no pretrained model"):
         pretraining.read_record(tmp_path)
+
+
+def test_a_model_that_sees_is_made_after_its_language_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(pretraining, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(pretraining, "pretrain", lambda name, folder, steps: made.append(name))
+    monkeypatch.setattr(vision_pretraining, "pretrain", lambda name, folder: made.append(name))
+    pretraining.pretrain_missing(["llava-silu"], tmp_path / "models", steps=1)
+    assert made == ["llama-silu", "llava-silu"]
+    with pytest.raises(StudyError, match=r"no recipe for a model 'llava'; choose one of .*, llava-silu"):
+        pretraining.pretrain_missing(["llava"], tmp_path / "models")
