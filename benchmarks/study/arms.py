@@ -49,6 +49,10 @@ PLAIN_READING: dict[str, dict[str, Any]] = {
     "observer": {"max_tokens": 128},
 }
 
+# Options that the package had not yet when the first results were made, and what stands for leaving them out. There a
+# result does not name them, so that it stays the result of its cell.
+ADDED_LATER = {("step_scale", "matrix_a_factor"): 1.0}
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -115,10 +119,14 @@ class Arm:
             ("step_scale", StepScaleOptions, self.step_scale),
             ("observer", ObserverOptions, self.observer),
         )
-        return {
+        found: dict[str, Any] = {
             name: None if given is None else asdict(kind(**(PLAIN_READING[name] | dict(given))))
             for name, kind, given in kinds
         }
+        for (name, option), neutral in ADDED_LATER.items():
+            if found[name] is not None and found[name][option] == neutral:
+                del found[name][option]
+        return found
 
     def options_of(self, seed: int) -> dict[str, Any]:
         """:attr:`resolved` as a cell of this seed uses it: the random control draws other masks for every seed."""

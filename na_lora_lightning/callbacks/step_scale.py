@@ -33,6 +33,8 @@ class StepScaleCallback(GateCallback):
         normalize: Divide the scales by their mean over what encloses them, so that steps are redistributed and not
             made smaller.
         beta: β of the moving average of the regime shares, in [0, 1).
+        matrix_a_factor: Factor on the step of ``lora_A`` of the gate layers, which moves the selection of all their
+            channels at once, in [0, 1].
         observer: What the statistics look at.
         allow_unmasked_gates: Accept that some gates have no LoRA instead of stopping with their names.
         example_inputs: Keyword arguments of one small forward pass, for models without a vocabulary.
@@ -53,13 +55,19 @@ class StepScaleCallback(GateCallback):
         eta_min: float = 0.1,
         normalize: bool = False,
         beta: float = 0.9,
+        matrix_a_factor: float = 1.0,
         observer: ObserverOptions = ObserverOptions(),
         allow_unmasked_gates: bool = False,
         example_inputs: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(observer, allow_unmasked_gates, example_inputs)
         self.options = StepScaleOptions(
-            granularity=granularity, tau=tau, eta_min=eta_min, normalize=normalize, beta=beta
+            granularity=granularity,
+            tau=tau,
+            eta_min=eta_min,
+            normalize=normalize,
+            beta=beta,
+            matrix_a_factor=matrix_a_factor,
         )
 
     def _set_mechanism(self, controller: GateController) -> StepScale:

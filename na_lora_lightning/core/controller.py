@@ -25,7 +25,7 @@ from na_lora_lightning.core.compilation import forget_graphs
 from na_lora_lightning.core.discovery import entrance_of, root_of
 from na_lora_lightning.core.gradient_watch import Aside, GradientWatch
 from na_lora_lightning.core.importance import ImportanceOptions, ResponsivenessCollector, TemporalImportance
-from na_lora_lightning.core.lora_layers import is_on_parameter, is_product_of_modules
+from na_lora_lightning.core.lora_layers import LoRARows, is_on_parameter, is_product_of_modules
 from na_lora_lightning.core.metrics import as_floats, gate_metrics
 from na_lora_lightning.core.misalignment import MisalignmentMeter
 from na_lora_lightning.core.optimizers import (
@@ -76,9 +76,8 @@ class GateController:
         self.gates = gates
         self._shards = Shards(model)
         self._shards.reshard()
-        self._parameters = [entry for site in gates.sites for entry in site.parameters()]
-        for entry in self._parameters:
-            self._shards.require_gathered(entry.parameter, entry.name)
+        self._parameters: list[LoRARows] = []
+        self._correct_too(entry for site in gates.sites for entry in site.parameters())
         self.observer = GateObserver(
             root_of(model), gates.sites, observer_options or ObserverOptions(), entrance_of(model)
         )
@@ -89,7 +88,9 @@ class GateController:
         self.misalignment: tuple[Tensor, Tensor] | None = None
         self.steps = 0
         self._reduce = reduce
-        self._update = RowUpdate(gates.sites, self.layout)
+        self._update = RowUpdate.of_channels(gates.sites, self.layout)
+        self._update_of_a: RowUpdate | None = None
+        self._weight_of_a = torch.ones(1)
         self._adapters = [site.adapters for site in gates.sites]
         self._gradient_mask: GradientMask | None = None
         self._handles: list[Any] = []
@@ -101,6 +102,11 @@ class GateController:
         parameters = {id(rows.parameter): rows.parameter for site in gates.sites for rows in site.parameters()}
         self.gradients = GradientWatch(list(parameters.values()), self._aside.drop)
         self.observer.before_pass = self._before_pass
+
+    def _correct_too(self, entries: Iterable[LoRARows]) -> None:
+        for entry in entries:
+            self._shards.require_gathered(entry.parameter, entry.name)
+            self._parameters.append(entry)
 
     def set_importance(self, options: ImportanceOptions) -> TemporalImportance:
         """Turns the temporal-importance mask on; before :meth:`attach`.
@@ -143,10 +149,22 @@ class GateController:
         """Turns the step scale on; before :meth:`attach`.
 
         Raises:
-            ConfigurationError: It is on already, or would be exactly 1 for every gate.
+            ConfigurationError: It is on already, would be exactly 1 for every gate, or is to shorten the step of A and
+                no A is trained.
         """
         self._require_new(self.step_scale, "step scale")
         options.check_activations(self.gates.sites)
+        if options.matrix_a_factor != 1.0:
+            # Several sites may share a layer.
+            entries = {id(entry.parameter): entry for site in self.gates.sites for entry in site.matrices_a()}
+            if not entries:
+                raise ConfigurationError(
+                    f"matrix_a_factor is {options.matrix_a_factor} and no lora_A of a gate layer is trained, so there "
+                    "is no step to shorten; train it, or set matrix_a_factor to 1."
+                )
+            self._correct_too(entries.values())
+            self._update_of_a = RowUpdate.of_matrices(entries.values())
+            self._weight_of_a = torch.full((1,), options.matrix_a_factor, device=self.observer.device)
         layout = self.observer.add(_STEP_SCALE, RegimeCollector(options.tau, options.granularity == "channel"))
         self.step_scale = StepScale(options, self.gates.sites, layout)
         return self.step_scale
@@ -319,6 +337,8 @@ class GateController:
         if self._calls.begins():
             self._require_same_adapters()
             self._update.remember(optimizer)
+            if self._update_of_a is not None:
+                self._update_of_a.remember(optimizer)
         return only_first_evaluation(args, kwargs, self._look_away)
 
     def _look_away(self, closure: Callable[[], Any]) -> Any:
@@ -345,7 +365,7 @@ class GateController:
                 self._take_step(optimizer)
             elif self._is_active:
                 # Of what a subclass does after its base class has stepped, the mask alone can be told.
-                self._update.correct((self.weights > 0).float(), optimizer)
+                self._correct(optimizer, again=True)
 
     def _take_step(self, optimizer: Optimizer) -> None:
         if skips_by_itself(optimizer):
@@ -365,8 +385,14 @@ class GateController:
         if self.step_scale is not None:
             self.step_scale.update(statistics[_STEP_SCALE])
         if self._is_active:
-            self._update.correct(self.weights, optimizer)
+            self._correct(optimizer)
         self.share_gradient_mask()
+
+    def _correct(self, optimizer: Optimizer, again: bool = False) -> None:
+        of_channels, of_a = self.weights, self._weight_of_a
+        self._update.correct((of_channels > 0).float() if again else of_channels, optimizer)
+        if self._update_of_a is not None:
+            self._update_of_a.correct((of_a > 0).float() if again else of_a, optimizer)
 
     @property
     def _is_active(self) -> bool:

@@ -16,11 +16,11 @@ from na_lora_lightning.errors import DiscoveryError, UpdateError
 
 @dataclass(frozen=True)
 class LoRARows:
-    """A trainable parameter whose first dimension runs over the outputs of a LoRA layer.
+    """A trainable parameter of a LoRA layer whose rows are told apart.
 
     Attributes:
         name: Qualified name, for messages.
-        parameter: ``[out_features, ...]``.
+        parameter: ``[out_features, ...]``, or ``[r, in_features]`` for A.
     """
 
     name: str
@@ -58,9 +58,17 @@ def lora_b(layer: nn.Module, adapter: str) -> nn.Module:
     return layer.lora_B[adapter]  # type: ignore[index, return-value]
 
 
+def weight_a(layer: nn.Module, adapter: str) -> Tensor:
+    """A itself, ``[r, in_features]``: the weight of a module, or with AdaLoRA a parameter."""
+    return _weight(layer.lora_A[adapter])  # type: ignore[index]
+
+
 def weight_b(layer: nn.Module, adapter: str) -> Tensor:
     """B itself, ``[out_features, r]``: the weight of a module, or with AdaLoRA a parameter."""
-    matrix: nn.Module | Tensor = layer.lora_B[adapter]  # type: ignore[index]
+    return _weight(layer.lora_B[adapter])  # type: ignore[index]
+
+
+def _weight(matrix: nn.Module | Tensor) -> Tensor:
     if isinstance(matrix, Tensor):
         return matrix
     weight: Tensor = matrix.weight  # type: ignore[assignment]
@@ -81,6 +89,16 @@ def is_product_of_modules(layer: nn.Module, adapter: str) -> bool:
 def scaling(layer: nn.Module, adapter: str) -> float:
     """The factor s in δ = s·B·A·x."""
     return float(layer.scaling[adapter])  # type: ignore[index]
+
+
+def trained_a(layer: nn.Module, layer_name: str) -> list[LoRARows]:
+    """The matrices A of the active adapters that are trained, each ``[r, in_features]``."""
+    matrices = {adapter: weight_a(layer, adapter) for adapter in active_adapters(layer)}
+    return [
+        LoRARows(f"{layer_name}.lora_A.{adapter}", matrix)
+        for adapter, matrix in matrices.items()
+        if isinstance(matrix, nn.Parameter) and matrix.requires_grad
+    ]
 
 
 def lora_rows(layer: nn.Module, layer_name: str) -> list[LoRARows]:

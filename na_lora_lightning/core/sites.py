@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from na_lora_lightning.core.activations import Activation
 from na_lora_lightning.core.branches import Part
 from na_lora_lightning.core.experts import Experts
-from na_lora_lightning.core.lora_layers import LoRARows, active_adapters, lora_rows
+from na_lora_lightning.core.lora_layers import LoRARows, active_adapters, lora_rows, trained_a
 from na_lora_lightning.core.pre_activations import PreActivationSource, as_slice
 from na_lora_lightning.errors import DiscoveryError
 
@@ -96,6 +96,10 @@ class GateSite:
     def parameters(self) -> list[LoRARows]:
         """Parameters of the active adapters that have one row per output of the LoRA layer."""
         return lora_rows(self.lora_layer, self.lora_layer_name)
+
+    def matrices_a(self) -> list[LoRARows]:
+        """Trained matrices A of the active adapters, whose rows all channels of the LoRA layer share."""
+        return trained_a(self.lora_layer, self.lora_layer_name)
 
 
 @dataclass(frozen=True)

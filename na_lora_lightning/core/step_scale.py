@@ -48,6 +48,9 @@ class StepScaleOptions:
             activations, the sites of one activation for sites, the channels of one site for channels), so that
             steps are redistributed and not made smaller.
         beta: β of the moving average of the regime shares, in [0, 1).
+        matrix_a_factor: Factor on the step of ``lora_A`` of the gate layers, in [0, 1]. A step of B moves each channel
+            by its own gradient; a step of A moves the selection of all of them at once. 1 leaves A as the optimizer
+            moves it, 0 leaves it as it was drawn. Where gate and up are one layer, they share A.
     """
 
     granularity: Granularity = "activation"
@@ -55,6 +58,7 @@ class StepScaleOptions:
     eta_min: float = 0.1
     normalize: bool = False
     beta: float = 0.9
+    matrix_a_factor: float = 1.0
 
     def __post_init__(self) -> None:
         if self.granularity not in get_args(Granularity):
@@ -76,12 +80,20 @@ class StepScaleOptions:
                 f"beta is {self.beta}, and a moving average needs a number from 0 (no memory) to below 1; 0.9 is usual."
             )
 
+        if not 0.0 <= self.matrix_a_factor <= 1.0:
+            raise ConfigurationError(
+                f"matrix_a_factor is {self.matrix_a_factor}, and it is the part of the step of lora_A that is taken; "
+                "give a number from 0 to 1 (1 takes all of it)."
+            )
+
     def check_activations(self, sites: Sequence[GateSite]) -> None:
-        """Checks that the scale can differ from 1 anywhere.
+        """Checks that the scale can differ from 1 anywhere, or shortens the step of A.
 
         Raises:
             ConfigurationError: It is exactly 1 by construction, so that training would be vanilla LoRA.
         """
+        if self.matrix_a_factor != 1.0:
+            return
         names = {site.activation.name for site in sites if has_partition(site)}
         if not names:
             raise ConfigurationError(

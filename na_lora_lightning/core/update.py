@@ -8,7 +8,7 @@ gradients, keep moving zero-gradient rows through momentum, and decay weights wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,24 +108,46 @@ def _in_state(optimizer: Optimizer, target: _GateRows, name: str) -> Tensor | No
     return kept
 
 
+def _whole_matrix(entry: LoRARows) -> _GateRows | None:
+    """All rows of a matrix, which share one weight; None where this process holds none of them."""
+    before = torch.empty_like(local_part(entry.parameter))
+    if not before.numel():
+        return None
+    shared = torch.zeros(len(before), dtype=torch.long, device=before.device)
+    return _GateRows(entry.parameter, slice(None), before, slice(0, 1), shared, 1)
+
+
 class RowUpdate:
-    """Remembers the gate rows before an optimizer's step and corrects them after it.
+    """Remembers rows before an optimizer's step and corrects them after it.
 
     Each process works on the rows that it holds.
 
     Args:
-        sites: Gate sites whose LoRA rows are trained.
-        layout: Flat layout of their channels.
+        targets: The rows; None stands for those that this process does not hold.
     """
 
-    def __init__(self, sites: Sequence[GateSite], layout: Layout) -> None:
-        found = [
+    def __init__(self, targets: Iterable[_GateRows | None]) -> None:
+        self._targets = [rows for rows in targets if rows is not None]
+        self._state_before: list[list[Tensor]] = []
+
+    @classmethod
+    def of_channels(cls, sites: Sequence[GateSite], layout: Layout) -> RowUpdate:
+        """Of the rows that make gate channels, with a weight for each channel.
+
+        Args:
+            sites: Gate sites whose LoRA rows are trained.
+            layout: Flat layout of their channels.
+        """
+        return cls(
             _gate_rows(entry, site, columns)
             for site, columns in zip(sites, layout.site_slices, strict=True)
             for entry in site.parameters()
-        ]
-        self._targets = [rows for rows in found if rows is not None]
-        self._state_before: list[list[Tensor]] = []
+        )
+
+    @classmethod
+    def of_matrices(cls, entries: Iterable[LoRARows]) -> RowUpdate:
+        """Of whole matrices, with one weight for all of them."""
+        return cls(_whole_matrix(entry) for entry in entries)
 
     @torch.no_grad()
     def remember(self, optimizer: Optimizer) -> None:
@@ -147,7 +169,7 @@ class RowUpdate:
         """Blends the rows.
 
         Args:
-            weights: m·η per channel of all sites, ``[channels]`` float32.
+            weights: m·η per channel of all sites, ``[channels]`` float32; ``[1]`` for whole matrices.
             optimizer: The one that stepped.
         """
         for target in self._targets:

@@ -36,6 +36,7 @@ ALL_TOKENS = ObserverOptions(max_tokens=None)
     padded=st.booleans(),
     warmup=st.integers(0, 2),
     refresh_every=st.integers(1, 3),
+    matrix_a_factor=st.sampled_from([1.0, 0.25, 0.0]),
 )
 def test_weights_and_updates_equal_the_reference(
     seed: int,
@@ -50,6 +51,7 @@ def test_weights_and_updates_equal_the_reference(
     padded: bool,
     warmup: int,
     refresh_every: int,
+    matrix_a_factor: float,
 ) -> None:
     assume(not (normalize and granularity == "activation" and activations[0] == activations[1]))
     importance = ImportanceOptions(
@@ -59,7 +61,7 @@ def test_weights_and_updates_equal_the_reference(
         warmup_steps=warmup,
         refresh_every=refresh_every,
     )
-    scale = StepScaleOptions(granularity=granularity, normalize=normalize)
+    scale = StepScaleOptions(granularity=granularity, normalize=normalize, matrix_a_factor=matrix_a_factor)
     model = two_blocks(*activations, widths, seed)
     blocks = model.get_base_model()
     gates = discover_gates(model, {"x": torch.randn(1, 3, 6)}).require()
@@ -110,8 +112,11 @@ def test_weights_and_updates_equal_the_reference(
             assert found_shares == pytest.approx(shares, abs=1e-6)
         for name, parameter in model.named_parameters():
             gate = next((i for i in range(2) if f"gate_{i}.lora_B" in name), None)
-            if gate is None:
+            weights = expected[gate] if gate is not None else None
+            if matrix_a_factor < 1.0 and "gate_" in name and "lora_A" in name:
+                weights = [matrix_a_factor] * len(parameter)
+            if weights is None:
                 assert torch.equal(parameter, after[name]), name
             else:
-                rows = reference.update_rows(before[name].tolist(), after[name].tolist(), expected[gate])
+                rows = reference.update_rows(before[name].tolist(), after[name].tolist(), weights)
                 assert torch.allclose(parameter, torch.tensor(rows), atol=1e-6), name

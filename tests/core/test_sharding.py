@@ -71,11 +71,16 @@ def one_of_several() -> Any:
     return init_device_mesh("cpu", (count,))
 
 
-def updated(weight: Tensor, moved: Tensor, rows: Tensor, experts: int, weights: Tensor) -> Tensor:
-    """``weight`` after an update by ``moved`` that is corrected with ``weights``; ``weight`` may be sharded."""
-    site = site_of(weight, rows, experts)
-    layout = Layout([(experts, rows.numel())], torch.device("cpu"))
-    update = RowUpdate([site], layout)
+def updated(weight: Tensor, moved: Tensor, rows: Tensor | None, experts: int, weights: Tensor) -> Tensor:
+    """``weight`` after an update by ``moved`` that is corrected with ``weights``; ``weight`` may be sharded.
+
+    Without ``rows`` it is corrected as a whole matrix.
+    """
+    site = site_of(weight, torch.arange(0) if rows is None else rows, experts)
+    if rows is None:
+        update = RowUpdate.of_matrices(site.parameters())
+    else:
+        update = RowUpdate.of_channels([site], Layout([(experts, rows.numel())], torch.device("cpu")))
     optimizer = torch.optim.SGD([site.parameters()[0].parameter], lr=1.0)
     update.remember(optimizer)
     parameter: Any = site.parameters()[0].parameter
@@ -112,6 +117,11 @@ def shards_are_updated_as_the_whole_is() -> None:
         )
         assert list(local_rows(sharded, "it")) == list(range(out))[held]
         assert torch.equal(updated(sharded, moved[held], rows, experts, weights), expected[held])
+        whole = DTensor.from_local(
+            weight[held].clone(), mesh, [Shard(0)], shape=weight.shape, stride=weight.stride(), run_check=False
+        )
+        expected = torch.lerp(weight, weight + moved, 0.25)
+        assert torch.equal(updated(whole, moved[held], None, 1, torch.tensor([0.25])), expected[held])
 
     check()
 

@@ -38,6 +38,7 @@ def sites(activation: str = "silu") -> list[GateSite]:
         ({"eta_min": 0.0}, "eta_min is 0.0"),
         ({"eta_min": 1.1}, "eta_min is 1.1"),
         ({"beta": -0.1}, "beta is -0.1"),
+        ({"matrix_a_factor": 1.5}, "matrix_a_factor is 1.5"),
     ],
 )
 def test_bad_options_are_refused_with_the_remedy(options: dict[str, object], message: str) -> None:
