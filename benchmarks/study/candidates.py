@@ -233,14 +233,18 @@ def slow_down(built: BuiltArm, factor: float, layers: str) -> None:
     Args:
         built: The arm.
         factor: On the learning rate; 0 leaves them as they were drawn.
-        layers: ``"gate"``, ``"others"`` (all but the gates) or ``"all"``.
+        layers: ``"gate"``, ``"others"`` (all but the gates), ``"all"``, or else a part of the layers' names.
     """
     gates = {id(lora_a(site.lora_layer, "default").weight) for site in built.gates}
-    slow = [
-        parameter
-        for name, parameter in built.model.named_parameters()
-        if "lora_A" in name and (layers == "all" or (id(parameter) in gates) == (layers == "gate"))
-    ]
+    matrices = {name: value for name, value in built.model.named_parameters() if "lora_A" in name}
+    is_chosen = {
+        "gate": lambda name: id(matrices[name]) in gates,
+        "others": lambda name: id(matrices[name]) not in gates,
+        "all": lambda name: True,
+    }.get(layers, lambda name: layers in name)
+    slow = [value for name, value in matrices.items() if is_chosen(name)]
+    if not slow:
+        raise StudyError(f"no layer is called {layers!r}, so nothing is slowed; give a part of a layer's name.")
     chosen = {id(parameter) for parameter in slow}
     for group in built.optimizer.param_groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]

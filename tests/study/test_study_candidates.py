@@ -134,7 +134,7 @@ def test_activity_is_averaged_over_tokens(base_model: Any) -> None:
     torch.testing.assert_close(built.controller.importance.responsiveness, expected, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize(("layers", "slow"), [("gate", 2), ("others", 4), ("all", 6)])
+@pytest.mark.parametrize(("layers", "slow"), [("gate", 2), ("others", 4), ("all", 6), ("up_proj", 2)])
 def test_a_is_slowed_by_its_learning_rate(base_model: Any, layers: str, slow: int) -> None:
     given = {"hook": "benchmarks.study.candidates:SlowA", "hook_options": {"factor": 0.25, "layers": layers}}
     model = training.fresh_model(str(base_model), "float32", torch.device("cpu"))
@@ -145,8 +145,14 @@ def test_a_is_slowed_by_its_learning_rate(base_model: Any, layers: str, slow: in
     names = {id(p): name for name, p in built.model.named_parameters()}
     found = [names[id(p)] for p in slowed["params"]]
     assert len(found) == slow
-    assert all("lora_A" in name and (layers == "all" or ("gate_proj" in name) == (layers == "gate")) for name in found)
+    parts = {"gate": ["gate_proj"], "others": ["up_proj", "down_proj"], "all": [""]}.get(layers, [layers])
+    assert all("lora_A" in name and any(part in name for part in parts) for name in found)
     assert len(fast["params"]) + len(slowed["params"]) == 12
+
+
+def test_no_layer_to_slow_is_refused(base_model: Any) -> None:
+    with pytest.raises(StudyError, match="no layer is called 'router'"):
+        rule("SlowA", base_model, factor=0.25, layers="router")
 
 
 def test_a_trust_region_goes_with_a_slow_a(base_model: Any) -> None:
