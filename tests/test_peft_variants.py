@@ -106,10 +106,12 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def controlled(model: PeftModel, optimizer: torch.optim.Optimizer, **options: Any) -> GateController:
+def controlled(
+    model: PeftModel, optimizer: torch.optim.Optimizer, matrix_a_factor: float = 1.0, **options: Any
+) -> GateController:
     controller = GateController(model, discover_gates(model).require(), ALL_TOKENS)
     controller.set_importance(ImportanceOptions(**{"warmup_steps": 0, "refresh_every": 1, **options}))
-    controller.set_step_scale(StepScaleOptions())
+    controller.set_step_scale(StepScaleOptions(matrix_a_factor=matrix_a_factor))
     controller.attach([optimizer])
     controller.meter.enabled = True
     return controller
@@ -131,7 +133,7 @@ def test_everything_with_a_row_for_each_channel_follows_mask_and_scale(name: str
     model, twin = twin_of(VARIANTS[name]), twin_of(VARIANTS[name])
     optimizer = torch.optim.SGD(trained(model), lr=1.0, weight_decay=0.1)
     plain = torch.optim.SGD(trained(twin), lr=1.0, weight_decay=0.1)
-    controller = controlled(model, optimizer)
+    controller = controlled(model, optimizer, matrix_a_factor=0.25)
     names = {id(parameter): key for key, parameter in model.named_parameters()}
     others = dict(twin.named_parameters())
     seen: list[list[Tensor]] = [[] for _ in controller.gates]
@@ -164,10 +166,16 @@ def test_everything_with_a_row_for_each_channel_follows_mask_and_scale(name: str
             blended = torch.tensor(reference.update_rows(old.tolist(), plain_rows.tolist(), weights.tolist()))
             assert torch.allclose(own, blended, atol=1e-6), key
             assert torch.equal(own[weights == 0], old[weights == 0]), key
+        assert site.matrices_a()
+        for entry in site.matrices_a():
+            key = names[id(entry.parameter)]
+            corrected.add(key)
+            assert not torch.equal(others[key], before[key])
+            assert torch.equal(entry.parameter, torch.lerp(before[key], others[key].detach(), 0.25)), key
     for key, parameter in model.named_parameters():
         if key not in corrected:
             assert torch.equal(parameter, others[key]), key
-    kinds = {key.split(".")[-3] if "lora_" in key else key.split(".")[-2] for key in corrected}
+    kinds = {key.split(".")[-3] if "lora_" in key else key.split(".")[-2] for key in corrected if "lora_A" not in key}
     assert kinds == {
         "dora": {"lora_B", "lora_magnitude_vector"},
         "dora_of_conv1d": {"lora_B", "lora_magnitude_vector"},

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import random_batch
+from conftest import random_batch, tiny_mixtral, with_lora
 from peft import PeftModel
 from torch import Tensor
 
@@ -46,6 +46,23 @@ def test_frozen_a_does_not_move_under_momentum_and_weight_decay(make_peft_model:
     assert matrices
     for name, value in trained(model).items():
         assert torch.equal(value, before[name]) == (name in matrices), name
+
+
+def test_a_of_stacked_experts_takes_a_part_of_its_step() -> None:
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    plain, slow = (with_lora(tiny_mixtral(), [], target_parameters=targets) for _ in range(2))
+    controller, matrices = with_factor(slow, 0.25)
+    optimizers = [torch.optim.SGD(trained_parameters(model), lr=1.0, weight_decay=0.1) for model in (plain, slow)]
+    controller.attach([optimizers[1]])
+    before = trained(plain)
+    for model, optimizer in zip((plain, slow), optimizers, strict=True):
+        take_steps(model, optimizer, 1)
+    whole = trained(plain)
+    # A layer's experts share one matrix of all their rows, which the gates and ups of an expert share.
+    assert len(matrices) == sum("lora_A" in name for name in before) // 2
+    for name, value in trained(slow).items():
+        expected = torch.lerp(before[name], whole[name], 0.25) if name in matrices else whole[name]
+        assert torch.equal(value, expected), name
 
 
 def trained_parameters(model: PeftModel) -> list[Tensor]:
