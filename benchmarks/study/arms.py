@@ -45,13 +45,19 @@ PLAIN_READING: dict[str, dict[str, Any]] = {
         "refresh_every": 10,
         "selection": "top_k",
     },
-    "step_scale": {"granularity": "activation", "normalize": False, "tau": 0.1, "eta_min": 0.1, "beta": 0.9},
+    "step_scale": {
+        "granularity": "activation",
+        "normalize": False,
+        "tau": 0.1,
+        "eta_min": 0.1,
+        "beta": 0.9,
+        "matrix_a_factor": 1.0,
+    },
     "observer": {"max_tokens": 128},
 }
 
-# Options that the package had not yet when the first results were made, and what stands for leaving them out. There a
-# result does not name them, so that it stays the result of its cell.
-ADDED_LATER = {("step_scale", "matrix_a_factor"): 1.0}
+# Options that the package had not yet when the first results were made. A cell that leaves them out is still the same.
+ADDED_LATER = (("step_scale", "matrix_a_factor"),)
 
 
 @dataclass(frozen=True)
@@ -119,12 +125,17 @@ class Arm:
             ("step_scale", StepScaleOptions, self.step_scale),
             ("observer", ObserverOptions, self.observer),
         )
-        found: dict[str, Any] = {
+        return {
             name: None if given is None else asdict(kind(**(PLAIN_READING[name] | dict(given))))
             for name, kind, given in kinds
         }
-        for (name, option), neutral in ADDED_LATER.items():
-            if found[name] is not None and found[name][option] == neutral:
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """:attr:`resolved` without what was added later and does nothing here: what a fingerprint is taken of."""
+        found = self.resolved
+        for name, option in ADDED_LATER:
+            if found[name] is not None and found[name][option] == PLAIN_READING[name][option]:
                 del found[name][option]
         return found
 

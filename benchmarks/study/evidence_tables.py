@@ -103,7 +103,8 @@ def by_setting(sources: Sources, study: str, baseline: str = "lora", arms: Seque
             values = _percent(differences, _level(own, baseline, list(differences)))
             better, pairs, _ = sign_test(values)
             edge = "!" if own[arm].at_edge or own[baseline].at_edge else ""
-            row.append(f"{shown(mean(values), 2, sign=True)}{edge} ({_interval([values])}) {better}/{pairs}")
+            spread = f" ({_interval([values])}) {better}/{pairs}" if len(values) > 1 else ""
+            row.append(f"{shown(mean(values), 2, sign=True)}{edge}{spread}")
         rows.append(row)
     rows.append(
         [
@@ -234,6 +235,18 @@ def correlations(sources: Sources, study: str) -> Found:
     return [*head, "Δ|Δρ| and Δforgetting", "Δ|Δρ| and Δtest loss"], rows
 
 
+def exact(sources: Sources, study: str, arms: Sequence[str] | None = None, settings: Sequence[str] = ()) -> Found:
+    """Percent of test answers without a wrong token, at the rate of the lowest validation loss, mean over seeds."""
+    table = {name: own for name, own in compare(sources.results(study), "lora").items() if name in settings}
+    names = dict.fromkeys(arm for own in table.values() for arm in sorted(own, key=lambda arm: (arm != "lora", arm)))
+    rows = [
+        [arm, *(shown(100 * own[arm].average("accuracy"), 1) if arm in own else "–" for own in table.values())]
+        for arm in names
+        if arms is None or arm in arms
+    ]
+    return ["arm", *table], rows
+
+
 def cost(sources: Sources, studies: Sequence[str]) -> Found:
     """Cells of each study and their processor time, cells of several studies counted once, with the first."""
     counted: set[str] = set()
@@ -258,5 +271,6 @@ KINDS: dict[str, Callable[..., Found]] = {
     "equal_forgetting": equal_forgetting,
     "layers": layers,
     "correlations": correlations,
+    "exact": exact,
     "cost": cost,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,8 +22,10 @@ def bootstrap_interval(
         seed: Of the random draws.
 
     Returns:
-        Lower and upper end.
+        Lower and upper end; NaN where no setting has more than one pair, of which nothing can be said.
     """
+    if all(len(differences) < 2 for differences in strata):
+        return math.nan, math.nan
     generator = np.random.default_rng(seed)
     means = np.zeros(draws)
     for differences in strata:

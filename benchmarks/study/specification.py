@@ -97,7 +97,7 @@ class Cell:
     @property
     def fingerprint(self) -> str:
         """Digest of :meth:`config`, and of the options that the package's defaults fill in."""
-        text = json.dumps([self.config(), self.arm.resolved], sort_keys=True)
+        text = json.dumps([self.config(), self.arm.decisive], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @classmethod

@@ -106,6 +106,7 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
         "forgetting": {"kind": "equal_forgetting", "study": "small"},
         "layers": {"kind": "layers", "study": "small"},
         "correlations": {"kind": "correlations", "study": "small"},
+        "exact": {"kind": "exact", "study": "small", "settings": [SETTING]},
         "cost": {"kind": "cost", "studies": ["small", "small"]},
     }
     (studies / "evidence.yaml").write_text(yaml.safe_dump({"tables": tables}))
@@ -125,6 +126,7 @@ def test_every_kind_of_table(folders: tuple[Path, Path]) -> None:
     # LoRA's best rate of the grid is 2: x = 0.
     assert tables["layers"][1] == [[SETTING, "2.0000 (25 %)", "3.0000 (50 %)"]]
     assert tables["correlations"][1][0][:3] == [SETTING, "6", "+1.00"]
+    assert tables["exact"] == (["arm", SETTING], [[arm, "50.0"] for arm in ("lora", "gain", "half")])
     assert tables["cost"][1] == [["small", "3", "18", "18.00"], ["small", "3", "0", "0.00"]]
 
 
@@ -165,6 +167,11 @@ def test_the_plain_reading_does_not_follow_the_packages_defaults() -> None:
     assert set(PLAIN_READING["step_scale"].items()) <= set(mask["step_scale"].items())
     assert mask["importance"]["keep_fraction"] == 0.5
     assert mask["importance"]["criterion"] == "selection_derivative"
+    # A result that was made before the package had an option is still the result of its cell.
+    assert mask["step_scale"]["matrix_a_factor"] == 1.0
+    assert "matrix_a_factor" not in Arm.from_options("mask", {"step_scale": {}}).decisive["step_scale"]
+    slow = Arm.from_options("slow", {"step_scale": {"matrix_a_factor": 0.5}})
+    assert slow.decisive["step_scale"]["matrix_a_factor"] == 0.5
     assert ImportanceOptions(**mask["importance"])
     assert StepScaleOptions(**mask["step_scale"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ def test_the_bootstrap_agrees_with_scipy() -> None:
 def test_the_bootstrap_draws_within_settings() -> None:
     # Constant within each setting: no draw changes the mean of the settings.
     assert bootstrap_interval([[1.0, 1.0], [4.0, 4.0, 4.0]]) == (2.5, 2.5)
+    assert all(map(math.isnan, bootstrap_interval([[1.0], [4.0]])))
 
 
 def test_the_bootstrap_of_two_values_is_their_binomial() -> None:
