@@ -30,6 +30,6 @@ trainer = Trainer(
     args=arguments,
     train_dataset=[tokenizer(f"{a} * {b} = {a * b}") for a in (7, 12, 13, 58) for b in (3, 9, 11, 64)],
     data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
-    callbacks=[NALoRATrainerCallback(ImportanceOptions(keep_fraction=0.5, warmup_steps=5))],
+    callbacks=[NALoRATrainerCallback(ImportanceOptions(warmup_steps=5))],
 )
 trainer.train()  # logs the loss and what the gates do; each checkpoint is an adapter that plain PEFT loads

@@ -23,7 +23,7 @@ products = [f"{a} * {b} = {a * b}" for a in (7, 12, 13, 58) for b in (3, 9, 11, 
 batch = tokenizer(products, padding=True, return_tensors="pt")
 batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
 
-importance = ImportanceOptions(keep_fraction=0.5, warmup_steps=5)
+importance = ImportanceOptions(warmup_steps=5)
 with nonlinearity_aware(model, optimizer, importance=importance, measure_every=5) as gates:
     for step in range(1, 21):
         loss = model(**batch).loss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,10 @@ LAYERS = 2
 
 LLAMA_TARGETS = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
 GPT2_TARGETS = ["c_attn", "c_fc", "mlp.c_proj"]
+
+# The plain reading of the method, for tests of a mechanism whose numbers depend on it: the package's defaults differ.
+PLAIN_IMPORTANCE: dict[str, Any] = {"keep_fraction": 0.5, "criterion": "selection_derivative"}
+PLAIN_SCALE: dict[str, Any] = {"granularity": "activation", "normalize": False, "matrix_a_factor": 1.0}
 
 
 def tiny_llama(seed: int = 0, layers: int = LAYERS, activation: str = "silu") -> LlamaForCausalLM:

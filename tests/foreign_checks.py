@@ -40,7 +40,7 @@ def check(
     make_trainer(folder, callbacks=make_others(), **options).fit(plain, make_data())
     watching: list[Callback] = [
         GateImportanceCallback(keep_fraction=1.0, warmup_steps=0, example_inputs=example_inputs),
-        StepScaleCallback(eta_min=1.0, example_inputs=example_inputs),
+        StepScaleCallback(eta_min=1.0, matrix_a_factor=1.0, example_inputs=example_inputs),
     ]
     make_trainer(folder, callbacks=[*make_others(), *watching], **options).fit(watched, make_data())
     assert_equal_states(lora_state(plain), lora_state(watched))

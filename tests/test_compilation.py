@@ -104,7 +104,7 @@ def controlled(model: PeftModel, **options: Any) -> tuple[GateController, torch.
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     controller = GateController(model, discover_gates(model, {"x": torch.randn(1, 3, 6)}).require(), ALL_TOKENS)
     controller.set_importance(ImportanceOptions(warmup_steps=1, refresh_every=1, **options))
-    controller.set_step_scale(StepScaleOptions(granularity="site"))
+    controller.set_step_scale(StepScaleOptions(granularity="site", normalize=False))
     controller.attach([optimizer])
     return controller, optimizer
 

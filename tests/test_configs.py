@@ -52,7 +52,12 @@ def test_the_configuration_trains_a_tiny_model(
     (run,) = (tmp_path / "runs" / config.stem).glob("version_0")
     saved = yaml.safe_load((run / "config.yaml").read_text())
     assert saved["model"]["model_name_or_path"] == base
-    assert saved["gate_importance"]["keep_fraction"] == 0.5
+    # Gemma's is the plain reading of the method, and the others are the defaults.
+    assert saved["gate_importance"]["keep_fraction"] == (0.5 if config.stem == "gemma3_270m" else 0.9)
+    written = yaml.safe_load(config.read_text())
+    written["gate_importance"]["warmup_steps"] = 1
+    for mechanism in ("gate_importance", "step_scale"):
+        assert written[mechanism].items() <= saved[mechanism].items()
     assert list(run.glob("checkpoints/*.ckpt"))
     assert list((tmp_path / "runs").glob("**/adapter_model.safetensors"))
     assert "Adapter" in capsys.readouterr().out

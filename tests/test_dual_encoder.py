@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import PLAIN_SCALE
 from dual_encoder_helpers import (
     CLIP_END,
     LENGTH,
@@ -200,7 +201,8 @@ def test_texts_are_encoded_once_where_they_do_not_train(clip: str, train: str, t
 
 
 def test_full_mask_and_unit_scale_are_bitwise_plain_lora(base: str, train: str, tmp_path: Path) -> None:
-    neutral = [GateImportanceCallback(keep_fraction=1.0, warmup_steps=0), StepScaleCallback(eta_min=1.0)]
+    scale = StepScaleCallback(eta_min=1.0, matrix_a_factor=1.0)
+    neutral = [GateImportanceCallback(keep_fraction=1.0, warmup_steps=0), scale]
     plain, _ = fitted(base, train, tmp_path, [])
     watched, _ = fitted(base, train, tmp_path, [*neutral])
     masked, _ = fitted(base, train, tmp_path, [GateImportanceCallback(warmup_steps=0), StepScaleCallback()])
@@ -246,7 +248,7 @@ def test_few_shots_suffice_for_an_easy_task(base: str, train: str, test: str, tm
 
 def test_each_activation_has_curves_and_a_scale_of_its_own(folder: Path, train: str, tmp_path: Path) -> None:
     base = saved_dual_encoder(folder / "two", text_activation="gelu")
-    logger, scale = TensorBoardLogger(tmp_path), StepScaleCallback()
+    logger, scale = TensorBoardLogger(tmp_path), StepScaleCallback(**PLAIN_SCALE)
     trainer = quiet_trainer(tmp_path, callbacks=[GateImportanceCallback(warmup_steps=1), scale], logger=logger)
     trainer.fit(make_module(base), few_shot(base, train))
     events = EventAccumulator(logger.log_dir)

@@ -179,7 +179,8 @@ def test_masked_rows_stay_under_clipping_and_accumulation(tmp_path: Path, name: 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_all_rows_kept_is_bitwise_plain_lora(tmp_path: Path, name: str) -> None:
     found = []
-    for callbacks in ([], [masking(keep_fraction=1.0), StepScaleCallback(eta_min=1.0, observer=ALL_TOKENS)]):
+    neutral = StepScaleCallback(eta_min=1.0, matrix_a_factor=1.0, observer=ALL_TOKENS)
+    for callbacks in ([], [masking(keep_fraction=1.0), neutral]):
         module = Optimized(OPTIMIZERS[name])
         options = {} if "lbfgs" in name else {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"}
         make_trainer(tmp_path, callbacks=callbacks, **options).fit(module, loader())
@@ -193,7 +194,8 @@ def test_all_rows_kept_is_bitwise_plain_lora(tmp_path: Path, name: str) -> None:
 
 def controlled(model: PeftModel, optimizer: Optimizer, **options: Any) -> GateController:
     controller = GateController(model, discover_gates(model).require(), ALL_TOKENS)
-    controller.set_importance(ImportanceOptions(**{"warmup_steps": 0, "refresh_every": 1, **options}))
+    settings = {"keep_fraction": 0.5, "warmup_steps": 0, "refresh_every": 1, **options}
+    controller.set_importance(ImportanceOptions(**settings))
     controller.set_step_scale(StepScaleOptions())
     controller.attach([optimizer])
     return controller
@@ -389,16 +391,19 @@ def test_the_average_of_a_schedule_free_optimizer_is_scaled_as_its_parameter_is(
     model, twin = (with_lora(tiny_llama(), LLAMA_TARGETS) for _ in range(2))
     optimizer, plain = ScheduleFree(trained(model), lr=0.5), ScheduleFree(trained(twin), lr=0.5)
     controller = controlled(model, optimizer, keep_fraction=1.0)
-    name = f"base_model.model.{controller.gates.sites[0].lora_layer_name}.lora_B.default.weight"
-    before = dict(model.named_parameters())[name].tolist()
+    layer = f"base_model.model.{controller.gates.sites[0].lora_layer_name}"
+    before = {name: value.tolist() for name, value in model.named_parameters()}
     for each, one in ((model, optimizer), (twin, plain)):
         each(**random_batch(0)).loss.backward()
         one.step()
         one.eval()
-    after = dict(twin.named_parameters())[name].tolist()
-    expected = reference.update_rows(before, after, controller.weights[:24].tolist())
-    assert float(controller.weights[0]) < 1.0
-    assert torch.allclose(dict(model.named_parameters())[name], torch.tensor(expected), atol=1e-6)
+    weights = {"lora_B": controller.weights[:24], "lora_A": torch.full((4,), 0.25)}
+    assert 0.0 < float(weights["lora_B"].min()) < 1.0
+    for kind, of_rows in weights.items():
+        name = f"{layer}.{kind}.default.weight"
+        after = dict(twin.named_parameters())[name].tolist()
+        expected = reference.update_rows(before[name], after, of_rows.tolist())
+        assert torch.allclose(dict(model.named_parameters())[name], torch.tensor(expected), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["AdamWScheduleFree", "SGDScheduleFree", "AdamWScheduleFreeClosure"])

@@ -10,7 +10,17 @@ import peft
 import pytest
 import reference
 import torch
-from conftest import GPT2_TARGETS, LLAMA_TARGETS, enable_checkpointing, random_batch, tiny_gpt2, tiny_llama, with_lora
+from conftest import (
+    GPT2_TARGETS,
+    LLAMA_TARGETS,
+    PLAIN_IMPORTANCE,
+    PLAIN_SCALE,
+    enable_checkpointing,
+    random_batch,
+    tiny_gpt2,
+    tiny_llama,
+    with_lora,
+)
 from lightning_models import ForeignModule, loader, make_trainer
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -110,8 +120,10 @@ def controlled(
     model: PeftModel, optimizer: torch.optim.Optimizer, matrix_a_factor: float = 1.0, **options: Any
 ) -> GateController:
     controller = GateController(model, discover_gates(model).require(), ALL_TOKENS)
-    controller.set_importance(ImportanceOptions(**{"warmup_steps": 0, "refresh_every": 1, **options}))
-    controller.set_step_scale(StepScaleOptions(matrix_a_factor=matrix_a_factor))
+    controller.set_importance(
+        ImportanceOptions(**{**PLAIN_IMPORTANCE, "warmup_steps": 0, "refresh_every": 1, **options})
+    )
+    controller.set_step_scale(StepScaleOptions(**{**PLAIN_SCALE, "matrix_a_factor": matrix_a_factor}))
     controller.attach([optimizer])
     controller.meter.enabled = True
     return controller

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from conftest import LLAMA_TARGETS, random_batch, tiny_llama, with_lora
+from conftest import LLAMA_TARGETS, PLAIN_IMPORTANCE, PLAIN_SCALE, random_batch, tiny_llama, with_lora
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning_models import ForeignModule, RowWatch, assert_equal_states, loader, lora_state, make_trainer
@@ -45,7 +45,7 @@ class ConstantRate(ForeignModule):
 
 
 def masking(**options: Any) -> GateImportanceCallback:
-    settings = {"keep_fraction": 0.5, "warmup_steps": 0, "refresh_every": 1, "observer": ALL_TOKENS}
+    settings = {**PLAIN_IMPORTANCE, "warmup_steps": 0, "refresh_every": 1, "observer": ALL_TOKENS}
     return GateImportanceCallback(**{**settings, **options})
 
 
@@ -54,7 +54,7 @@ def test_the_mask_holds(tmp_path: Path, name: str) -> None:
     importance = masking()
     watch = RowWatch(importance)
     module = ForeignModule()
-    scale = StepScaleCallback(observer=ALL_TOKENS)
+    scale = StepScaleCallback(**PLAIN_SCALE, observer=ALL_TOKENS)
     make_trainer(tmp_path, callbacks=[importance, watch, scale], **precision(name)).fit(module, loader())
     assert watch.masked == 8 * 48 // 2
     controller: Any = importance.controller
@@ -67,7 +67,8 @@ def test_the_mask_holds(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", PRECISIONS)
 def test_all_rows_kept_is_bitwise_plain_lora(tmp_path: Path, name: str) -> None:
     found = []
-    for callbacks in ([], [masking(keep_fraction=1.0), StepScaleCallback(eta_min=1.0, observer=ALL_TOKENS)]):
+    neutral = StepScaleCallback(eta_min=1.0, matrix_a_factor=1.0, observer=ALL_TOKENS)
+    for callbacks in ([], [masking(keep_fraction=1.0), neutral]):
         module = ForeignModule()
         options = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, **precision(name)}
         make_trainer(tmp_path, callbacks=callbacks, **options).fit(module, loader())
@@ -104,7 +105,7 @@ class Vectors(LightningModule):
 def test_statistics_of_many_tokens_are_in_float32(tmp_path: Path, name: str) -> None:
     # 1,200 tokens without a mask: bfloat16 counts to 256, and its products have three digits.
     module, importance = Vectors(tokens=600), masking()
-    scale = StepScaleCallback(observer=ALL_TOKENS)
+    scale = StepScaleCallback(**PLAIN_SCALE, observer=ALL_TOKENS)
     make_trainer(tmp_path, callbacks=[importance, scale], max_epochs=1, **precision(name)).fit(module)
     tokens = module.seen[-1].flatten(0, 1).tolist()
     controller: Any = importance.controller
@@ -218,7 +219,7 @@ def test_float32_adapters_on_a_bfloat16_base(autocast: bool) -> None:
     assert [site.found_by for site in gates] == ["probe", "probe"]
     assert all(site.rows.tolist() == list(range(24)) for site in gates)
     controller = GateController(model, gates, ALL_TOKENS)
-    importance = controller.set_importance(ImportanceOptions(warmup_steps=0))
+    importance = controller.set_importance(ImportanceOptions(**PLAIN_IMPORTANCE, warmup_steps=0))
     controller.set_step_scale(StepScaleOptions())
     kept: list[list[list[float]]] = []
     for site in gates:

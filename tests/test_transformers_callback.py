@@ -106,7 +106,7 @@ def test_keeping_all_rows_at_full_scale_is_bitwise_plain_lora(tmp_path: Path) ->
     plain, watched = llama(lora_dropout=0.2), llama(lora_dropout=0.2)
     make_trainer(tmp_path, plain).train()
     importance = ImportanceOptions(keep_fraction=1.0, warmup_steps=0)
-    callback = NALoRATrainerCallback(importance, StepScaleOptions(eta_min=1.0))
+    callback = NALoRATrainerCallback(importance, StepScaleOptions(eta_min=1.0, matrix_a_factor=1.0))
     make_trainer(tmp_path, watched, [callback]).train()
     assert callback.controller is not None
     assert callback.controller.steps == 8

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import PLAIN_SCALE
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_models import VISION_KINDS, image_batch, tiny_peft_model
@@ -62,7 +63,7 @@ def fit(
 @KINDS
 def test_both_activations_are_in_tensorboard_with_values_of_their_own(kind: str, vlm: Vlm, tmp_path: Path) -> None:
     importance = GateImportanceCallback(warmup_steps=1, refresh_every=1)
-    scale = StepScaleCallback()
+    scale = StepScaleCallback(**PLAIN_SCALE)
     logger = TensorBoardLogger(tmp_path, name="", version="run")
     fit(tmp_path, vlm(kind), [importance, scale], logger=logger)
     assert importance.controller is not None

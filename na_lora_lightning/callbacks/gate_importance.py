@@ -32,6 +32,10 @@ class GateImportanceCallback(GateCallback):
     optimizer's state and the learning-rate schedule are not touched. With ``keep_fraction=1.0`` training is bitwise
     that of plain LoRA and the callback only watches.
 
+    The defaults follow from ``docs/evidence.md``, section "Defaults": to keep half of the channels by |ρ'|, the plain
+    reading of the method, costs test loss, and to keep all but the least responsive tenth by |φ'| does not (table
+    "second round").
+
     Logged on logging steps, by layer and by activation: ``gate_responsiveness``, ``gate_mask_density``,
     ``gate_mask_churn``, ``selection_misalignment`` and ``selection_share``.
 
@@ -55,15 +59,15 @@ class GateImportanceCallback(GateCallback):
 
     Example::
 
-        trainer = Trainer(callbacks=[GateImportanceCallback(keep_fraction=0.5)])
+        trainer = Trainer(callbacks=[GateImportanceCallback()])
         trainer.fit(lightning_module_with_a_peft_model_inside)
     """
 
     def __init__(
         self,
-        keep_fraction: float = 0.5,
+        keep_fraction: float = 0.9,
         beta: float = 0.9,
-        criterion: Criterion = "selection_derivative",
+        criterion: Criterion = "output_derivative",
         scope: Scope = "site",
         warmup_steps: int = 10,
         refresh_every: int = 10,

@@ -3,7 +3,7 @@
 It is all that a plain PyTorch loop needs::
 
     controller = GateController(peft_model, discover_gates(peft_model).require())
-    controller.set_importance(ImportanceOptions(keep_fraction=0.5))
+    controller.set_importance(ImportanceOptions())
     controller.attach([optimizer])
     ...  # train as usual
     controller.detach()
@@ -149,19 +149,13 @@ class GateController:
         """Turns the step scale on; before :meth:`attach`.
 
         Raises:
-            ConfigurationError: It is on already, would be exactly 1 for every gate, or is to shorten the step of A and
-                no A is trained.
+            ConfigurationError: It is on already, or would be exactly 1 for every gate.
         """
         self._require_new(self.step_scale, "step scale")
         options.check_activations(self.gates.sites)
         if options.matrix_a_factor != 1.0:
             # Several sites may share a layer.
             entries = {id(entry.parameter): entry for site in self.gates.sites for entry in site.matrices_a()}
-            if not entries:
-                raise ConfigurationError(
-                    f"matrix_a_factor is {options.matrix_a_factor} and no lora_A of a gate layer is trained, so there "
-                    "is no step to shorten; train it, or set matrix_a_factor to 1."
-                )
             self._correct_too(entries.values())
             self._update_of_a = RowUpdate.of_matrices(entries.values())
             self._weight_of_a = torch.full((1,), options.matrix_a_factor, device=self.observer.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from conftest import PLAIN_SCALE
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning_models import ForeignModule, loader, make_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -25,7 +26,7 @@ def events(folder: Path) -> EventAccumulator:
 def test_tensorboard_holds_every_curve_by_layer_and_activation(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path, name="", version="run")
     importance = GateImportanceCallback(keep_fraction=0.5, warmup_steps=2, refresh_every=2, histogram_every_n_steps=4)
-    callbacks = [importance, StepScaleCallback()]
+    callbacks = [importance, StepScaleCallback(**PLAIN_SCALE)]
     trainer = make_trainer(tmp_path, callbacks=callbacks, logger=logger, log_every_n_steps=2)
     trainer.fit(ForeignModule(), loader())
     log = events(tmp_path / "run")

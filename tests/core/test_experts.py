@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_batch, tiny_mixtral, with_lora
+from conftest import PLAIN_IMPORTANCE, random_batch, tiny_mixtral, with_lora
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import Llama4ForCausalLM, Llama4TextConfig
@@ -85,7 +85,8 @@ def test_responsiveness_is_that_of_each_expert_over_its_real_tokens(implementati
     model = llama4() if implementation == "llama4" else moe(implementation)
     gates = discover_gates(model).require(allow_unmasked_gates=True)
     controller = GateController(model, gates, ObserverOptions(max_tokens=None))
-    importance = controller.set_importance(ImportanceOptions(warmup_steps=0, beta=0.0, refresh_every=1))
+    options = ImportanceOptions(**PLAIN_IMPORTANCE, warmup_steps=0, beta=0.0, refresh_every=1)
+    importance = controller.set_importance(options)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
     batch = random_batch(3, batch=4, padded=padded)
     controller.attach([optimizer])
@@ -115,8 +116,8 @@ def test_only_the_kept_channels_of_an_expert_move_and_only_in_its_own_columns() 
     model = moe()
     gates = discover_gates(model).require()
     controller = GateController(model, gates)
-    importance = controller.set_importance(ImportanceOptions(warmup_steps=0, refresh_every=1))
-    controller.set_step_scale(StepScaleOptions(granularity="site"))
+    importance = controller.set_importance(ImportanceOptions(keep_fraction=0.5, warmup_steps=0, refresh_every=1))
+    controller.set_step_scale(StepScaleOptions(granularity="site", normalize=False))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0.1)
     controller.attach([optimizer])
     twin = moe()
@@ -147,7 +148,7 @@ def test_sampled_tokens_give_the_same_as_all_when_there_are_no_more() -> None:
         model = moe()
         gates = discover_gates(model).require()
         controller = GateController(model, gates, ObserverOptions(max_tokens=limit))
-        importance = controller.set_importance(ImportanceOptions(warmup_steps=0))
+        importance = controller.set_importance(ImportanceOptions(criterion="selection_derivative", warmup_steps=0))
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
         controller.attach([optimizer])
         model(**random_batch(1, batch=6)).loss.backward()

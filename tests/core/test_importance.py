@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import reference
 import torch
-from conftest import LLAMA_TARGETS, tiny_llama, with_lora
+from conftest import LLAMA_TARGETS, PLAIN_IMPORTANCE, tiny_llama, with_lora
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -114,7 +114,7 @@ def statistics(*rows: list[float], tokens: float = 1.0) -> StepStatistics:
 def test_scope_site_ranks_each_site_and_global_ranks_all() -> None:
     layout = Layout([(1, 2), (1, 2)], CPU)
     for scope, expected in (("site", [1, 0, 0, 1]), ("global", [0, 0, 1, 1])):
-        options = ImportanceOptions(scope=scope, warmup_steps=0)  # type: ignore[arg-type]
+        options = ImportanceOptions(keep_fraction=0.5, scope=scope, warmup_steps=0)  # type: ignore[arg-type]
         importance = TemporalImportance(options, layout)
         importance.update(statistics([0.2, 0.1, 0.3, 0.4]))
         assert importance.weights.tolist() == expected
@@ -122,7 +122,8 @@ def test_scope_site_ranks_each_site_and_global_ranks_all() -> None:
 
 
 def test_a_site_without_tokens_keeps_its_state() -> None:
-    importance = TemporalImportance(ImportanceOptions(warmup_steps=0), Layout([(1, 2), (1, 2)], CPU))
+    options = ImportanceOptions(keep_fraction=0.5, warmup_steps=0)
+    importance = TemporalImportance(options, Layout([(1, 2), (1, 2)], CPU))
     importance.update(StepStatistics(torch.tensor([[0.2, 0.1, 0.0, 0.0]]), torch.tensor([1.0, 0.0])))
     assert importance.importance.tolist() == pytest.approx([0.2, 0.1, 0.0, 0.0])
     assert importance.weights.tolist() == [1, 0, 1, 1]
@@ -137,7 +138,7 @@ def test_change_criterion_averages_differences() -> None:
 
 
 def test_state_restores_exactly_and_another_layout_is_refused() -> None:
-    options = ImportanceOptions(warmup_steps=0, refresh_every=2, control="random")
+    options = ImportanceOptions(**PLAIN_IMPORTANCE, warmup_steps=0, refresh_every=2, control="random")
     first, second = (TemporalImportance(options, Layout([(1, 3), (1, 2)], CPU)) for _ in range(2))
     steps = [statistics(torch.rand(5).tolist()) for _ in range(6)]
     for step in steps[:3]:

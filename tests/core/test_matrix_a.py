@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from conftest import random_batch, tiny_mixtral, with_lora
+from conftest import LLAMA_TARGETS, random_batch, tiny_llama, tiny_mixtral, with_lora
 from peft import PeftModel
 from torch import Tensor
 
@@ -100,13 +101,62 @@ def test_a_rate_of_its_own_does_the_same(make_peft_model: Callable[..., PeftMode
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
 
 
-def test_no_step_of_a_to_shorten_is_refused(make_peft_model: Callable[..., PeftModel]) -> None:
-    model = make_peft_model()
+def freeze_a(model: PeftModel) -> PeftModel:
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
             parameter.requires_grad_(False)
-    with pytest.raises(ConfigurationError, match=r"matrix_a_factor is 0.5 and no lora_A of a gate layer is trained"):
-        with_factor(model, 0.5)
+    return model
+
+
+def test_where_no_a_is_trained_the_factor_changes_nothing(make_peft_model: Callable[..., PeftModel]) -> None:
+    found = []
+    for factor in (0.5, 1.0):
+        model = freeze_a(make_peft_model())
+        controller = GateController(model, discover_gates(model).require())
+        controller.set_step_scale(StepScaleOptions(matrix_a_factor=factor))
+        optimizer = torch.optim.AdamW(trained_parameters(model), lr=1e-2, weight_decay=0.1)
+        controller.attach([optimizer])
+        before = trained(model)
+        take_steps(model, optimizer, 4)
+        assert before
+        assert all("lora_A" not in name and not torch.equal(v, before[name]) for name, v in trained(model).items())
+        # Else a scale that is not in force would pass as well.
+        assert controller.weights.std() > 0
+        found.append((trained(model), controller.weights))
+    assert torch.equal(found[0][1], found[1][1])
+    for name, value in found[0][0].items():
+        assert torch.equal(value, found[1][0][name]), name
+
+
+def relu_llama() -> PeftModel:
+    return with_lora(tiny_llama(activation="relu"), LLAMA_TARGETS)
+
+
+def test_of_activations_without_a_partition_the_step_of_a_alone_is_shortened() -> None:
+    plain, slow = relu_llama(), relu_llama()
+    gates = discover_gates(slow).require()
+    matrices = {id(entry.parameter) for site in gates for entry in site.matrices_a()}
+    controller = GateController(slow, gates)
+    controller.set_step_scale(StepScaleOptions(matrix_a_factor=0.5))
+    optimizers = [torch.optim.AdamW(trained_parameters(model), lr=1e-2, weight_decay=0.1) for model in (plain, slow)]
+    controller.attach([optimizers[1]])
+    before = trained(plain)
+    for model, optimizer in zip((plain, slow), optimizers, strict=True):
+        take_steps(model, optimizer, 1)
+    assert bool((controller.weights == 1.0).all())
+    assert len(matrices) == 2
+    whole = trained(plain)
+    for name, parameter in slow.named_parameters():
+        if parameter.requires_grad:
+            expected = torch.lerp(before[name], whole[name], 0.5) if id(parameter) in matrices else whole[name]
+            assert torch.equal(parameter, expected), name
+
+
+def test_where_neither_b_nor_a_would_move_otherwise_the_scale_is_refused() -> None:
+    model = freeze_a(relu_llama())
+    controller = GateController(model, discover_gates(model).require())
+    with pytest.raises(ConfigurationError, match="the step scale is exactly 1 for relu"):
+        controller.set_step_scale(StepScaleOptions(matrix_a_factor=0.5))
 
 
 def test_a_that_no_optimizer_holds_is_refused(make_peft_model: Callable[..., PeftModel]) -> None:
@@ -120,8 +170,8 @@ def test_a_that_no_optimizer_holds_is_refused(make_peft_model: Callable[..., Pef
 def test_it_is_no_plain_lora_where_the_scale_is_one(make_peft_model: Callable[..., PeftModel]) -> None:
     model = make_peft_model()
     controller = GateController(model, discover_gates(model).require())
-    options = {"granularity": "activation", "normalize": True}
+    options: dict[str, Any] = {"granularity": "activation", "normalize": True}
     if len({site.activation.name for site in controller.gates.sites}) == 1:
         with pytest.raises(ConfigurationError, match="the only activation"):
-            controller.set_step_scale(StepScaleOptions(**options))  # type: ignore[arg-type]
-    controller.set_step_scale(StepScaleOptions(**options, matrix_a_factor=0.25))  # type: ignore[arg-type]
+            controller.set_step_scale(StepScaleOptions(**options, matrix_a_factor=1.0))
+    controller.set_step_scale(StepScaleOptions(**options, matrix_a_factor=0.25))

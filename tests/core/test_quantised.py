@@ -50,7 +50,7 @@ def test_rows_of_a_quantised_model_are_found_and_masked(name: str, tmp_path: Pat
     gates = discover_gates(model).require()
     assert [(site.channels, site.row_slice) for site in gates] == [(128, slice(0, 128, 1))] * 2
     controller = GateController(model, gates)
-    importance = controller.set_importance(ImportanceOptions(warmup_steps=0))
+    importance = controller.set_importance(ImportanceOptions(keep_fraction=0.5, warmup_steps=0))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     controller.attach([optimizer])
     (rows,) = gates.sites[0].parameters()

@@ -51,11 +51,12 @@ SETTINGS = (
         ("--trainer.accumulate_grad_batches=2", "--checkpoint.every_n_steps=2", "--trainer.val_check_interval=0.5"),
     ),
     Setting(
-        "a checkpoint every step, change of |φ'|, scale per channel",
+        "a checkpoint every step, change of |φ'|, scale per activation",
         (
             "--checkpoint.every_n_steps=1",
             "--gate_importance.criterion=output_derivative_change",
-            "--step_scale.granularity=channel",
+            "--step_scale.granularity=activation",
+            "--step_scale.normalize=false",
         ),
     ),
     Setting(

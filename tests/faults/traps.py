@@ -12,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from na_lora_lightning import adapters, checkpointing
 from na_lora_lightning.callbacks.fit_summary import FitSummaryCallback
+from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.update import RowUpdate
 from na_lora_lightning.module import NALoRALightningModule
 
@@ -74,6 +75,11 @@ def _between_micro_batches(number: int) -> None:
     NALoRALightningModule.training_step = trapped
 
 
+def _between_rows_and_a(number: int) -> None:
+    """Each step corrects the rows of B first, and then A."""
+    _at_call(RowUpdate, "correct", after=True)(2 * number - 1)
+
+
 # Each with the largest number that falls into a run of every setting that it is used for.
 TRAPS: dict[str, tuple[Trap, int]] = {
     "half of a checkpoint is written": (_in_half_a_checkpoint, 4),
@@ -85,8 +91,9 @@ TRAPS: dict[str, tuple[Trap, int]] = {
     ),
     "between micro-batches": (_between_micro_batches, 8),
     "a training step begins": (_at_call(NALoRALightningModule, "training_step"), 16),
-    "the optimizer has stepped, the rows not masked": (_at_call(RowUpdate, "correct"), 6),
-    "the rows are masked, the step not counted": (_at_call(RowUpdate, "correct", after=True), 6),
+    "the optimizer has stepped, the rows not masked": (_at_call(GateController, "_correct"), 6),
+    "the rows are masked, the step of A not shortened": (_between_rows_and_a, 6),
+    "the rows are masked, the step not counted": (_at_call(GateController, "_correct", after=True), 6),
     "validation": (_at_call(NALoRALightningModule, "validation_step"), 6),
     "a point of a curve is written": (_at_call(SummaryWriter, "add_scalar"), 110),
     "half of the adapter is written": (_at_call(adapters, "_take_place"), 1),

@@ -1,0 +1,163 @@
+"""Both mechanisms with nothing but their defaults, in numbers: under Lightning and in a plain loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+from conftest import random_batch
+from lightning.pytorch import Callback
+from lightning_models import ForeignModule, loader, lora_state, make_trainer
+from peft import PeftModel
+from torch import Tensor, nn
+
+from na_lora_lightning import GateImportanceCallback, StepScaleCallback, nonlinearity_aware
+from na_lora_lightning.core.controller import GateController
+from na_lora_lightning.core.importance import ImportanceOptions
+from na_lora_lightning.core.step_scale import StepScaleOptions
+
+# Of the mask; and enough steps for the first two masks.
+WARMUP_STEPS, STEPS = 10, 12
+
+
+def scales_of_sites(controller: GateController) -> list[Tensor]:
+    """Scales of the channels of each site, whose mean is 1 and which differ."""
+    assert controller.step_scale is not None
+    scales = list(controller.step_scale.scale.split([site.channels for site in controller.gates]))
+    for scale in scales:
+        assert scale.mean().item() == pytest.approx(1.0, abs=1e-6)
+        assert float(scale.std()) > 1e-4
+    return scales
+
+
+def check_first_step(
+    model: nn.Module, controller: GateController, before: dict[str, Tensor], twin: dict[str, Tensor]
+) -> None:
+    """Against the weights of a twin whose optimizer stepped alone."""
+    own, names = lora_state(model), {id(parameter): name for name, parameter in model.named_parameters()}
+    sites, scales = controller.gates.sites, scales_of_sites(controller)
+    matrices_a = {names[id(entry.parameter)] for site in sites for entry in site.matrices_a()}
+    # The warm-up keeps all rows, so that the scale alone acts on them.
+    scale_of = {
+        names[id(entry.parameter)]: scale
+        for site, scale in zip(sites, scales, strict=True)
+        for entry in site.parameters()
+    }
+    assert len(matrices_a) == len(scale_of) == 2
+    assert own.keys() == before.keys() == twin.keys()
+    for name, plain in twin.items():
+        assert not torch.equal(plain, before[name]), name
+        if name in matrices_a:
+            assert torch.equal(own[name], torch.lerp(before[name], plain, 0.25)), name
+        elif name in scale_of:
+            rows = reference.update_rows(before[name].tolist(), plain.tolist(), scale_of[name].tolist())
+            assert torch.allclose(own[name], torch.tensor(rows), atol=1e-7), name
+            assert not torch.equal(own[name], plain), name
+        else:
+            assert torch.equal(own[name], plain), name
+
+
+def check_weights(controller: GateController, step: int) -> None:
+    """No mask during the warm-up; then one of all channels of each site but the least responsive tenth."""
+    assert controller.importance is not None
+    sizes = [site.channels for site in controller.gates]
+    masks, averages, weights = (
+        part.split(sizes)
+        for part in (controller.importance.weights, controller.importance.importance, controller.weights)
+    )
+    for index, scale in enumerate(scales_of_sites(controller)):
+        mask = masks[index]
+        assert torch.equal(weights[index], mask * scale)
+        if step <= WARMUP_STEPS:
+            assert bool((mask == 1.0).all())
+            continue
+        # To the nearest channel.
+        assert float(mask.mean()) == pytest.approx(0.9, abs=0.5 / len(mask))
+        if step == WARMUP_STEPS + 1:
+            assert mask.tolist() == reference.top_k(averages[index].tolist(), 0.9)
+
+
+def check_statistics(controller: GateController, seen: list[list[list[float]]]) -> None:
+    """Responsiveness and scales of the first step, recomputed from the pre-activations of real tokens."""
+    assert controller.importance is not None
+    sizes = [site.channels for site in controller.gates]
+    found = controller.importance.responsiveness.split(sizes)
+    for site, tokens, responsiveness, scale in zip(
+        controller.gates, seen, found, scales_of_sites(controller), strict=True
+    ):
+        expected = reference.responsiveness("output_derivative", site.activation.name, tokens)
+        assert responsiveness.tolist() == pytest.approx(expected, rel=1e-5)
+        etas = []
+        for channel in range(site.channels):
+            shares = reference.regime_shares(site.activation.name, [token[channel] for token in tokens], 0.1)
+            etas.append(reference.step_scale(*shares, 0.1))
+        mean = sum(etas) / len(etas)
+        assert scale.tolist() == pytest.approx([eta / mean for eta in etas], rel=1e-5)
+
+
+def test_the_callbacks_take_the_defaults_of_the_options() -> None:
+    mask = ImportanceOptions(keep_fraction=0.9, criterion="output_derivative", warmup_steps=WARMUP_STEPS)
+    assert GateImportanceCallback().options == ImportanceOptions() == mask
+    scale = StepScaleOptions(granularity="channel", normalize=True, matrix_a_factor=0.25)
+    assert StepScaleCallback().options == StepScaleOptions() == scale
+
+
+class AfterEachStep(Callback):
+    """Checks something."""
+
+    def __init__(self, check: Callable[[int], None]) -> None:
+        self.check = check
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        self.check(trainer.global_step)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_callbacks_in_lightning(tmp_path: Path, kind: str) -> None:
+    plain, module = ForeignModule(kind), ForeignModule(kind)
+    make_trainer(tmp_path, max_steps=1).fit(plain, loader(kind=kind))
+    before, importance = lora_state(module), GateImportanceCallback()
+
+    def check(step: int) -> None:
+        assert importance.controller is not None
+        if step == 1:
+            check_first_step(module, importance.controller, before, lora_state(plain))
+        check_weights(importance.controller, step)
+
+    callbacks = [importance, StepScaleCallback(), AfterEachStep(check)]
+    make_trainer(tmp_path, callbacks=callbacks, max_epochs=3).fit(module, loader(kind=kind))
+    assert importance.controller is not None
+    assert importance.controller.steps == STEPS
+
+
+def test_a_plain_loop(make_peft_model: Callable[..., PeftModel]) -> None:
+    model, twin = make_peft_model(), make_peft_model()
+    before = lora_state(model)
+    optimizer, plain = (
+        torch.optim.AdamW([p for p in each.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+        for each in (model, twin)
+    )
+    twin(**random_batch(0)).loss.backward()
+    plain.step()
+    with nonlinearity_aware(model, optimizer) as controller:
+        sites = controller.gates.sites
+        seen: list[list[Tensor]] = [[] for _ in sites]
+        for site, kept in zip(sites, seen, strict=True):
+            site.source.module.register_forward_pre_hook(lambda m, args, to=kept: to.append(args[0].detach()))
+        for step in range(1, STEPS + 1):
+            batch = random_batch(step - 1)
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 1:
+                check_first_step(model, controller, before, lora_state(twin))
+                check_statistics(controller, [kept[0][batch["attention_mask"].bool()].tolist() for kept in seen])
+            check_weights(controller, step)
+        metrics = controller.metrics()
+    assert controller.steps == STEPS
+    name = f"gate_mask_density/{sites[0].activation.name}"
+    assert metrics[name] == pytest.approx(0.9, abs=0.5 / sites[0].channels)
