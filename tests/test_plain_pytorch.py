@@ -261,6 +261,7 @@ def test_metrics_have_the_tags_of_tensorboard() -> None:
     model = llama()
     optimizer = adamw(model)
     groups = {"gate_responsiveness", "gate_mask_density", "gate_mask_churn", "gate_step_scale"}
+    groups |= {"gate_step_scale_deviation"}
     groups |= {f"gate_regime_{name}" for name in ("suppressed", "transitional", "homogeneous")}
     measured = {"selection_misalignment", "selection_share"}
     with nonlinearity_aware(model, optimizer, importance=IMPORTANCE, measure_every=3) as controller:
@@ -274,6 +275,11 @@ def test_metrics_have_the_tags_of_tensorboard() -> None:
     assert 0.0 < metrics["selection_share/silu"] < 1.0
     # Scales of channels are normalised by default.
     assert metrics["gate_step_scale/silu"] == pytest.approx(1.0, abs=1e-6)
+    assert controller.step_scale is not None
+    scales = [controller.step_scale.scale[columns] for columns in controller.layout.site_slices]
+    expected_deviation = sum(float((scale - 1.0).square().mean().sqrt()) for scale in scales) / len(scales)
+    assert metrics["gate_step_scale_deviation/silu"] == pytest.approx(expected_deviation, rel=1e-4)
+    assert expected_deviation > 0.0
 
 
 def test_it_needs_no_library_but_torch() -> None:

@@ -263,8 +263,9 @@ def test_labels_that_the_trainer_keeps_from_the_model_are_missed_by_name(tmp_pat
         trainer.train()
 
 
-GROUPS = {"gate_responsiveness", "gate_mask_density", "gate_mask_churn", "gate_step_scale", "gate_regime_suppressed"}
-GROUPS |= {"gate_regime_transitional", "gate_regime_homogeneous", "selection_misalignment", "selection_share"}
+GROUPS = {"gate_responsiveness", "gate_mask_density", "gate_mask_churn", "gate_step_scale", "gate_step_scale_deviation"}
+GROUPS |= {"gate_regime_suppressed", "gate_regime_transitional", "gate_regime_homogeneous"}
+GROUPS |= {"selection_misalignment", "selection_share"}
 
 
 @pytest.mark.parametrize("layers", [False, True])

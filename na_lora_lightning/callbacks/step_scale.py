@@ -29,7 +29,8 @@ class StepScaleCallback(GateCallback):
     others (table "second round").
 
     Logged on logging steps, by layer and by activation: ``gate_regime_suppressed``, ``gate_regime_transitional``,
-    ``gate_regime_homogeneous``, ``gate_step_scale``, ``selection_misalignment`` and ``selection_share``.
+    ``gate_regime_homogeneous``, ``gate_step_scale`` (and over channels ``gate_step_scale_deviation``),
+    ``selection_misalignment`` and ``selection_share``.
 
     Args:
         granularity: One scale per ``"activation"``, per ``"site"`` or per gate ``"channel"``.

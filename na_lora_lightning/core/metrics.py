@@ -35,10 +35,15 @@ def importance_metrics(importance: TemporalImportance) -> dict[str, Tensor]:
 
 
 def step_scale_metrics(step_scale: StepScale) -> dict[str, Tensor]:
-    """Occupancy of each regime and the step scale, each ``[sites]``."""
+    """Occupancy of each regime, the step scale, and its deviation where channels have their own; each ``[sites]``."""
     shares = _mean_over_networks(step_scale.network_shares, step_scale.layout)
     metrics = {f"gate_regime_{name}": share for name, share in zip(REGIMES, shares, strict=True)}
-    metrics["gate_step_scale"] = mean_per_site(step_scale.scale, step_scale.layout)
+    scale, layout = step_scale.scale, step_scale.layout
+    metrics["gate_step_scale"] = mean_per_site(scale, layout)
+    if step_scale.options.granularity == "channel":
+        # Their mean alone says nothing where it is normalised to 1.
+        deviations = [scale[columns].std(correction=0) for columns in layout.site_slices]
+        metrics["gate_step_scale_deviation"] = torch.stack(deviations)
     return metrics
 
 

@@ -52,9 +52,10 @@ def test_tensorboard_holds_every_curve_by_layer_and_activation(tmp_path: Path) -
     ("callback", "groups"),
     [
         (GateImportanceCallback(), IMPORTANCE_GROUPS | MISALIGNMENT_GROUPS),
-        (StepScaleCallback(), SCALE_GROUPS | MISALIGNMENT_GROUPS),
+        (StepScaleCallback(**PLAIN_SCALE), SCALE_GROUPS | MISALIGNMENT_GROUPS),
+        (StepScaleCallback(), SCALE_GROUPS | {"gate_step_scale_deviation"} | MISALIGNMENT_GROUPS),
     ],
-    ids=["importance", "scale"],
+    ids=["importance", "scale", "scale_per_channel"],
 )
 def test_each_callback_alone_writes_its_own_under_another_logger(
     tmp_path: Path, callback: GateImportanceCallback | StepScaleCallback, groups: set[str]
