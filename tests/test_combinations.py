@@ -168,7 +168,9 @@ def test_every_combination_equals_the_reference(
     importance = ImportanceOptions(
         keep_fraction=1.0 if mechanisms == "scale" else 0.5, warmup_steps=seed % 2, refresh_every=1 + seed % 3
     )
-    scale = StepScaleOptions(granularity="site", normalize=False, eta_min=1.0 if mechanisms == "mask" else 0.1)
+    scale = StepScaleOptions(
+        granularity="site", normalize=False, eta_min=1.0 if mechanisms == "mask" else 0.1, matrix_a_factor=0.25
+    )
     gates = discover_gates(model, {"x": torch.randn(1, 3, 6).to(precision.base)}).require()
     controller = GateController(model, gates, ObserverOptions(max_tokens=None))
     if mechanisms != "scale":

@@ -129,9 +129,9 @@ def test_activations_get_one_scale_each() -> None:
 @pytest.mark.parametrize("activation", ["relu", "relu2"])
 def test_activations_without_a_partition_are_refused(activation: str) -> None:
     with pytest.raises(ConfigurationError, match=r"the step scale is exactly 1 for relu.*leave StepScaleCallback out"):
-        StepScaleOptions(matrix_a_factor=1.0).check_activations(sites(activation))
-    # With the defaults the step of A is shortened there.
-    StepScaleOptions().check_activations(sites(activation))
+        StepScaleOptions().check_activations(sites(activation))
+    # There is still the step of A.
+    StepScaleOptions(matrix_a_factor=0.25).check_activations(sites(activation))
 
 
 def test_normalising_the_only_activation_is_refused() -> None:
