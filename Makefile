@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODEL := .cache/quickstart/SmolLM2-135M-Instruct
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart gemma digits test zoo faults soak study check format benchmark clean
+.PHONY: help install quickstart gemma digits test zoo faults soak study evidence check format benchmark clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -41,10 +41,16 @@ faults: install ## Kill na-lora fit a hundred times, resume, compare bitwise, an
 soak: install ## 2,000 steps and 20 fits: memory and hooks, written to docs/faults.md
 	cd tests && ../$(BIN)/python -W ignore -m faults.soak --output ../docs/faults.md
 
-study: install ## Run what is left of the screening study, some five hours in all on one core, and report
-	$(BIN)/python -m benchmarks.study pretrain
-	$(BIN)/python -m benchmarks.study run benchmarks/study/screening.yaml
-	$(BIN)/python -m benchmarks.study report benchmarks/study/screening.yaml
+study: $(VENV)/.study ## Run what is left of the study on a CPU: each missing cell takes some 12 seconds
+	for name in screening candidates second_round confirmation; do \
+		$(BIN)/python -W ignore -m benchmarks.study run benchmarks/study/$$name.yaml || exit 1; done
+
+evidence: $(VENV)/.study ## Fill the tables, numbers and figures of docs/evidence.md from the study's results
+	$(BIN)/python -m benchmarks.study evidence
+
+$(VENV)/.study: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[study]'
+	@touch $@
 
 check: install ## Lint, format check and types
 	$(BIN)/ruff check
