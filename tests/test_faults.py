@@ -87,7 +87,7 @@ def test_an_interrupt_names_the_last_checkpoint(workplace: Workplace, tmp_path: 
     assert line.endswith("epoch=0-step=3.ckpt'.")
 
 
-@pytest.mark.parametrize(("limit", "status"), [(45_000, 0), (12_000, 2)])
+@pytest.mark.parametrize(("limit", "status"), [(60_000, 0), (12_000, 2)])
 def test_files_that_cannot_be_written(workplace: Workplace, tmp_path: Path, limit: int, status: int) -> None:
     # Checkpoints are larger than both limits, the curves than the lower one.
     def forbid() -> None:

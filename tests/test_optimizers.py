@@ -192,11 +192,11 @@ def test_all_rows_kept_is_bitwise_plain_lora(tmp_path: Path, name: str) -> None:
 # ---- closures ----
 
 
-def controlled(model: PeftModel, optimizer: Optimizer, **options: Any) -> GateController:
+def controlled(model: PeftModel, optimizer: Optimizer, matrix_a_factor: float = 1.0, **options: Any) -> GateController:
     controller = GateController(model, discover_gates(model).require(), ALL_TOKENS)
     settings = {"keep_fraction": 0.5, "warmup_steps": 0, "refresh_every": 1, **options}
     controller.set_importance(ImportanceOptions(**settings))
-    controller.set_step_scale(StepScaleOptions())
+    controller.set_step_scale(StepScaleOptions(matrix_a_factor=matrix_a_factor))
     controller.attach([optimizer])
     return controller
 
@@ -390,7 +390,7 @@ def test_the_average_of_a_schedule_free_optimizer_is_scaled_as_its_parameter_is(
     # y, z and x = y + (1 − 1/0.9)(z − y) are blended alike, so that x moves the fraction η of its way.
     model, twin = (with_lora(tiny_llama(), LLAMA_TARGETS) for _ in range(2))
     optimizer, plain = ScheduleFree(trained(model), lr=0.5), ScheduleFree(trained(twin), lr=0.5)
-    controller = controlled(model, optimizer, keep_fraction=1.0)
+    controller = controlled(model, optimizer, matrix_a_factor=0.25, keep_fraction=1.0)
     layer = f"base_model.model.{controller.gates.sites[0].lora_layer_name}"
     before = {name: value.tolist() for name, value in model.named_parameters()}
     for each, one in ((model, optimizer), (twin, plain)):

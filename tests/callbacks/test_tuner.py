@@ -30,7 +30,7 @@ pytestmark = [
 
 def both(**options: Any) -> list[Any]:
     settings = {"keep_fraction": 0.5, "warmup_steps": 1, "refresh_every": 2, **options}
-    return [GateImportanceCallback(**settings), StepScaleCallback(granularity="channel")]
+    return [GateImportanceCallback(**settings), StepScaleCallback(granularity="channel", normalize=False)]
 
 
 class Tunable(ForeignModule):
