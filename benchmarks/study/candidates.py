@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.study.errors import StudyError
-from benchmarks.study.hooks import ArmHook
+from benchmarks.study.hooks import ArmHook, lora_matrices
 from na_lora_lightning.core.lora_layers import is_lora_layer, lora_a, lora_b
 
 if TYPE_CHECKING:
@@ -233,18 +233,9 @@ def slow_down(built: BuiltArm, factor: float, layers: str) -> None:
     Args:
         built: The arm.
         factor: On the learning rate; 0 leaves them as they were drawn.
-        layers: ``"gate"``, ``"others"`` (all but the gates), ``"all"``, or else a part of the layers' names.
+        layers: See :func:`~benchmarks.study.hooks.lora_matrices`.
     """
-    gates = {id(lora_a(site.lora_layer, "default").weight) for site in built.gates}
-    matrices = {name: value for name, value in built.model.named_parameters() if "lora_A" in name}
-    is_chosen = {
-        "gate": lambda name: id(matrices[name]) in gates,
-        "others": lambda name: id(matrices[name]) not in gates,
-        "all": lambda name: True,
-    }.get(layers, lambda name: layers in name)
-    slow = [value for name, value in matrices.items() if is_chosen(name)]
-    if not slow:
-        raise StudyError(f"no layer is called {layers!r}, so nothing is slowed; give a part of a layer's name.")
+    slow = lora_matrices(built, layers, ("lora_A",))
     chosen = {id(parameter) for parameter in slow}
     for group in built.optimizer.param_groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
@@ -260,7 +251,7 @@ class SlowA(ArmHook):
     Args:
         built: The arm.
         factor: On the learning rate.
-        layers: See :func:`slow_down`.
+        layers: See :func:`~benchmarks.study.hooks.lora_matrices`.
     """
 
     def __init__(self, built: BuiltArm, factor: float, layers: str = "gate") -> None:

@@ -14,7 +14,7 @@ from benchmarks.study.mechanism import mechanisms
 from benchmarks.study.paired import bootstrap_interval
 
 SCREENING, CONFIRMATION = "second_round", "confirmation"
-_WALKERS = ("lora", "mask", "mask_output", "reversed")
+_WALKERS = ("lora", "mask", "mask_tail", "random")
 
 
 def draw_all(sources: Sources, folder: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.study.errors import StudyError
+from na_lora_lightning.core.lora_layers import lora_a, lora_b
 
 if TYPE_CHECKING:
     from benchmarks.study.arms import BuiltArm
@@ -28,6 +29,33 @@ class ArmHook:
 
     def after_step(self, step: int) -> None:
         """Called after the optimizer step, when the mechanisms have corrected it, while gradients are still there."""
+
+
+def lora_matrices(built: BuiltArm, layers: str, kinds: tuple[str, ...]) -> list[Tensor]:
+    """The trained matrices of some layers, in the model's order.
+
+    Args:
+        built: The arm.
+        layers: ``"gate"``, ``"others"`` (all but the gates), ``"all"``, or else a part of the layers' names.
+        kinds: Of ``"lora_A"`` and ``"lora_B"``.
+
+    Raises:
+        StudyError: There are none.
+    """
+    of_gates = {id(matrix(site.lora_layer, "default").weight) for site in built.gates for matrix in (lora_a, lora_b)}
+    found = []
+    for name, parameter in built.model.named_parameters():
+        if not parameter.requires_grad or not any(kind in name for kind in kinds):
+            continue
+        if layers in ("gate", "others"):
+            is_chosen = (id(parameter) in of_gates) == (layers == "gate")
+        else:
+            is_chosen = layers == "all" or layers in name
+        if is_chosen:
+            found.append(parameter)
+    if not found:
+        raise StudyError(f"no layer is called {layers!r}, so nothing would change; give a part of a layer's name.")
+    return found
 
 
 class AdaLoraAllocation(ArmHook):

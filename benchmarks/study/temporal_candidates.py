@@ -7,37 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from benchmarks.study.errors import StudyError
-from benchmarks.study.hooks import ArmHook
-from na_lora_lightning.core.lora_layers import lora_a, lora_b
+from benchmarks.study.hooks import ArmHook, lora_matrices
 
 if TYPE_CHECKING:
     from benchmarks.study.arms import BuiltArm
-
-_LAYERS = ("gate", "others", "all")
-
-
-def lora_matrices(built: BuiltArm, layers: str, kinds: tuple[str, ...]) -> list[Tensor]:
-    """The trained matrices of some layers.
-
-    Args:
-        built: The arm.
-        layers: ``"gate"``, ``"others"`` (all but the gates) or ``"all"``.
-        kinds: Of ``"lora_A"`` and ``"lora_B"``.
-
-    Raises:
-        StudyError: ``layers`` is another word.
-    """
-    if layers not in _LAYERS:
-        raise StudyError(f"the layers are {layers!r}; choose one of {', '.join(_LAYERS)}.")
-    of_gates = {id(matrix(site.lora_layer, "default").weight) for site in built.gates for matrix in (lora_a, lora_b)}
-    return [
-        parameter
-        for name, parameter in built.model.named_parameters()
-        if parameter.requires_grad
-        and any(kind in name for kind in kinds)
-        and (layers == "all" or (id(parameter) in of_gates) == (layers == "gate"))
-    ]
 
 
 class CautiousRows(ArmHook):
@@ -47,7 +20,7 @@ class CautiousRows(ArmHook):
 
     Args:
         built: The arm.
-        layers: See :func:`lora_matrices`.
+        layers: See :func:`~benchmarks.study.hooks.lora_matrices`.
     """
 
     def __init__(self, built: BuiltArm, layers: str = "gate") -> None:
@@ -77,7 +50,7 @@ class Lookahead(ArmHook):
 
     Args:
         built: The arm.
-        layers: See :func:`lora_matrices`.
+        layers: See :func:`~benchmarks.study.hooks.lora_matrices`.
         every: Steps between two such returns.
         share: Part of the way that is kept, in (0, 1].
     """

@@ -25,8 +25,9 @@ class StepScaleCallback(GateCallback):
     :class:`~na_lora_lightning.callbacks.gate_importance.GateImportanceCallback`, in either order.
 
     The defaults follow from ``docs/evidence.md``, section "Defaults": one scale per activation that is not normalised
-    is a plain cut of the step, and costs test loss as a cut does. A ``matrix_a_factor`` of 0.25 halves the selection
-    misalignment; in screening it cost nothing, in confirmation it did (tables "second round" and "confirmation").
+    is a plain cut of the step, which a tuned learning rate undoes (table "options"). A ``matrix_a_factor`` of 0.25
+    nearly halves the selection misalignment; on two of three screening tasks it cost nothing, in confirmation it did (tables
+    "second round" and "confirmation").
 
     Logged on logging steps, by layer and by activation: ``gate_regime_suppressed``, ``gate_regime_transitional``,
     ``gate_regime_homogeneous``, ``gate_step_scale`` (and over channels ``gate_step_scale_deviation``),

@@ -78,5 +78,5 @@ def test_weights_go_back_a_part_of_the_way(base_model: Any, layers: str) -> None
 
 
 def test_other_layers_are_refused(base_model: Any) -> None:
-    with pytest.raises(StudyError, match="choose one of gate, others, all"):
+    with pytest.raises(StudyError, match="no layer is called 'router'"):
         built_with("Lookahead", base_model, layers="router")
