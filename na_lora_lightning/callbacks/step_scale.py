@@ -26,8 +26,8 @@ class StepScaleCallback(GateCallback):
 
     The defaults follow from ``docs/evidence.md``, section "Defaults": one scale per activation that is not normalised
     is a plain cut of the step, which a tuned learning rate undoes (table "options"). A ``matrix_a_factor`` of 0.25
-    nearly halves the selection misalignment; on two of three screening tasks it cost nothing, in confirmation it did (tables
-    "second round" and "confirmation").
+    nearly halves the selection misalignment; on two of three screening tasks it cost nothing, in confirmation it did
+    (tables "second round" and "confirmation").
 
     Logged on logging steps, by layer and by activation: ``gate_regime_suppressed``, ``gate_regime_transitional``,
     ``gate_regime_homogeneous``, ``gate_step_scale`` (and over channels ``gate_step_scale_deviation``),

@@ -45,8 +45,8 @@ class StepScaleOptions:
 
     The defaults follow from ``docs/evidence.md``, section "Defaults": one scale per activation that is not normalised
     is a plain cut of the step, which a tuned learning rate undoes (table "options"). A ``matrix_a_factor`` of 0.25
-    nearly halves the selection misalignment; on two of three screening tasks it cost nothing, in confirmation it did (tables
-    "second round" and "confirmation").
+    nearly halves the selection misalignment; on two of three screening tasks it cost nothing, in confirmation it did
+    (tables "second round" and "confirmation").
 
     Attributes:
         granularity: One scale per ``"activation"``, per ``"site"`` or per gate ``"channel"``.
