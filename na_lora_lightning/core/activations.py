@@ -41,6 +41,11 @@ class ActivationValues:
         return self._activation.selection(self.pre_activation)
 
     @cached_property
+    def rejection(self) -> Tensor:
+        """1 − ρ(z), the shape of z, without cancellation for large z where the activation can say it so."""
+        return self._activation.rejection(self.pre_activation, self.selection)
+
+    @cached_property
     def output(self) -> Tensor:
         """φ(z) = z·ρ(z), the shape of z."""
         return self._activation.output(self.pre_activation, self.selection)
@@ -48,12 +53,12 @@ class ActivationValues:
     @cached_property
     def selection_derivative(self) -> Tensor:
         """ρ'(z), the shape of z."""
-        return self._activation.selection_derivative(self.pre_activation, self.selection)
+        return self._activation.selection_derivative(self.pre_activation, self)
 
     @cached_property
     def output_derivative(self) -> Tensor:
         """φ'(z) = ρ(z) + z·ρ'(z), the shape of z."""
-        return self._activation.output_derivative(self.pre_activation, self.selection, self)
+        return self._activation.output_derivative(self.pre_activation, self)
 
     @cached_property
     def homogeneity_gap(self) -> Tensor:
@@ -90,8 +95,8 @@ class Activation(ABC):
         """ρ(z)."""
 
     @abstractmethod
-    def selection_derivative(self, z: Tensor, selection: Tensor) -> Tensor:
-        """ρ'(z), given ρ(z)."""
+    def selection_derivative(self, z: Tensor, values: ActivationValues) -> Tensor:
+        """ρ'(z)."""
 
     @abstractmethod
     def homogeneity_gap(self, z: Tensor, values: ActivationValues) -> Tensor:
@@ -101,9 +106,13 @@ class Activation(ABC):
         """φ(z), given ρ(z)."""
         return z * selection
 
-    def output_derivative(self, z: Tensor, selection: Tensor, values: ActivationValues) -> Tensor:
+    def rejection(self, z: Tensor, selection: Tensor) -> Tensor:
+        """1 − ρ(z), given ρ(z)."""
+        return 1.0 - selection
+
+    def output_derivative(self, z: Tensor, values: ActivationValues) -> Tensor:
         """φ'(z) = ρ(z) + z·ρ'(z)."""
-        return torch.addcmul(selection, z, values.selection_derivative)
+        return torch.addcmul(values.selection, z, values.selection_derivative)
 
     @cached_property
     def has_constant_selection(self) -> bool:
@@ -149,13 +158,17 @@ class SigmoidGated(Activation):
         """ρ(z) = sigmoid(a(z))."""
         return torch.sigmoid(self._logit(z))
 
-    def selection_derivative(self, z: Tensor, selection: Tensor) -> Tensor:
-        """ρ'(z) = ρ·sigmoid(−a(z))·a'(z), in which 1 − ρ does not cancel for large z."""
-        return self._times_logit_derivative(selection * torch.sigmoid(-self._logit(z)), z)
+    def rejection(self, z: Tensor, selection: Tensor) -> Tensor:
+        """1 − ρ(z) = sigmoid(−a(z)), which does not cancel for large z."""
+        return torch.sigmoid(-self._logit(z))
+
+    def selection_derivative(self, z: Tensor, values: ActivationValues) -> Tensor:
+        """ρ'(z) = ρ·(1−ρ)·a'(z)."""
+        return self._times_logit_derivative(values.selection * values.rejection, z)
 
     def homogeneity_gap(self, z: Tensor, values: ActivationValues) -> Tensor:
-        """E(z) − 1 = z·a'(z)·sigmoid(−a(z)), in which 1 − ρ does not cancel for large z."""
-        return self._times_logit_derivative(z * torch.sigmoid(-self._logit(z)), z)
+        """E(z) − 1 = z·a'(z)·(1−ρ)."""
+        return self._times_logit_derivative(z * values.rejection, z)
 
 
 class GaussianGated(Activation):
@@ -171,7 +184,7 @@ class GaussianGated(Activation):
         """ρ(z) = Φ(z) = ½·erfc(−z/√2), which keeps its relative accuracy in the lower tail."""
         return 0.5 * torch.erfc(z * -math.sqrt(0.5))
 
-    def selection_derivative(self, z: Tensor, selection: Tensor) -> Tensor:
+    def selection_derivative(self, z: Tensor, values: ActivationValues) -> Tensor:
         """ρ'(z), the standard normal density."""
         return self._density(z)
 
@@ -191,7 +204,7 @@ class RectifiedPower(Activation):
         """ρ(z) = max(z, 0)^(power−1), and 1[z>0] for power 1."""
         return (z > 0).to(z.dtype) if self.power == 1 else z.clamp(min=0.0) ** (self.power - 1)
 
-    def selection_derivative(self, z: Tensor, selection: Tensor) -> Tensor:
+    def selection_derivative(self, z: Tensor, values: ActivationValues) -> Tensor:
         """ρ'(z), 0 at the kink."""
         if self.power == 1:
             return torch.zeros_like(z)
@@ -243,11 +256,11 @@ class ElementwiseActivation(Activation):
         near_zero = z.abs() < 1e-4
         return torch.where(near_zero, derivative, value / torch.where(near_zero, 1.0, z))
 
-    def output_derivative(self, z: Tensor, selection: Tensor, values: ActivationValues) -> Tensor:
+    def output_derivative(self, z: Tensor, values: ActivationValues) -> Tensor:
         """φ'(z) by autograd."""
         return self._value_and_derivative(z)[1]
 
-    def selection_derivative(self, z: Tensor, selection: Tensor) -> Tensor:
+    def selection_derivative(self, z: Tensor, values: ActivationValues) -> Tensor:
         """ρ'(z) = (φ'(z) − ρ(z))/z; near zero at the nearest point where the quotient is accurate."""
         # The quotient cancels near zero; ρ' is smooth there, so it is read a little further out.
         step = 1e-2 if z.dtype != torch.float64 else 1e-4

@@ -146,11 +146,11 @@ class RegimeCollector:
         # Indicators as numbers: products are several times faster than a choice by booleans on a CPU.
         suppressed = torch.lt(signed_gap, -1.0, out=torch.empty_like(mass))
         homogeneous = torch.le(gap, self._tau, out=torch.empty_like(mass))
-        # Its own indicator, since a difference of sums would cancel where suppressed tokens hold nearly all gap mass.
-        regimes = (suppressed, 1.0 - suppressed - homogeneous, homogeneous)
-        return torch.stack(
-            [self._sum(regime * amount, token_weight) for amount in (mass, mass * gap) for regime in regimes]
-        )
+        in_suppressed, in_homogeneous = suppressed * mass, homogeneous * mass
+        # By element, where it is exact; a difference of sums would cancel where suppressed tokens hold nearly all mass.
+        by_regime = (in_suppressed, mass - in_suppressed - in_homogeneous, in_homogeneous)
+        amounts = (*by_regime, *(own * gap for own in by_regime))
+        return torch.stack([self._sum(amount, token_weight) for amount in amounts])
 
     def _sum(self, amount: Tensor, token_weight: Tensor) -> Tensor:
         per_channel = token_weight @ amount
