@@ -13,10 +13,12 @@ from pathlib import Path
 
 import yaml
 
+from benchmarks.study import evidence_mechanism, evidence_tables
 from benchmarks.study.errors import StudyError
-from benchmarks.study.evidence_tables import KINDS, Found, Sources
+from benchmarks.study.evidence_tables import Found, Sources
 from benchmarks.study.report import markdown_table
 
+KINDS = evidence_tables.KINDS | evidence_mechanism.KINDS
 SPECIFICATION = Path(__file__).with_name("evidence.yaml")
 DOCUMENT = Path(__file__).parents[2] / "docs" / "evidence.md"
 _TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)

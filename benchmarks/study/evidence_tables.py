@@ -1,4 +1,4 @@
-"""The kinds of tables that a document of evidence may ask for."""
+"""The kinds of tables that a document of evidence may ask for: how arms compare, and what that cost."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from scipy.stats import spearmanr
-
 from benchmarks.study import result_files
 from benchmarks.study.comparison import Table, When, compare, score_of, verdicts
-from benchmarks.study.mechanism import mechanisms
 from benchmarks.study.paired import bootstrap_interval, sign_test
-from benchmarks.study.report import MECHANISM_HEAD, VERDICT_HEAD, Rows, mechanism_rows, shown, verdict_rows
+from benchmarks.study.report import VERDICT_HEAD, Rows, shown, verdict_rows
 from benchmarks.study.specification import Study, load_study
 from benchmarks.study.tradeoff import at_equal_forgetting
 
@@ -129,13 +126,6 @@ def pairs(sources: Sources, study: str, pairs: Sequence[Sequence[str]]) -> Found
     return ["pair", "settings", "difference, %", "95 % interval", "better", "p"], rows
 
 
-def mechanism(sources: Sources, study: str, baseline: str = "lora", arms: Sequence[str] | None = None) -> Found:
-    """What an arm does to selection, forgetting and test loss at equal learning rates and seeds."""
-    found = mechanisms(sources.results(study), baseline)
-    kept = {arm: one for arm, one in found.items() if arms is None or arm in arms}
-    return MECHANISM_HEAD, mechanism_rows(kept)
-
-
 def equal_forgetting(sources: Sources, study: str, baseline: str = "lora", arms: Sequence[str] | None = None) -> Found:
     """Forgetting at the best learning rate, and the test loss against the baseline's where that forgets as much."""
     table = sources.table(study, baseline)
@@ -167,72 +157,26 @@ def equal_forgetting(sources: Sources, study: str, baseline: str = "lora", arms:
     return [*head, "95 % interval", "better", "p"], rows
 
 
-def layers(sources: Sources, study: str, arm: str = "lora") -> Found:
-    """Selection misalignment of an arm at its best learning rate by layer: mean |Δρ|, and the selection's share."""
-    table = sources.table(study)
-    measured: dict[str, list[tuple[list[float], list[float]]]] = defaultdict(list)
+def one_rate(
+    sources: Sources, study: str, setting: str, rates: Sequence[float], baseline: str = "lora", arms: Sequence[str] = ()
+) -> Found:
+    """Test loss against the baseline's at the same learning rate, for some rates: what an untuned comparison says."""
+    losses: dict[tuple[str, float], dict[int, float]] = defaultdict(dict)
     for result in sources.results(study):
         config = result["run_info"]["train_config"]
-        setting = config["setting"]
-        last = result["study_info"]["probes"][-1]
-        own = table[setting].get(arm)
-        if config["arm_name"] == arm and own is not None and config["rate"] == own.rate and "share" in last:
-            measured[setting].append((last["misalignment"], last["share"]))
+        if config["setting"] == setting and result["train_info"]["status"] == "success":
+            losses[config["arm_name"], config["rate"]][config["seed"]] = score_of(result, "last").test
     rows = []
-    for setting, seen in sorted(measured.items()):
-        row = [setting]
-        for index in range(len(seen[0][0])):
-            moved, share = (mean(one[kind][index] for one in seen) for kind in (0, 1))
-            row.append(f"{shown(moved, 4)} ({shown(100 * share, 0)} %)")
+    for arm in arms:
+        row = [arm]
+        for rate in rates:
+            base, own = losses[baseline, rate], losses[arm, rate]
+            values = [100.0 * (own[seed] / base[seed] - 1.0) for seed in sorted(own.keys() & base.keys())]
+            better, pairs, _ = sign_test(values)
+            row.append(f"{shown(mean(values), 2, sign=True)} {better}/{pairs}" if values else "–")
         rows.append(row)
-    depth = max(len(row) for row in rows) - 1 if rows else 0
-    return ["setting", *(f"layer {index}" for index in range(depth))], [
-        row + [""] * (depth + 1 - len(row)) for row in rows
-    ]
-
-
-def _correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    constant = len(set(first)) < 2 or len(set(second)) < 2
-    return math.nan if constant else float(spearmanr(first, second).statistic)
-
-
-def correlations(sources: Sources, study: str) -> Found:
-    """Spearman's correlation of selection misalignment with forgetting and test loss.
-
-    Over plain LoRA's cells of all learning rates, where a longer step raises all three; and over all arms at one
-    learning rate and seed, as differences from plain LoRA, where it is asked whether an arm that moves selection less
-    forgets less.
-    """
-    cells: dict[tuple[str, float, int], dict[str, Any]] = defaultdict(dict)
-    for result in sources.results(study):
-        config = result["run_info"]["train_config"]
-        if result["train_info"]["status"] == "success":
-            score = score_of(result, "last")
-            if score.misalignment is not None:
-                cells[config["setting"], config["rate"], config["seed"]][config["arm_name"]] = score
-    rows = []
-    for setting in sorted({key[0] for key in cells}):
-        plain = [own["lora"] for key, own in cells.items() if key[0] == setting and "lora" in own]
-        moved = [
-            (
-                score.misalignment - own["lora"].misalignment,
-                score.forgetting - own["lora"].forgetting,
-                score.test - own["lora"].test,
-            )
-            for key, own in cells.items()
-            if key[0] == setting and "lora" in own
-            for arm, score in own.items()
-            if arm not in ("lora", "pissa")
-        ]
-        across = [
-            _correlation([one.misalignment for one in plain], [getattr(one, name) for one in plain])
-            for name in ("forgetting", "test")
-        ]
-        within = [_correlation([one[0] for one in moved], [one[kind] for one in moved]) for kind in (1, 2)]
-        numbers = [shown(value, 2, sign=True) for value in (*across, *within)]
-        rows.append([setting, str(len(plain)), *numbers[:2], str(len(moved)), *numbers[2:]])
-    head = ["setting", "cells of LoRA", "|Δρ| and forgetting", "|Δρ| and test loss", "pairs with LoRA"]
-    return [*head, "Δ|Δρ| and Δforgetting", "Δ|Δρ| and Δtest loss"], rows
+    bases = [shown(mean(own.values())) if (own := losses[baseline, rate]) else "–" for rate in rates]
+    return ["arm", *(f"{rate:g}" for rate in rates)], [*rows, [f"{baseline}, nats", *bases]]
 
 
 def exact(sources: Sources, study: str, arms: Sequence[str] | None = None, settings: Sequence[str] = ()) -> Found:
@@ -267,10 +211,8 @@ KINDS: dict[str, Callable[..., Found]] = {
     "pooled": pooled,
     "by_setting": by_setting,
     "pairs": pairs,
-    "mechanism": mechanism,
     "equal_forgetting": equal_forgetting,
-    "layers": layers,
-    "correlations": correlations,
+    "one_rate": one_rate,
     "exact": exact,
     "cost": cost,
 }

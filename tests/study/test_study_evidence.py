@@ -104,7 +104,15 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
         "pairs": {"kind": "pairs", "study": "small", "pairs": [["gain", "half"]]},
         "mechanism": {"kind": "mechanism", "study": "small"},
         "forgetting": {"kind": "equal_forgetting", "study": "small"},
+        "one rate": {
+            "kind": "one_rate",
+            "study": "small",
+            "setting": SETTING,
+            "rates": [2.0, 4.0, 8.0],
+            "arms": ["half", "gain"],
+        },
         "layers": {"kind": "layers", "study": "small"},
+        "selection": {"kind": "selection", "study": "small"},
         "correlations": {"kind": "correlations", "study": "small"},
         "exact": {"kind": "exact", "study": "small", "settings": [SETTING]},
         "cost": {"kind": "cost", "studies": ["small", "small"]},
@@ -123,8 +131,16 @@ def test_every_kind_of_table(folders: tuple[Path, Path]) -> None:
     assert tables["pairs"][1] == [["gain against half", "1", "-3.33", "-3.33 … -3.33", "2/2", "0.500"]]
     assert [row[0] for row in tables["mechanism"][1]] == ["lora", "gain", "half"]
     assert tables["forgetting"][1][0][:4] == ["gain", "1", "+0.000", "-3.33"]
+    # x of LoRA is 0 and 1, that of the others 0.25 less.
+    half, gain, base = tables["one rate"][1]
+    assert half == ["half", "+6.12 0/2", "-8.77 2/2", "–"]
+    assert gain[1:] == ["+2.86 0/2", "-11.58 2/2", "–"]
+    assert base == ["lora, nats", "3.0625", "3.5625", "–"]
     # LoRA's best rate of the grid is 2: x = 0.
     assert tables["layers"][1] == [[SETTING, "2.0000 (25 %)", "3.0000 (50 %)"]]
+    # At its best rate of the grid, 2, ``half`` is at x = −0.25: (1.75 + 2.75) ÷ (2 + 3).
+    assert tables["selection"][1][:3] == [["lora", "1.00"], ["gain", "0.90"], ["half", "0.90"]]
+    assert tables["selection"][1][3][0] == "correlation with test loss"
     assert tables["correlations"][1][0][:3] == [SETTING, "6", "+1.00"]
     assert tables["exact"] == (["arm", SETTING], [[arm, "50.0"] for arm in ("lora", "gain", "half")])
     assert tables["cost"][1] == [["small", "3", "18", "18.00"], ["small", "3", "0", "0.00"]]
