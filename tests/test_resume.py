@@ -10,7 +10,7 @@ import pytest
 from faults.runs import SETTINGS, Remains, Workplace, differences, fit, last_run, remains
 from faults.traps import TRAPS
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="a fit is killed in a forked process")
 
 SETTING = SETTINGS[0]
 

@@ -34,7 +34,5 @@ class DoraIn(ArmHook):
             raise StudyError("the hook 'DoraIn' leaves DoRA in some layers; give the arm peft: {use_dora: true}.")
         for module in adapted:
             if id(lora_b(module, "default").weight) not in chosen:
-                for magnitude in module.lora_magnitude_vector.values():
-                    magnitude.requires_grad_(False)
                 module.lora_magnitude_vector.clear()
                 module.lora_variant.clear()

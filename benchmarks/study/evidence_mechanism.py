@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import mean
 from typing import Any
 
 from scipy.stats import spearmanr
 
-from benchmarks.study.comparison import score_of
+from benchmarks.study.comparison import Table, score_of
 from benchmarks.study.evidence_tables import Found, Sources
 from benchmarks.study.mechanism import mechanisms
 from benchmarks.study.report import MECHANISM_HEAD, mechanism_rows, shown
+
+# Its frozen part is another, so that what its selection moves from is not what that of the other arms moves from.
+_MOVES_FROM_ELSEWHERE = "pissa"
 
 
 def mechanism(sources: Sources, study: str, baseline: str = "lora", arms: Sequence[str] | None = None) -> Found:
@@ -23,16 +26,21 @@ def mechanism(sources: Sources, study: str, baseline: str = "lora", arms: Sequen
     return MECHANISM_HEAD, mechanism_rows(kept)
 
 
-def layers(sources: Sources, study: str, arm: str = "lora") -> Found:
-    """Selection misalignment of an arm at its best learning rate by layer: mean |Δρ|, and the selection's share."""
-    table = sources.table(study)
-    measured: dict[str, list[tuple[list[float], list[float]]]] = defaultdict(list)
+def _at_best_rates(sources: Sources, study: str, table: Table) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Setting, arm and result of the cells at their arm's best learning rate of the grid."""
     for result in sources.results(study):
         config = result["run_info"]["train_config"]
-        setting = config["setting"]
+        own = table[config["setting"]].get(config["arm_name"])
+        if own is not None and config["rate"] == own.rate:
+            yield config["setting"], config["arm_name"], result
+
+
+def layers(sources: Sources, study: str, arm: str = "lora") -> Found:
+    """Selection misalignment of an arm at its best learning rate by layer: mean |Δρ|, and the selection's share."""
+    measured: dict[str, list[tuple[list[float], list[float]]]] = defaultdict(list)
+    for setting, name, result in _at_best_rates(sources, study, sources.table(study)):
         last = result["study_info"]["probes"][-1]
-        own = table[setting].get(arm)
-        if config["arm_name"] == arm and own is not None and config["rate"] == own.rate and "share" in last:
+        if name == arm and "share" in last:
             measured[setting].append((last["misalignment"], last["share"]))
     rows = []
     for setting, seen in sorted(measured.items()):
@@ -52,27 +60,22 @@ def _correlation(first: Sequence[float], second: Sequence[float]) -> float:
     return math.nan if constant else float(spearmanr(first, second).statistic)
 
 
-def selection(sources: Sources, study: str, baseline: str = "lora", without: Sequence[str] = ("pissa",)) -> Found:
+def selection(sources: Sources, study: str, baseline: str = "lora") -> Found:
     """Selection misalignment of each arm at its own best learning rate, divided by the baseline's at its own.
 
-    The last row is Spearman's correlation over arms of this with the test loss. PiSSA's frozen part is another, so that
-    it is left out.
+    The last row is Spearman's correlation over arms of this with the test loss. PiSSA is left out.
     """
     table = sources.table(study, baseline)
     measured: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for result in sources.results(study):
-        config = result["run_info"]["train_config"]
-        key = config["setting"], config["arm_name"]
-        own = table[key[0]].get(key[1])
-        if own is not None and config["rate"] == own.rate and result["train_info"]["status"] == "success":
-            score = score_of(result, "last")
-            if score.misalignment is not None:
-                measured[key].append(score.misalignment)
+    for setting, arm, result in _at_best_rates(sources, study, table):
+        moved = score_of(result, "last").misalignment if result["train_info"]["status"] == "success" else None
+        if moved is not None:
+            measured[setting, arm].append(moved)
     ratios = {
         setting: {
             arm: mean(measured[setting, arm]) / mean(measured[setting, baseline])
             for arm in own
-            if arm not in without and measured[setting, arm]
+            if arm != _MOVES_FROM_ELSEWHERE and measured[setting, arm]
         }
         for setting, own in table.items()
     }
@@ -112,7 +115,7 @@ def correlations(sources: Sources, study: str) -> Found:
             for key, own in cells.items()
             if key[0] == setting and "lora" in own
             for arm, score in own.items()
-            if arm not in ("lora", "pissa")
+            if arm not in ("lora", _MOVES_FROM_ELSEWHERE)
         ]
         across = [
             _correlation([one.misalignment for one in plain], [getattr(one, name) for one in plain])

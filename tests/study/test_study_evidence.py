@@ -140,10 +140,23 @@ def test_every_kind_of_table(folders: tuple[Path, Path]) -> None:
     assert tables["layers"][1] == [[SETTING, "2.0000 (25 %)", "3.0000 (50 %)"]]
     # At its best rate of the grid, 2, ``half`` is at x = −0.25: (1.75 + 2.75) ÷ (2 + 3).
     assert tables["selection"][1][:3] == [["lora", "1.00"], ["gain", "0.90"], ["half", "0.90"]]
-    assert tables["selection"][1][3][0] == "correlation with test loss"
     assert tables["correlations"][1][0][:3] == [SETTING, "6", "+1.00"]
     assert tables["exact"] == (["arm", SETTING], [[arm, "50.0"] for arm in ("lora", "gain", "half")])
     assert tables["cost"][1] == [["small", "3", "18", "18.00"], ["small", "3", "0", "0.00"]]
+
+
+def test_arms_that_move_selection_further_for_a_lower_loss_are_correlated_by_minus_one(
+    folders: tuple[Path, Path],
+) -> None:
+    for file in folders[0].glob("*.json"):
+        one = json.loads(file.read_text())
+        arm = one["run_info"]["train_config"]["arm_name"]
+        one["study_info"]["probes"][-1]["misalignment"] = [{"gain": 3.0, "lora": 2.0, "half": 1.0}[arm]]
+        if arm == "half":
+            one["train_info"]["metrics"][-1]["test loss"] += 0.5
+        file.write_text(json.dumps(one))
+    found = make_tables(*folders)["selection"][1]
+    assert found == [["lora", "1.00"], ["gain", "1.50"], ["half", "0.50"], ["correlation with test loss", "-1.00"]]
 
 
 def test_a_document_is_filled_and_stays_as_it_is(folders: tuple[Path, Path]) -> None:

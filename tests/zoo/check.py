@@ -138,7 +138,7 @@ def _discover(
         except DiscoveryError:
             if example_inputs is inputs:
                 raise
-        except Exception:
+        except Exception:  # Whatever a model raises that the next arguments may suit; the last ones raise.
             if example_inputs is inputs or example_inputs is None:
                 raise
     if "example_inputs" in options:
