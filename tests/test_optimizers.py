@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,9 @@ import pytest
 import reference
 import torch
 from conftest import LLAMA_TARGETS, random_batch, tiny_llama, with_lora
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from lightning.pytorch import Callback
 from lightning_models import ForeignModule, RowWatch, assert_equal_states, loader, lora_state, make_trainer
+from optimizer_stand_ins import Averaging, Lion, ScheduleFree
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
@@ -28,80 +27,12 @@ from na_lora_lightning.core.importance import ImportanceOptions
 from na_lora_lightning.core.statistics import ObserverOptions
 from na_lora_lightning.core.step_scale import StepScaleOptions
 from na_lora_lightning.errors import ConfigurationError, UpdateError
-from na_lora_lightning.losses import StepAverage, TokenSums
 
 ALL_TOKENS = ObserverOptions(max_tokens=None)
 
 
 def trained(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
-
-
-class Lion(Optimizer):
-    """Signs of an interpolated momentum: no second moment, every entry moves by lr."""
-
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float = 1e-3) -> None:
-        super().__init__(parameters, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
-                parameter.sub_(torch.lerp(parameter.grad, momentum, 0.9).sign(), alpha=group["lr"])
-                momentum.lerp_(parameter.grad, 0.01)
-        return loss
-
-
-class Averaging(torch.optim.SGD):
-    """Keeps averaged weights beside the parameters, as a schedule-free optimizer does, where nobody knows."""
-
-    def train(self) -> None: ...
-
-    def eval(self) -> None: ...
-
-
-class ScheduleFree(torch.optim.SGD):
-    """SGD by Defazio et al.: the parameter is y in training and x in evaluation, z is in the state."""
-
-    averaged = 0
-    in_training = True
-
-    @torch.no_grad()
-    def _extrapolate(self, weight: float) -> None:
-        for parameter in self.param_groups[0]["params"]:
-            if "z" in self.state[parameter]:
-                parameter.lerp_(self.state[parameter]["z"], weight)
-
-    def train(self) -> None:
-        if not self.in_training:
-            self._extrapolate(0.1)
-        self.in_training = True
-
-    def eval(self) -> None:
-        if self.in_training:
-            self._extrapolate(1 - 1 / 0.9)
-        self.in_training = False
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self.averaged += 1
-        weight, lr = 1 / self.averaged, self.param_groups[0]["lr"]
-        for parameter in self.param_groups[0]["params"]:
-            z = self.state[parameter].setdefault("z", parameter.clone())
-            gradient = parameter.grad + 0.1 * parameter
-            parameter.lerp_(z, weight)
-            parameter.add_(gradient, alpha=lr * (0.9 * (1 - weight) - 1))
-            z.sub_(gradient, alpha=lr)
-        return loss
 
 
 @pytest.fixture(autouse=True)
@@ -502,54 +433,3 @@ def test_learning_rates_are_bitwise_those_of_plain_lora(tmp_path: Path, name: st
     assert len({group["lr"] for (group,) in plain}) > 1
     assert (len({group["betas"] for (group,) in plain}) > 1) == (name == "one_cycle")
     assert any(not torch.equal(value, runs[0][1][key]) for key, value in runs[1][1].items())
-
-
-# ---- accumulation ----
-
-
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(
-    counts=st.lists(st.integers(0, 9), min_size=1, max_size=5),
-    accumulated=st.integers(1, 5),
-    scale=st.sampled_from([1.0, 1024.0]),
-    seed=st.integers(0, 2**16),
-)
-def test_a_step_of_micro_batches_has_the_gradient_of_one_batch(
-    counts: list[int], accumulated: int, scale: float, seed: int
-) -> None:
-    counts = counts[:accumulated]
-    values = torch.randn(sum(counts), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    weight = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
-    average = StepAverage()
-    for part in values.split(counts):
-        sums = TokenSums((part - weight).square().sum(), torch.tensor(len(part)), torch.tensor(0))
-        # What Lightning does to a loss, with the scale of a GradScaler.
-        (average.loss(sums) / accumulated * scale).backward()
-    average.finish_step([weight], accumulated)
-    assert weight.grad is not None
-    expected = float(2 * (0.5 - values).sum() / max(1, len(values)))
-    assert float(weight.grad) / scale == pytest.approx(expected, rel=1e-5, abs=1e-7)
-
-
-def test_statistics_weigh_micro_batches_by_their_tokens_also_where_a_sample_is_looked_at() -> None:
-    def responsiveness(limit: int | None, batches: list[dict[str, Tensor]]) -> Tensor:
-        model = with_lora(tiny_llama(), LLAMA_TARGETS)
-        optimizer = torch.optim.SGD(trained(model), lr=0.0)
-        controller = GateController(model, discover_gates(model).require(), ObserverOptions(max_tokens=limit))
-        importance = controller.set_importance(ImportanceOptions())
-        controller.attach([optimizer])
-        for batch in batches:
-            model(**batch).loss.backward()
-        optimizer.step()
-        return importance.responsiveness
-
-    # All tokens of a batch alike, so that a sample of it is exact and the weighting alone can differ.
-    def batch(token: int, rows: int, padded: int) -> dict[str, Tensor]:
-        mask = torch.ones(rows, 8, dtype=torch.long)
-        mask[1::2, 8 - padded :] = 0
-        return {"input_ids": torch.full((rows, 8), token), "attention_mask": mask, "labels": torch.full((rows, 8), 2)}
-
-    batches = [batch(3, 16, 3), batch(9, 2, 0), batch(5, 1, 0)]
-    everything, sampled = responsiveness(None, batches), responsiveness(8, batches)
-    assert torch.allclose(sampled, everything, rtol=1e-5)
-    assert not torch.allclose(sampled, responsiveness(8, [batch(3, 1, 0), *batches[1:]]), rtol=1e-2)
