@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--interpolate", action="store_true", help="compare at the bottom of a parabola over rates")
     report.add_argument("--output", type=Path, help="folder for report.md and figures")
     report.add_argument("--figures", action="store_true")
-    again = commands.add_parser("reproduce", help="run a result's cell again and compare bit by bit")
+    again = commands.add_parser("reproduce", help="run a result's cell again and compare every number")
     again.add_argument("result", type=Path)
     evidence = commands.add_parser("evidence", help="fill docs/evidence.md from results alone")
     evidence.add_argument("--check", action="store_true", help="change nothing; fail where it would change")
@@ -46,9 +46,9 @@ def _run(options: argparse.Namespace) -> int:
     if options.command == "reproduce":
         from benchmarks.study.reproduce import reproduce
 
-        differences = reproduce(options.result)
-        print("\n".join(differences) or "equal, bit by bit")
-        return 1 if differences else 0
+        again = reproduce(options.result)
+        print("\n".join(again.lines()))
+        return 1 if again.other_results else 0
     from benchmarks.study import result_files
 
     if options.command == "evidence":

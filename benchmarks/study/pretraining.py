@@ -151,11 +151,11 @@ def pretrain(
         optimizer.zero_grad()
         if step % 250 == 0:
             print(f"{name} step {step} loss {loss.item():.3f} after {time.time() - started:.0f} s", flush=True)
-    model = model.to(torch.bfloat16)
     place = folder / name
-    model.save_pretrained(place)
+    model.to(torch.bfloat16).save_pretrained(place)
     tokenizer.save_pretrained(place)
-    model = model.float()
+    # Rounding reached rotary frequencies, which are not saved: what the record tells of is the model that is read.
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
     record = {
         "name": name,
         "recipe": {"steps": steps, "batch_size": batch_size, "length": length, "peak_rate": peak_rate, "seed": 0},

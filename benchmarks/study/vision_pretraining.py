@@ -231,7 +231,8 @@ def pretrain(
     place = folder / name
     model.to(torch.bfloat16).save_pretrained(place)
     processor.save_pretrained(place)
-    model.float()
+    # Rounding reached rotary frequencies, which are not saved: what the record tells of is the model that is read.
+    model = LlavaForConditionalGeneration.from_pretrained(place, dtype=torch.float32)
     shutil.copy(source / "held_out.pt", place)
     record = {
         "name": name,

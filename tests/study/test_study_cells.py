@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from benchmarks.study import result_files, training
 from benchmarks.study.arms import BuiltArm, build
 from benchmarks.study.errors import StudyError
 from benchmarks.study.hooks import ArmHook
-from benchmarks.study.reproduce import decided, reproduce
+from benchmarks.study.reproduce import Reproduction, compare, decided, reproduce
 from benchmarks.study.runner import extended, remaining, run_study
 from benchmarks.study.specification import Cell, Study
 
@@ -215,15 +216,46 @@ def test_a_result_is_reproduced_bitwise_from_its_file(make_study: Any, tmp_path:
     study = make_study(["mask"])
     run_study(study, tmp_path, log=lambda line: None)
     file = result_files.path_of(next(study.cells()), tmp_path)
-    assert reproduce(file) == []
-    saved = json.loads(file.read_text())
-    saved["train_info"]["metrics"][-1]["test loss"] += 1e-12
-    file.write_text(json.dumps(saved))
-    assert len(reproduce(file)) == 1
-    saved["meta_info"]["model_info"]["sha"] = "0"
-    file.write_text(json.dumps(saved))
+    assert reproduce(file).lines() == ["equal, bit by bit"]
+    original = json.loads(file.read_text())
+
+    def changed(factor: float, processor: str | None = None) -> Reproduction:
+        saved = copy.deepcopy(original)
+        saved["train_info"]["metrics"][-1]["test loss"] *= factor
+        if processor:
+            saved["meta_info"]["system_info"]["processor"] = processor
+        file.write_text(json.dumps(saved))
+        return reproduce(file)
+
+    loss = original["train_info"]["metrics"][-1]["test loss"]
+    step = original["train_info"]["metrics"][-1]["step"]
+    for processor in (None, "Another"):
+        rounded = changed(1 + 1e-7, processor)
+        assert rounded.other_bits == (f"step {step}: test loss was {loss * (1 + 1e-7)!r} and is {loss!r}",)
+        assert rounded.other_results == ()
+        (line,) = rounded.lines()
+        assert line.startswith("the same result to 5 digits, but not bit by bit (1 numbers): ")
+        assert ("the result was made on Another with " in line) == (processor is not None)
+        assert ("both ran on " in line) == (processor is None)
+    other = changed(1.001, "Another")
+    assert other.other_results == (f"step {step}: test loss was {loss * 1.001!r} and is {loss!r}",)
+    assert other.lines()[-1].startswith("another result: the result was made on Another with ")
+    original["meta_info"]["model_info"]["sha"] = "0"
     with pytest.raises(StudyError, match="base model is not the one"):
-        reproduce(file)
+        changed(1.0)
+
+
+def test_numbers_are_compared_wherever_they_stand() -> None:
+    then = {"share": [0.5, {"walk": 1.0}], "gone": 1, "kept": None}
+    now = {"share": [0.5 + 1e-9, {"walk": 1.5}], "new": 2, "kept": None}
+    bits, results = compare(then, now, 1e-5, "probe ")
+    assert bits == [
+        "probe share 0 was 0.5 and is 0.500000001",
+        "probe share 1 walk was 1.0 and is 1.5",
+        "probe gone was 1 and is None",
+        "probe new was None and is 2",
+    ]
+    assert results == bits[1:]
 
 
 def test_a_result_has_the_keys_of_the_method_comparison(make_study: Any, tmp_path: Path) -> None:
