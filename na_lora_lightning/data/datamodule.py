@@ -139,7 +139,7 @@ class InstructionDataModule(SupervisedDataModule):
         return encode_split(self._load(split, source), encoder, source=source, split=split)
 
     def _dataset(self, split: str) -> Dataset:
-        return self._prepared_split(split).remove_columns(["tokens", "target_tokens", "truncated"])
+        return self._prepared_split(split).remove_columns(["tokens", "target_tokens", "truncated", "end_ids"])
 
     def _collator(self, split: str) -> Callable[[list[Any]], Any]:
         pad_token_id = self.tokenizer.pad_token_id

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Features, List, Value
-from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from na_lora_lightning import answers
+from na_lora_lightning.answers import answer_text, first_whole_character, whole_characters
 from na_lora_lightning.data.batching import IGNORED_LABEL
+from na_lora_lightning.data.chat import ChatTemplate, Piece
 from na_lora_lightning.data.records import Message, read_conversation
 from na_lora_lightning.errors import ConfigurationError, DataError
 
-_GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# From a first token to the token after the last one.
+Span = tuple[int, int]
 
 _FEATURES = {
     "input_ids": List(Value("int32")),
@@ -24,6 +26,7 @@ _FEATURES = {
     "tokens": Value("int64"),
     "target_tokens": Value("int64"),
     "truncated": Value("bool"),
+    "end_ids": List(Value("int32")),
 }
 _EVALUATION_FEATURES = {
     "prompt_input_ids": List(Value("int32")),
@@ -97,14 +100,20 @@ class RecordEncoder:
         self.loss_on = loss_on
         self.use_chat_template = tokenizer.chat_template is not None and use_chat_template is not False
         self.system_prompt = system_prompt
-        self.marks_answers = self.use_chat_template and bool(_GENERATION_MARKER.search(tokenizer.get_chat_template()))
+        self.template = self._chat_template()
         self.end_of_turn_ids = set(tokenizer.all_special_ids) | {
             token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
         }
+        if self.use_chat_template and (end_of_turn := self.template.end_of_turn()):
+            # Not all tokenizers call it special.
+            self.end_of_turn_ids |= set(tokenizer(end_of_turn, add_special_tokens=False)["input_ids"])
+        # Without a template nothing but the end of the sequence ends an answer.
+        self.stop_ids = self.end_of_turn_ids if self.use_chat_template else {tokenizer.eos_token_id}
         starts_with_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         self.leading_ids = [tokenizer.bos_token_id] if starts_with_bos else []
         # Tokenised data is cached under a hash of this object; results of other code must not be reused.
-        code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+        sources = [Path(answers.__file__), *sorted(Path(__file__).parent.glob("*.py"))]
+        code = b"".join(path.read_bytes() for path in sources)
         self.revision = hashlib.sha256(code).hexdigest()
 
     @staticmethod
@@ -147,131 +156,138 @@ class RecordEncoder:
         if not (self.use_chat_template or self.leading_ids or context[0]["content"]):
             raise DataError("has an empty prompt; give it a prompt or remove the record.")
         prompt_ids = self._prompt_ids(context) if evaluation or is_open else []
+        complete, spans = (prompt_ids, []) if is_open else self._encode_complete(messages)
         if is_open:
             # A prompt is cut at its start, because generation continues its end.
-            length, ids = len(prompt_ids), prompt_ids[-self.max_length :]
+            ids = self._end_of(prompt_ids)
             labels = [IGNORED_LABEL] * len(ids)
         else:
-            length, ids, labels = self._encode_complete(messages)
+            ids, labels = self._beginning_of(complete, spans)
         encoded: dict[str, Any] = {
             "input_ids": ids,
             "labels": labels,
             "tokens": len(ids),
             "target_tokens": len(labels) - labels.count(IGNORED_LABEL),
-            "truncated": length > self.max_length,
+            "truncated": len(complete) > self.max_length,
+            "end_ids": self._ends_of(complete, spans),
         }
         if evaluation:
-            encoded["prompt_input_ids"] = prompt_ids[-self.max_length :]
+            encoded["prompt_input_ids"] = self._end_of(prompt_ids)
             encoded["prompt"] = context[-1]["content"]
-            encoded["reference"] = "" if is_open else messages[len(context)]["content"]
+            encoded["reference"] = ""
+            if not is_open:
+                start, stop = spans[-1]
+                if self.loss_on == "all" and complete[: len(prompt_ids)] == prompt_ids:
+                    start = len(prompt_ids)
+                encoded["reference"] = self._reference(complete[start:stop])
         return encoded
+
+    def end_token_ids(self) -> list[int]:
+        """The tokens that end an answer of which nothing is known.
+
+        Raises:
+            DataError: If the chat template refuses a conversation of one question and one answer.
+        """
+        return self._ends_of(*self._encode_complete(self.template.question_and_answer()))
+
+    def _ends_of(self, ids: list[int], spans: list[Span]) -> list[int]:
+        """The tokens that end the answers of a record; what ends in text alone is ended by none."""
+        return sorted({ids[stop - 1] for _, stop in spans} & self.stop_ids)
+
+    def _reference(self, answer: list[int]) -> str:
+        """An answer as it is rendered, which is what a model learns to generate."""
+        return answer_text(self.tokenizer, answer, {answer[-1]} & self.stop_ids)
 
     def _prompt_ids(self, context: list[Message]) -> list[int]:
         if self.use_chat_template:
-            return self._tokenize(self._render(context, is_prompt=True))
+            return self._tokenize(self.template.render(context, is_prompt=True))
         return self.leading_ids + self._tokenize(context[0]["content"])
 
-    def _encode_complete(self, messages: list[Message]) -> tuple[int, list[int], list[int]]:
-        """Returns the length before truncation, the tokens and the labels of a record with a completion."""
-        if self.use_chat_template:
-            ids, is_target = self._encode_conversation(messages)
-        else:
-            prompt, completion = (message["content"] for message in messages)
-            ids, is_target = self._encode_segments([(prompt, False), (completion, True)], self.leading_ids)
-        ids, is_target = self._terminate(ids, is_target)
-        length = len(ids)
-        ids, is_target = ids[: self.max_length], is_target[: self.max_length]
-        if not any(is_target):
+    def _end_of(self, prompt_ids: list[int]) -> list[int]:
+        """What is left of a prompt; it begins with a whole character."""
+        return prompt_ids[first_whole_character(self.tokenizer, prompt_ids, len(prompt_ids) - self.max_length) :]
+
+    def _beginning_of(self, ids: list[int], spans: list[Span]) -> tuple[list[int], list[int]]:
+        """What is left of a record, which ends with a whole character, and its labels."""
+        length = whole_characters(self.tokenizer, ids, self.max_length)
+        labels = [IGNORED_LABEL] * length
+        for start, stop in spans:
+            labels[start:stop] = ids[start : min(stop, length)]
+        if labels.count(IGNORED_LABEL) == length:
             raise DataError(
-                f"keeps nothing of its completion when its {length} tokens are cut to "
+                f"keeps nothing of its completion when its {len(ids)} tokens are cut to "
                 f"max_length={self.max_length}; raise max_length or shorten its prompt."
             )
-        if self.loss_on == "all":
-            return length, ids, list(ids)
-        return length, ids, [i if target else IGNORED_LABEL for i, target in zip(ids, is_target, strict=True)]
+        return ids[:length], ids[:length] if self.loss_on == "all" else labels
 
-    def _encode_conversation(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
-        if self.loss_on == "all":
+    def _encode_complete(self, messages: list[Message]) -> tuple[list[int], list[Span]]:
+        """Returns the tokens of a record with a completion, and where its answers are."""
+        if not self.use_chat_template:
+            prompt, completion = (message["content"] for message in messages)
+            ids, spans = self._encode_segments([(prompt, False), (completion, True)], self.leading_ids)
+        elif self.loss_on == "completion":
+            ids, spans = self._encode_segments(self.template.pieces(messages))
+        else:
             first_answer = [message["role"] for message in messages].index("assistant")
-            prompt_length = len(self._tokenize(self._render(messages[:first_answer], is_prompt=True)))
-            ids = self._tokenize(self._render(messages))
-            ids = ids[: self._length_to_end_of_turn(ids)]
-            return ids, [position >= prompt_length for position in range(len(ids))]
-        if not self.marks_answers:
-            return self._encode_segments(self._segments(messages))
-        encoded = self._apply_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        return list(encoded["input_ids"]), [bool(mark) for mark in encoded["assistant_masks"]]
-
-    def _segments(self, messages: list[Message]) -> Iterable[tuple[str, bool]]:
-        """Splits a rendered conversation into answers and the text between them.
-
-        An answer is what its turn adds to the rendering of the turns before it. That holds only for templates
-        whose rendering of a conversation begins with that of its first turns, which is why it is checked.
-        """
-        end = 0
-        complete = self._render(messages)
-        for turn, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = self._render(messages[:turn], is_prompt=True)
-            answered = self._render(messages[: turn + 1])
-            if not (complete.startswith(answered) and answered.startswith(prompt) and len(prompt) >= end):
-                raise DataError(
-                    f"has an answer (message {turn + 1}) that the chat template renders differently with and "
-                    "without the turns around it, so that its tokens cannot be told from the others; use a "
-                    "template with {% generation %} markers, loss_on: all, or records with one answer each."
-                )
-            yield prompt[end:], False
-            yield answered[len(prompt) :], True
-            end = len(answered)
-        if end < len(complete):
-            yield complete[end:], False
+            start = len(self._tokenize(self.template.render(messages[:first_answer], is_prompt=True)))
+            ids = self._tokenize(self.template.render(messages))
+            stop = self._length_to_end_of_turn(ids)
+            spans = [(start, stop)] if start < stop else []
+        ids, spans = self._terminate(ids, spans)
+        if self.loss_on == "completion":
+            for start, stop in spans:
+                self._require_one_end(ids[start:stop])
+        return ids, spans
 
     def _encode_segments(
-        self, segments: Iterable[tuple[str, bool]], leading_ids: Iterable[int] = ()
-    ) -> tuple[list[int], list[bool]]:
+        self, segments: Iterable[Piece], leading_ids: Iterable[int] = ()
+    ) -> tuple[list[int], list[Span]]:
         """Tokenises adjoining texts so that no token reaches from one into the next."""
         leading_ids = list(leading_ids)
-        text = ""
-        ids = list(leading_ids)
-        is_target = [False] * len(ids)
-        for segment, target in segments:
+        ids, text = list(leading_ids), ""
+        spans: list[Span] = []
+        for segment, is_answer in segments:
             text += segment
             # What the text adds to the tokens so far is right for tokenizers that put a space before any text
             # too; where a token would join two segments, they are tokenised apart, as at generation.
             joined = leading_ids + self._tokenize(text)
             new = joined[len(ids) :] if joined[: len(ids)] == ids else self._tokenize(segment)
-            target_length = self._length_to_end_of_turn(new) if target else 0
+            if is_answer and new:
+                spans.append((len(ids), len(ids) + self._length_to_end_of_turn(new)))
             ids += new
-            is_target += [position < target_length for position in range(len(new))]
-        return ids, is_target
+        return ids, spans
 
     def _length_to_end_of_turn(self, ids: list[int]) -> int:
         """Counts the tokens up to an end-of-turn token that only white space follows, or all tokens."""
         end = len(ids)
-        while end and str(self.tokenizer.decode(ids[end - 1])).isspace():
+        while end and self._is_space(ids[end - 1]):
             end -= 1
         return end if end and ids[end - 1] in self.end_of_turn_ids else len(ids)
 
-    def _terminate(self, ids: list[int], is_target: list[bool]) -> tuple[list[int], list[bool]]:
+    def _is_space(self, token_id: int) -> bool:
+        return str(self.tokenizer.decode(token_id)).isspace()
+
+    def _terminate(self, ids: list[int], spans: list[Span]) -> tuple[list[int], list[Span]]:
         """Ends the sequence at its last target, which is a token to stop at."""
-        if True not in is_target:
+        if not spans:
             raise DataError("has no completion in what the chat template renders of it; correct the template.")
-        end = len(is_target) - is_target[::-1].index(True)
-        eos_token_id = self.tokenizer.eos_token_id
-        stop_ids = self.end_of_turn_ids if self.use_chat_template else {eos_token_id}
-        if ids[end - 1] in stop_ids:
-            return ids[:end], is_target[:end]
-        return [*ids[:end], eos_token_id], [*is_target[:end], True]
+        *before, (start, stop) = spans
+        if ids[stop - 1] in self.stop_ids:
+            return ids[:stop], spans
+        return [*ids[:stop], self.tokenizer.eos_token_id], [*before, (start, stop + 1)]
+
+    def _require_one_end(self, answer: list[int]) -> None:
+        """Refuses an answer that would be cut short when it is generated."""
+        ends = {self.tokenizer.eos_token_id} | ({answer[-1]} & self.stop_ids)
+        first = next((position for position, token_id in enumerate(answer) if token_id in ends), len(answer))
+        if not all(token_id in self.end_of_turn_ids or self._is_space(token_id) for token_id in answer[first:]):
+            raise DataError(
+                f"has an answer with {self.tokenizer.decode(answer[first])!r} within it, which the tokenizer reads as "
+                "the end of an answer, so that generation would stop there; remove it or write it in another way."
+            )
+
+    def _chat_template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer)
 
     def _tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-    def _render(self, messages: list[Message], *, is_prompt: bool = False) -> str:
-        return self._apply_template(messages, tokenize=False, add_generation_prompt=is_prompt)
-
-    def _apply_template(self, messages: list[Message], **options: Any) -> Any:
-        try:
-            return self.tokenizer.apply_chat_template(messages, **options)
-        except TemplateError as error:
-            raise DataError(f"is refused by the chat template ({str(error).rstrip('.')}); change its roles.") from error

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 from datasets import Features, List, Value
-from jinja2 import TemplateError
+from typing_extensions import override
 
+from na_lora_lightning.data.chat import ChatTemplate, Piece
 from na_lora_lightning.data.encoding import RecordEncoder
 from na_lora_lightning.data.processors import image_token_of
 from na_lora_lightning.data.records import Message
@@ -33,6 +34,7 @@ _FEATURES = {
     "tokens": Value("int64"),
     "target_tokens": Value("int64"),
     "truncated": Value("bool"),
+    "end_ids": List(Value("int32")),
 }
 _EVALUATION_FEATURES = {"prompt": Value("string"), "reference": Value("string")}
 _BOS_IN_TEMPLATE = re.compile(r"\bbos_token\b")
@@ -59,6 +61,7 @@ class VisionRecordEncoder(RecordEncoder):
     def __init__(
         self, processor: Any, *, max_length: int, use_chat_template: bool | None, system_prompt: str | None
     ) -> None:
+        self.processor = processor
         super().__init__(
             processor.tokenizer,
             max_length=max_length,
@@ -66,9 +69,8 @@ class VisionRecordEncoder(RecordEncoder):
             use_chat_template=use_chat_template,
             system_prompt=system_prompt,
         )
-        self.processor = processor
         self.image_token = image_token_of(processor)
-        template = self.tokenizer.get_chat_template() if self.use_chat_template else ""
+        template = self.template.text if self.use_chat_template else ""
         needs_bos = bool(self.leading_ids) and not _BOS_IN_TEMPLATE.search(template)
         needs_bos = needs_bos and str(self.tokenizer.bos_token) not in template
         ends_texts = self.tokenizer("a")["input_ids"][-1:] == [self.tokenizer.eos_token_id]
@@ -128,22 +130,31 @@ class VisionRecordEncoder(RecordEncoder):
             "tokens": len(ids),
             "target_tokens": sum(end - start for start, end, _ in answers),
             "truncated": False,
+            "end_ids": self._ends_of(ids, [(start, stop) for start, stop, _ in answers]),
         }
         if evaluation:
             encoded["prompt"] = text_of(context[-1]["content"])
-            encoded["reference"] = "" if is_open else text_of(messages[len(context)]["content"])
+            encoded["reference"] = "" if is_open else self._reference(ids[slice(*answers[-1][:2])])
         return encoded
 
-    def _pieces(self, messages: list[Message], is_open: bool) -> list[tuple[str, bool]]:
+    @override
+    def end_token_ids(self) -> list[int]:
+        _, ids, answers = self._encode_text(self._pieces(self.template.question_and_answer(), is_open=False))
+        return self._ends_of(ids, [(start, stop) for start, stop, _ in answers])
+
+    def _pieces(self, messages: list[Message], is_open: bool) -> list[Piece]:
         """Splits the text of a record into prompts and answers."""
         if not self.use_chat_template:
             prompt, *completion = (text_of(message["content"]) for message in messages)
             images = self.image_token * count_images(messages)
             return [(self.beginning + images + prompt, False), *((text, True) for text in completion)]
-        pieces = [(self._render(messages, is_prompt=True), False)] if is_open else list(self._segments(messages))
+        if is_open:
+            pieces = [(self.template.render(messages, is_prompt=True), False)]
+        else:
+            pieces = list(self.template.pieces(messages))
         return [(self.beginning + pieces[0][0], pieces[0][1]), *pieces[1:]]
 
-    def _encode_text(self, pieces: list[tuple[str, bool]]) -> tuple[str, list[int], list[tuple[int, int, int]]]:
+    def _encode_text(self, pieces: list[Piece]) -> tuple[str, list[int], list[tuple[int, int, int]]]:
         """Tokenises a text as a whole and finds the answers in it.
 
         Returns:
@@ -175,15 +186,15 @@ class VisionRecordEncoder(RecordEncoder):
                 stop = start + self._length_to_end_of_turn(ids[start:length])
                 if stop == start:
                     raise DataError("has an answer without any token; give it a completion or remove the record.")
+                self._require_one_end(ids[start:stop])
                 answers.append((start, stop, end))
             begin = end
         return text, ids, answers
 
     def _ended(self, text: str) -> str:
         stripped = text.rstrip()
-        stop_ids = self.end_of_turn_ids if self.use_chat_template else {self.tokenizer.eos_token_id}
         last = self._tokenize(stripped)[-1:]
-        return stripped if last and last[0] in stop_ids else text + str(self.tokenizer.eos_token)
+        return stripped if last and last[0] in self.stop_ids else text + str(self.tokenizer.eos_token)
 
     def locate_answers(
         self, row: dict[str, Any], ids: list[int], encode: Callable[[str, int], list[int]]
@@ -221,11 +232,9 @@ class VisionRecordEncoder(RecordEncoder):
     def _tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=self.add_special_tokens, verbose=False)["input_ids"]
 
-    def _apply_template(self, messages: list[Message], **options: Any) -> Any:
-        try:
-            return self.processor.apply_chat_template(messages, **options)
-        except TemplateError as error:
-            raise DataError(f"is refused by the chat template ({str(error).rstrip('.')}); change its roles.") from error
+    @override
+    def _chat_template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer, self.processor)
 
 
 def require_options_of(processor: Any, options: dict[str, Any]) -> None:
