@@ -23,6 +23,9 @@ _ANY_TEXT = "qzx"
 
 Piece = tuple[str, bool]
 
+# What goes wrong inside a template that was not made for what it is given.
+_FAILURES = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
 
 class ChatTemplate:
     """The chat template of a tokenizer or of a processor.
@@ -153,5 +156,6 @@ class ChatTemplate:
 def _explained() -> Iterator[None]:
     try:
         yield
-    except TemplateError as error:
-        raise DataError(f"is refused by the chat template ({str(error).rstrip('.')}); change its roles.") from error
+    except _FAILURES as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise DataError(f"is refused by the chat template ({reason}); change its roles or contents.") from error

@@ -19,8 +19,10 @@ class InstructionDataModule(SupervisedDataModule):
     """Prompts and completions, or conversations, for supervised fine-tuning of a causal language model.
 
     A record has the strings ``prompt`` and ``completion``, or ``messages``: a list of turns with ``role`` and
-    ``content``, of which every assistant turn is a completion. Each of ``train``, ``validation``, ``test``
-    and ``predict`` is one of
+    ``content``, of which every assistant turn is a completion. ``tools``, a list of functions or its JSON text, is
+    given to the chat template; an assistant turn with ``tool_calls`` needs no ``content``. What the template leaves out
+    of these is an error, and so is a key such as ``weight`` or ``train`` that asks for another loss. Each of ``train``,
+    ``validation``, ``test`` and ``predict`` is one of
 
     * a local ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file,
     * a folder written by ``datasets.Dataset.save_to_disk``, or one with data files,
@@ -44,7 +46,7 @@ class InstructionDataModule(SupervisedDataModule):
         test: The test data.
         predict: The data to predict completions for.
         dataset_config: The configuration of hub data sets that have several.
-        columns: The names that the data has for ``prompt``, ``completion`` or ``messages``, for example
+        columns: The names that the data has for ``prompt``, ``completion``, ``messages`` or ``tools``, for example
             ``{"prompt": "question", "completion": "answer"}``.
         batch_size: The number of records in a training batch of each process.
         validation_batch_size: The number of records in other batches; None stands for ``batch_size``.
@@ -68,7 +70,7 @@ class InstructionDataModule(SupervisedDataModule):
         ConfigurationError: If an argument has a value that cannot work.
     """
 
-    COLUMNS = ("messages", "prompt", "completion")
+    COLUMNS = ("messages", "prompt", "completion", "tools")
 
     def __init__(
         self,

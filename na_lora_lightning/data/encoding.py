@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from copy import copy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,8 @@ from na_lora_lightning import answers
 from na_lora_lightning.answers import answer_text, first_whole_character, whole_characters
 from na_lora_lightning.data.batching import IGNORED_LABEL
 from na_lora_lightning.data.chat import ChatTemplate, Piece
-from na_lora_lightning.data.records import Message, read_conversation
+from na_lora_lightning.data.records import Message, read_conversation, read_tools
+from na_lora_lightning.data.tool_use import settle_tool_use
 from na_lora_lightning.errors import ConfigurationError, DataError
 
 # From a first token to the token after the last one.
@@ -136,13 +138,24 @@ class RecordEncoder:
         Raises:
             DataError: If the record cannot be used.
         """
+        record = dict(record)
         try:
-            return self._encode(dict(record), evaluation, needs_completion)
+            return self._with_tools(read_tools(record))._encode(record, evaluation, needs_completion)
         except DataError as error:
             raise DataError(f"Record {index + 1} of {source!r} {error}") from error.__cause__
 
+    def _with_tools(self, tools: list[dict[str, Any]] | None) -> RecordEncoder:
+        """The encoder for one record."""
+        if tools is None:
+            return self
+        if not self.use_chat_template:
+            raise DataError("has 'tools', which need a chat template; use a tokenizer that has one, or remove them.")
+        encoder = copy(self)
+        encoder.template = self.template.with_options({"tools": tools})
+        return encoder
+
     def _encode(self, record: dict[str, Any], evaluation: bool, needs_completion: bool) -> dict[str, Any]:
-        messages = read_conversation(record, needs_completion=needs_completion)
+        messages = read_conversation(record, needs_completion=needs_completion, loss_on=self.loss_on)
         if self.use_chat_template and self.system_prompt is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
         elif not self.use_chat_template and record.get("messages") is not None:
@@ -150,6 +163,8 @@ class RecordEncoder:
                 "has 'messages', which need a chat template; use a tokenizer that has one and do not set "
                 "use_chat_template to false, or give 'prompt' and 'completion'."
             )
+        if self.use_chat_template:
+            messages = settle_tool_use(messages, self.template)
         roles = [message["role"] for message in messages]
         is_open = not needs_completion and roles[-1] != "assistant"
         context = messages if is_open else messages[: len(roles) - 1 - roles[::-1].index("assistant")]
@@ -173,7 +188,7 @@ class RecordEncoder:
         }
         if evaluation:
             encoded["prompt_input_ids"] = self._end_of(prompt_ids)
-            encoded["prompt"] = context[-1]["content"]
+            encoded["prompt"] = context[-1].get("content", "")
             encoded["reference"] = ""
             if not is_open:
                 start, stop = spans[-1]

@@ -58,8 +58,8 @@ class VisionInstructionDataModule(SupervisedDataModule):
         test: The test data.
         predict: The data to predict completions for.
         dataset_config: The configuration of hub data sets that have several.
-        columns: The names that the data has for ``image``, ``images``, ``prompt``, ``completion`` or ``messages``, for
-            example ``{"prompt": "question", "completion": "answer"}``.
+        columns: The names that the data has for ``image``, ``images``, ``prompt``, ``completion``, ``messages`` or
+            ``tools``, for example ``{"prompt": "question", "completion": "answer"}``.
         batch_size: The number of records in a training batch of each process.
         validation_batch_size: The number of records in other batches; None stands for ``batch_size``.
         max_length: The largest number of tokens of a record, those of its images included. A longer one is an error:
@@ -88,7 +88,7 @@ class VisionInstructionDataModule(SupervisedDataModule):
         ConfigurationError: If an argument has a value that cannot work.
     """
 
-    COLUMNS = ("image", "images", "messages", "prompt", "completion")
+    COLUMNS = ("image", "images", "messages", "prompt", "completion", "tools")
     _train_loader = VisionDataLoader
     _evaluation_loader = VisionDataLoader
 

@@ -17,6 +17,7 @@ from na_lora_lightning.data.chat import ChatTemplate, Piece
 from na_lora_lightning.data.encoding import RecordEncoder
 from na_lora_lightning.data.processors import image_token_of
 from na_lora_lightning.data.records import Message
+from na_lora_lightning.data.tool_use import settle_tool_use
 from na_lora_lightning.data.vision_records import count_images, read_vision_conversation, text_of
 from na_lora_lightning.errors import ConfigurationError, DataError
 
@@ -103,6 +104,8 @@ class VisionRecordEncoder(RecordEncoder):
                 "has 'messages', which need a chat template; use a model whose processor has one and do not set "
                 "use_chat_template to false, or give 'prompt' and 'completion'."
             )
+        if self.use_chat_template:
+            messages = settle_tool_use(messages, self.template)
         roles = [message["role"] for message in messages]
         is_open = not needs_completion and roles[-1] != "assistant"
         context = messages if is_open else messages[: len(roles) - 1 - roles[::-1].index("assistant")]

@@ -40,10 +40,15 @@ def read_vision_conversation(record: dict[str, Any], images: int, *, needs_compl
         record = {**record, "messages": texts}
     conversation = read_conversation(record, needs_completion=needs_completion)
     turns = [
-        {**turn, "content": parts_of_turn.get(index) or [{"type": "text", "text": turn["content"]}]}
+        {**turn, "content": parts_of_turn.get(index) or _text_part(turn["content"])}
         for index, turn in enumerate(conversation)
     ]
     return _with_images(turns, images)
+
+
+def _text_part(content: str | None) -> list[Part]:
+    # None is the content of a turn that calls tools.
+    return [] if content is None else [{"type": "text", "text": content}]
 
 
 def text_of(parts: list[Part]) -> str:

@@ -1,0 +1,70 @@
+"""Keys by which other tools weight records and turns or leave them out of the loss, refused where they matter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from na_lora_lightning.errors import DataError
+
+_ON = ("weight", "loss_weight", "sample_weight", "train", "training", "trainable", "train_on_turn", "loss", "learn")
+_OFF = ("masked", "mask", "ignore", "ignore_loss", "skip_loss", "no_loss")
+_DETAILS = ("train_detail", "loss_mask", "train_mask", "loss_on", "train_on")
+# A record may have columns such as ``loss`` or ``mask`` that are about something else.
+_ON_OF_RECORDS = ("weight", "loss_weight", "sample_weight", "train", "trainable")
+_DETAILS_OF_RECORDS = ("loss_mask", "train_mask", "train_on_inputs", "chat_template_kwargs")
+
+_MEANINGS: dict[Any, bool] = {0: False, 1: True, "0": False, "1": True, "false": False, "true": True, "1.0": True}
+
+
+def refuse_keys_of_records(record: dict[str, Any], loss_on: Literal["completion", "all"]) -> None:
+    """Refuses keys of a record that ask for another loss than all records have.
+
+    Raises:
+        DataError: If there is one. The message lacks its subject, which the caller knows.
+    """
+    key = next((key for key in _ON_OF_RECORDS if key in record and _meaning(record[key]) is not True), None)
+    key = key or next((key for key in _DETAILS_OF_RECORDS if record.get(key)), None)
+    if key is None and record.get("loss_on") not in (None, "", loss_on):
+        key = "loss_on"
+    if key is not None:
+        raise DataError(
+            f"has the key {key!r} ({_shown(record[key])}), but all records are trained on alike; remove the key, or "
+            "the record."
+        )
+
+
+def refuse_keys_of_messages(messages: Iterable[dict[str, Any]], loss_on: Literal["completion", "all"]) -> None:
+    """Refuses keys of turns that ask for another loss than ``loss_on``.
+
+    Raises:
+        DataError: If there is one. The message lacks its subject, which the caller knows.
+    """
+    for number, message in enumerate(messages, start=1):
+        is_target = loss_on == "all" or message["role"] == "assistant"
+        asked = {key: _meaning(message[key]) for key in _ON if key in message}
+        asked |= {key: _negated(_meaning(message[key])) for key in _OFF if key in message}
+        asked |= {key: None for key in _DETAILS if message.get(key)}
+        for key, wanted in asked.items():
+            if wanted is not is_target:
+                where = "every turn" if loss_on == "all" else "the assistant's turns, and on all of them"
+                raise DataError(
+                    f"has the key {key!r} ({_shown(message[key])}) in message {number}, but the loss is on {where}; "
+                    "remove the key, or end the record before that turn."
+                )
+
+
+def _meaning(value: Any) -> bool | None:
+    """Whether a value says yes or no; None where it says something else."""
+    if isinstance(value, str):
+        return _MEANINGS.get(value.strip().lower())
+    return _MEANINGS.get(value) if isinstance(value, (bool, int, float)) else None
+
+
+def _negated(meaning: bool | None) -> bool | None:
+    return None if meaning is None else not meaning
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 40 else shown[:37] + "..."
