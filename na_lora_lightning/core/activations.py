@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 _GRID_LIMIT = 12.0
+# Enough elements that even one in a thousand shows.
+_DRAWS = 1 << 15
 _SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
 
 
@@ -288,7 +290,7 @@ KNOWN_ACTIVATIONS: tuple[Activation, ...] = (SILU, GELU, GELU_TANH, QUICK_GELU, 
 def is_elementwise(function: Callable[[Tensor], Tensor]) -> bool:
     """Whether ``function`` maps each element by itself: same shape, and the same on a part as on the whole.
 
-    The identity (and so dropout in evaluation mode) is not counted as an activation.
+    Straight lines, the identity among them (and so dropout in evaluation mode), are not counted as activations.
     """
     z = _grid(64).to(torch.float32)
     try:
@@ -300,7 +302,34 @@ def is_elementwise(function: Callable[[Tensor], Tensor]) -> bool:
     if not (isinstance(whole, Tensor) and whole.shape == z.shape and isinstance(part, Tensor)):
         return False
     same = torch.allclose(whole[::3], part, atol=1e-6) and torch.allclose(whole.view(8, 8), row, atol=1e-6)
-    return same and not torch.allclose(whole, z)
+    # Evenly spaced points show a straight line by equal differences.
+    steps = whole.diff()
+    return same and not torch.allclose(steps, steps[:1].expand_as(steps), rtol=1e-3, atol=1e-5)
+
+
+def is_random(module: nn.Module) -> bool:
+    """Whether a module that works element by element draws random numbers, in evaluation or in training mode.
+
+    Call it where the random state is kept.
+
+    Args:
+        module: The module, whose mode is as it was afterwards.
+    """
+    z = _grid(_DRAWS).to(torch.float32)
+    training = module.training
+    try:
+        for mode in (False, True):
+            module.train(mode)
+            answers = []
+            for seed in range(2):
+                torch.manual_seed(seed)
+                with torch.no_grad():
+                    answers.append(module(z.clone()))
+            if not torch.equal(*answers):
+                return True
+        return False
+    finally:
+        module.train(training)
 
 
 def activation_of(module: nn.Module) -> Activation | None:

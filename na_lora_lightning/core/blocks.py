@@ -22,11 +22,13 @@ class Ancestors:
         leaves: Leaf tensors.
         passed: Names of the node types passed.
         stops: Nodes at which the walk stopped.
+        custom: Whether a function that somebody wrote with a backward pass of its own was passed.
     """
 
     leaves: list[Tensor] = field(default_factory=list)
     passed: set[str] = field(default_factory=set)
     stops: list[Any] = field(default_factory=list)
+    custom: bool = False
 
 
 def ancestors(node: Any, stop_at: Container[Any] = ()) -> Ancestors:
@@ -55,8 +57,15 @@ def ancestors(node: Any, stop_at: Container[Any] = ()) -> Ancestors:
             met.leaves.append(variable)
             continue
         met.passed.add(type(current).__name__)
+        met.custom |= _is_custom(current)
         pending.extend(parent for parent, _ in current.next_functions if parent is not None)
     return met
+
+
+def _is_custom(node: Any) -> bool:
+    function = getattr(type(node), "_forward_cls", None)
+    # torch has some of its own, for sharding and checkpointing.
+    return function is not None and not function.__module__.startswith("torch.")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from na_lora_lightning.core.activations import Activation, activation_of
+from na_lora_lightning.core.activations import Activation, activation_of, is_random
 from na_lora_lightning.core.blocks import Blocks, Unadaptable
 from na_lora_lightning.core.branches import branch_name, is_multimodal, language_model_name, part_of, vocabulary_size
 from na_lora_lightning.core.discovery_experts import expert_gates, plain_name
@@ -37,9 +37,11 @@ from na_lora_lightning.core.row_probe import positional_rows, probe_rows, storag
 from na_lora_lightning.core.sharding import Shards
 from na_lora_lightning.core.sites import FoundBy, GateMap, GateSite, LeftOut
 from na_lora_lightning.core.tracing import ActivationCall, LinearCall, Trace, trace_forward
+from na_lora_lightning.core.undisturbed import undisturbed
 from na_lora_lightning.errors import DiscoveryError
 
 _PROBE_TOKENS = 4
+_RANDOM = "it draws random numbers, so its derivative says nothing of a channel"
 
 
 def root_of(model: nn.Module) -> nn.Module:
@@ -97,27 +99,38 @@ def discover_gates(model: nn.Module, example_inputs: Mapping[str, Any] | None = 
             rows disagree.
     """
     require_lora(model)
-    root = root_of(model)
+    with undisturbed(model):
+        return _discover(model, root_of(model), example_inputs)
+
+
+def _discover(model: nn.Module, root: nn.Module, example_inputs: Mapping[str, Any] | None) -> GateMap:
     trace = _trace(model, root, example_inputs)
     calls: dict[nn.Module, list[ActivationCall]] = defaultdict(list)
     for call in trace.activation_calls:
         calls[call.module].append(call)
     identified = _identify(calls, trace.shards)
-    activations = {module: activation for module, activation in identified.items() if activation is not None}
-    blocks = Blocks(root, trace, [call for module in activations for call in calls[module]])
+    elementwise = {module: activation for module, activation in identified.items() if activation is not None}
+    blocks = Blocks(root, trace, [call for module in elementwise for call in calls[module]])
+    random = {module for module in elementwise if is_random(module)}
+    activations = {module: activation for module, activation in elementwise.items() if module not in random}
     found = GateMap()
-    for module, activation in activations.items():
+    for module, activation in elementwise.items():
         outside = [call for call in calls[module] if call.experts is None]
         results = [(call, result) for call in outside for result in _classify(call, activation, blocks)]
         sites = [result for _, result in results if isinstance(result, tuple)]
         left_out = [(call, result) for call, result in results if isinstance(result, LeftOut)]
         # A call without a graph (of a cycle that is not trained, say) is the gate's like the others.
         exclusive = all(call.output.grad_fn is None for call, _ in left_out)
+        if module in random:
+            # In training it is another function in each call.
+            where = LeftOut(calls[module][0].name, activation.name, _RANDOM, not_supported=bool(sites))
+            found.left_out.append(where)
+            continue
         found.sites += _share_module(sites, exclusive)
         if not sites:
             # One reason for a module, however often it is called.
             found.left_out += list(dict.fromkeys(reason for _, reason in left_out))
-    for extra in (expert_gates(trace, activations), functional_gates(root, blocks)):
+    for extra in (expert_gates(trace, activations), functional_gates(blocks)):
         found.sites += extra.sites
         found.left_out += extra.left_out
     _order(found, root)

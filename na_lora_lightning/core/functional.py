@@ -97,6 +97,21 @@ def identify(answer: Answer, like: Tensor) -> FunctionalGate | None:
     return FunctionalGate(ChannelSlice(gate, lowest, highest), activation, is_self_gated, kind, like.shape[-1])
 
 
+@torch.no_grad()
+def is_linear_in(answer: Answer, like: Tensor) -> bool:
+    """Whether a piece of code is a linear map, up to a constant, of what a layer puts out.
+
+    Args:
+        answer: As :func:`identify` takes it.
+        like: An output of the layer, ``[..., features]``.
+    """
+    generator = torch.Generator().manual_seed(0)
+    start, step = (torch.randn(like.shape, generator=generator).to(like.device, torch.float32) for _ in range(2))
+    first, second, third = (answer(start + factor * step) for factor in (-1.0, 0.0, 1.0))
+    bend = (first + third - 2 * second).abs().max()
+    return bool(bend <= _TOLERANCE * torch.stack([first, second, third]).abs().max())
+
+
 def _features_of_channels(answer: Answer, start: Tensor) -> tuple[Tensor, Tensor | None] | None:
     """Features of the gate channels, and of the other branch where the same layer makes it."""
     with torch.enable_grad():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,25 @@ from na_lora_lightning.core.sharding import Shards
 
 
 @dataclass(eq=False)
+class ModuleCall:
+    """One call of a module with children.
+
+    Attributes:
+        name: Its name.
+        module: The module.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        linear_calls: Calls of linear layers so far within it, by layer.
+    """
+
+    name: str
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    linear_calls: Counter[nn.Module] = field(default_factory=Counter)
+
+
+@dataclass(eq=False)
 class LinearCall:
     """One call of a linear (or LoRA) layer.
 
@@ -31,6 +50,8 @@ class LinearCall:
         module: The layer.
         source: What it was given.
         leaf: What it was given instead: a leaf of the same shape.
+        within: The calls of modules that it was made in, the outermost first.
+        indices: Which call of the layer it is in each of these.
         output: What it returned.
     """
 
@@ -38,6 +59,8 @@ class LinearCall:
     module: nn.Module
     source: Tensor
     leaf: Tensor
+    within: tuple[ModuleCall, ...] = ()
+    indices: tuple[int, ...] = ()
     output: Tensor | None = None
 
 
@@ -92,7 +115,7 @@ class Trace:
         linear_calls: Calls of linear layers.
         activation_calls: Calls of what may be activation modules.
         experts_calls: Calls of stacked experts.
-        arguments: Positional and keyword arguments of the last call of each module that has children.
+        module_calls: Calls of modules that have children.
         call_counts: Number of calls of each childless module.
     """
 
@@ -100,7 +123,7 @@ class Trace:
     linear_calls: list[LinearCall] = field(default_factory=list)
     activation_calls: list[ActivationCall] = field(default_factory=list)
     experts_calls: list[ExpertsCall] = field(default_factory=list)
-    arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    module_calls: list[ModuleCall] = field(default_factory=list)
     call_counts: Counter[nn.Module] = field(default_factory=Counter)
 
     def linear_of_leaf(self) -> dict[int, LinearCall]:
@@ -126,16 +149,9 @@ def _innermost(layer: nn.Module) -> nn.Module:
     return layer
 
 
-@contextmanager
-def evaluation_mode(root: nn.Module) -> Iterator[None]:
-    """Sets evaluation mode for all modules and restores each module's own mode afterwards."""
-    modes = {module: module.training for module in root.modules()}
-    root.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a layer of one input is given, with or without its name; None where it is given nothing."""
+    return args[0] if args else next(iter(kwargs.values()), None)
 
 
 class _Recorder:
@@ -144,16 +160,22 @@ class _Recorder:
     def __init__(self, shards: Shards) -> None:
         self.trace = Trace(shards)
         self._experts: list[ExpertsCall] = []
+        self._within: list[ModuleCall] = []
 
     def cut_input(self, name: str) -> Callable[..., Any]:
         """A pre-hook for a linear layer that starts a new graph at its input."""
 
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            if not (args and isinstance(args[0], Tensor) and args[0].is_floating_point()):
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            source = first_argument(args, kwargs)
+            if not (isinstance(source, Tensor) and source.is_floating_point()):
                 return None
-            leaf = args[0].detach().requires_grad_(True)
-            self.trace.linear_calls.append(LinearCall(name, module, args[0], leaf))
-            return (leaf, *args[1:])
+            leaf = source.detach().requires_grad_(True)
+            within = tuple(self._within)
+            indices = tuple(call.linear_calls[module] for call in within)
+            for call in within:
+                call.linear_calls[module] += 1
+            self.trace.linear_calls.append(LinearCall(name, module, source, leaf, within, indices))
+            return ((leaf, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): leaf})
 
         return hook
 
@@ -186,13 +208,21 @@ class _Recorder:
         if self._experts:
             self._experts[-1].gate_argument = argument
 
-    def keep_arguments(self, name: str) -> Callable[..., None]:
+    def enter_module(self, name: str) -> Callable[..., None]:
         """A pre-hook for a module with children."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.trace.arguments[name] = (args, kwargs)
+            call = ModuleCall(name, module, args, kwargs)
+            self.trace.module_calls.append(call)
+            self._within.append(call)
 
         return hook
+
+    def leave_module(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """A hook for a module with children."""
+        while self._within and self._within.pop().module is not module:
+            # Calls within it that an error has ended.
+            continue
 
     def keep_call(self, name: str) -> Callable[..., None]:
         """A hook for a childless module."""
@@ -214,7 +244,7 @@ class _Recorder:
 def trace_forward(root: nn.Module, inputs: Mapping[str, Any], model: nn.Module | None = None) -> Trace:
     """Runs one forward pass of ``root`` and records linear layers, stacked experts and childless modules.
 
-    Evaluation mode, random state and hooks are restored afterwards; no parameter's ``grad`` is touched.
+    Call it where the model is :func:`~na_lora_lightning.core.undisturbed.undisturbed`. Hooks are taken off afterwards.
 
     Args:
         root: Model with LoRA layers.
@@ -239,17 +269,15 @@ def trace_forward(root: nn.Module, inputs: Mapping[str, Any], model: nn.Module |
             elif module in wrapping:
                 continue
             elif is_lora_layer(module) or is_linear(module):
-                stack.callback(module.register_forward_pre_hook(recorder.cut_input(name)).remove)
+                cut = recorder.cut_input(name)
+                stack.callback(module.register_forward_pre_hook(cut, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(recorder.keep_output).remove)
             elif any(True for _ in module.children()):
-                keep = recorder.keep_arguments(name)
-                stack.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
+                enter = recorder.enter_module(name)
+                stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(recorder.leave_module, always_call=True).remove)
             else:
                 stack.callback(module.register_forward_hook(recorder.keep_call(name)).remove)
-        device = next(root.parameters()).device
-        devices = [device] if device.type == "cuda" else []
-        stack.enter_context(torch.random.fork_rng(devices=devices))
-        stack.enter_context(evaluation_mode(root))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         shards.entry(root)(**inputs)
