@@ -17,6 +17,10 @@ class DiscoveryError(NALoRAError):
     """The gates of a model, or the LoRA rows that belong to them, cannot be determined."""
 
 
+class PlainLoRAWarning(UserWarning):
+    """Something that was to be trained nonlinearity-aware trains as plain LoRA does."""
+
+
 class DataError(NALoRAError):
     """A data set, or one record of it, cannot be used."""
 

@@ -40,6 +40,7 @@ def nonlinearity_aware(
     example_inputs: Mapping[str, Any] | None = None,
     allow_unmasked_gates: bool = False,
     measure_every: int = 10,
+    total_steps: int | None = None,
     reduce: Callable[[Tensor], None] | None = None,
 ) -> Iterator[GateController]:
     """Trains nonlinearity-aware inside of a ``with`` block, and takes every hook off at its end, whatever happens.
@@ -62,6 +63,8 @@ def nonlinearity_aware(
         allow_unmasked_gates: Accept that some gates have no LoRA instead of stopping with their names.
         measure_every: Optimizer steps between two measurements of selection misalignment, which
             ``controller.metrics()`` shows right after them; 0 for none.
+        total_steps: Optimizer steps of the whole training, those before a resume included, where that is known: a
+            mask that would come later is then warned of in the beginning, and not at the end alone.
         reduce: Adds a tensor over all processes in place; by default over all of ``torch.distributed``, where that is
             initialised.
 
@@ -100,6 +103,8 @@ def nonlinearity_aware(
         reduce=reduce,
     )
 
+    controller.total_steps = total_steps
+
     def decide_to_measure(*_: Any) -> None:
         controller.meter.enabled = measure_every > 0 and (controller.steps + 1) % measure_every == 0
 
@@ -114,6 +119,7 @@ def nonlinearity_aware(
                 "as plain LoRA; give it the optimizer that steps.",
                 stacklevel=3,
             )
+        controller.conclude()
     finally:
         for handle in handles:
             handle.remove()

@@ -139,6 +139,8 @@ class NALoRATrainerCallback(TrainerCallback, ExportableState):
             except BaseException:
                 self.detach()
                 raise
+        self.controller.total_steps = self.controller.steps + state.max_steps - state.global_step
+        self.controller.announce()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -192,7 +194,9 @@ class NALoRATrainerCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Takes the hooks off."""
+        """Takes the hooks off, and warns of what never acted."""
+        if self.controller is not None:
+            self.controller.conclude()
         self.detach()
 
     def detach(self) -> None:

@@ -104,6 +104,11 @@ def with_lora(model: nn.Module, targets: list[str] | str, seed: int = 1, **optio
     return peft_model.train()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Fits of a few steps of tiny models, often within the warm-up, are what tests do; who tests the warning asks."""
+    config.addinivalue_line("filterwarnings", "ignore::na_lora_lightning.errors.PlainLoRAWarning")
+
+
 @pytest.fixture(params=["llama", "gpt2"])
 def make_peft_model(request: pytest.FixtureRequest) -> Callable[..., PeftModel]:
     """A factory of a fresh, identical PEFT model at each call: Llama-like, then GPT-2-like."""

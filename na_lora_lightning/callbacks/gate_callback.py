@@ -23,7 +23,7 @@ from na_lora_lightning.callbacks.strategies import (
     require_reachable_rows,
     require_supported_strategy,
 )
-from na_lora_lightning.callbacks.trainer_progress import is_step_to_log, logged_step, require_progress
+from na_lora_lightning.callbacks.trainer_progress import is_step_to_log, logged_step, planned_steps, require_progress
 from na_lora_lightning.callbacks.tuner_sweeps import Sweep, batches_shown, follow_sweeps, leave_sweeps
 from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.discovery import discover_gates
@@ -144,7 +144,10 @@ class GateCallback(Callback, ABC):
         return GateController(model, gates, self._observer, reduce_over_processes(trainer))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes the hooks off."""
+        """Takes the hooks off, and warns of what never acted."""
+        # A dry run (``fast_dev_run``) trains nothing that anybody keeps.
+        if self.controller is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.controller.conclude()
         self._release(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -182,10 +185,12 @@ class GateCallback(Callback, ABC):
         return self.controller
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Puts the hooks on model and optimizer, once for both callbacks."""
+        """Puts the hooks on model and optimizer, once for both callbacks, and says what is in force."""
         controller = self._fitted()
         if not controller.is_attached:
             controller.attach(trainer.optimizers)
+            controller.total_steps = planned_steps(trainer)
+            controller.announce()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Decides whether this step is logged, and so measured for selection misalignment."""
@@ -309,6 +314,8 @@ def _sweep_with_gates(sweep: Sweep, trainer: Trainer, pl_module: LightningModule
     try:
         for callback in callbacks:
             callback.on_fit_start(trainer, pl_module)
+            # It is said of the fit, which begins afterwards.
+            callback._fitted().announced = True
         for callback in callbacks:
             callback.on_train_start(trainer, pl_module)
         with batches_shown(pl_module, callbacks[0]._show_labels):

@@ -18,7 +18,7 @@ from na_lora_lightning.core.importance import (
     Scope,
     TemporalImportance,
 )
-from na_lora_lightning.core.metrics import by_layer_and_activation, importance_metrics
+from na_lora_lightning.core.metrics import by_layer_and_activation, importance_metrics, step_scale_metrics
 from na_lora_lightning.core.statistics import ObserverOptions
 from na_lora_lightning.errors import ConfigurationError
 
@@ -30,7 +30,8 @@ class GateImportanceCallback(GateCallback):
     average, its temporal importance. After a warm-up the rows of ``lora_B`` that make the most important channels
     take the optimizer's step, and the others stay where they are. The forward pass, the loss, the gradients, the
     optimizer's state and the learning-rate schedule are not touched. With ``keep_fraction=1.0`` training is bitwise
-    that of plain LoRA and the callback only watches.
+    that of plain LoRA and the callback only watches; alone it then also logs what :class:`~na_lora_lightning.
+    callbacks.step_scale.StepScaleCallback` does, of the default step scale as it would be by the logged step alone.
 
     The defaults follow from ``docs/evidence.md``, section "Defaults": to keep half of the channels by |ρ'|, the plain
     reading of the method, costs test loss, and to keep all but the least responsive tenth by |φ'| does not (table
@@ -99,7 +100,10 @@ class GateImportanceCallback(GateCallback):
 
     def _log(self, trainer: Trainer, controller: GateController, step: int) -> None:
         assert controller.importance is not None
-        tagged = by_layer_and_activation(controller, importance_metrics(controller.importance))
+        metrics = importance_metrics(controller.importance)
+        if controller.watched_scale is not None:
+            metrics |= step_scale_metrics(controller.watched_scale)
+        tagged = by_layer_and_activation(controller, metrics)
         monitor.write(trainer, tagged, step)
 
     def _after_step(self, trainer: Trainer, controller: GateController, step: int) -> None:

@@ -33,6 +33,20 @@ def logged_step(trainer: Trainer) -> int:
     return int(_read(trainer, _LOGGED_STEP))
 
 
+def planned_steps(trainer: Trainer) -> float | None:
+    """Optimizer steps that are still to come in the fit under way; None where they cannot be told.
+
+    That is where training is manual or several optimizers step, accumulation changes, or data have no length. A dry
+    run (``fast_dev_run``) has no plan.
+    """
+    follows_plan = trainer.lightning_module.automatic_optimization and len(trainer.optimizers) == 1
+    changes = any(hasattr(each, "going_to_accumulate_grad_batches") for each in trainer.callbacks)  # type: ignore[attr-defined]
+    total = trainer.estimated_stepping_batches
+    if not follows_plan or changes or trainer.fast_dev_run or total < 0:  # type: ignore[attr-defined]
+        return None
+    return total - trainer.global_step
+
+
 def is_accumulating(trainer: Trainer) -> bool:
     """Whether the optimizer does not step after this batch."""
     return bool(_read(trainer, "fit_loop._should_accumulate")())

@@ -25,6 +25,7 @@ from na_lora_lightning.core.compilation import forget_graphs
 from na_lora_lightning.core.discovery import entrance_of, root_of
 from na_lora_lightning.core.gradient_watch import Aside, GradientWatch
 from na_lora_lightning.core.importance import ImportanceOptions, ResponsivenessCollector, TemporalImportance
+from na_lora_lightning.core.in_force import describe, say, warn_after, warn_before
 from na_lora_lightning.core.lora_layers import LoRARows, is_on_parameter, is_product_of_modules
 from na_lora_lightning.core.metrics import as_floats, gate_metrics
 from na_lora_lightning.core.misalignment import MisalignmentMeter
@@ -38,12 +39,12 @@ from na_lora_lightning.core.optimizers import (
 from na_lora_lightning.core.precision import single_precision
 from na_lora_lightning.core.sharding import Shards, is_sharded
 from na_lora_lightning.core.sites import GateMap
-from na_lora_lightning.core.statistics import GateObserver, Layout, ObserverOptions
+from na_lora_lightning.core.statistics import GateObserver, Layout, ObserverOptions, StepStatistics
 from na_lora_lightning.core.step_scale import RegimeCollector, StepScale, StepScaleOptions
 from na_lora_lightning.core.update import GradientMask, RowUpdate
 from na_lora_lightning.errors import ConfigurationError, UpdateError
 
-_IMPORTANCE, _STEP_SCALE = "importance", "step_scale"
+_IMPORTANCE, _STEP_SCALE, _WATCHED = "importance", "step_scale", "watched"
 
 # Optimizers whose steps are corrected: twice would be once too often.
 _corrected: WeakSet[Optimizer] = WeakSet()
@@ -62,6 +63,9 @@ class GateController:
         importance: Mechanism one, when set.
         step_scale: Mechanism two, when set.
         steps: Optimizer steps so far, those before a resume included where :meth:`load_state_dict` was called.
+        total_steps: What ``steps`` will be when training ends, where that is known.
+        announced: Whether it was said what is in force.
+        watched_scale: What the step scale would be by the last measured step alone, where rows are only watched.
         misalignment: Result of the last measured step: mean |Δρ| ``[sites]`` and squared norms ``[2, sites]``.
         gradients: Tells when gradients are thrown away without a step, and the statistics with them.
     """
@@ -85,12 +89,18 @@ class GateController:
         self.layout = Layout([(site.networks, site.channels) for site in gates.sites], self.observer.device)
         self.importance: TemporalImportance | None = None
         self.step_scale: StepScale | None = None
+        self.watched_scale: StepScale | None = None
         self.misalignment: tuple[Tensor, Tensor] | None = None
         self.steps = 0
+        self.total_steps: float | None = None
+        self.announced = False
+        self._warned_before = False
+        self._steps_when_attached = 0
         self._reduce = reduce
         self._update = RowUpdate.of_channels(gates.sites, self.layout)
         self._update_of_a: RowUpdate | None = None
         self._weight_of_a = torch.ones(1)
+        self._watched: StepScaleOptions | None = None
         self._adapters = [site.adapters for site in gates.sites]
         self._gradient_mask: GradientMask | None = None
         self._handles: list[Any] = []
@@ -238,6 +248,8 @@ class GateController:
             )
         _corrected.add(optimizer)
         self._optimizer = optimizer
+        self._steps_when_attached = self.steps
+        self._watch_regimes()
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -250,6 +262,25 @@ class GateController:
             self._gradient_mask.attach()
             self.share_gradient_mask()
         forget_graphs()
+
+    def _watch_regimes(self) -> None:
+        """Shows what the step scale would see, on measured steps, where rows are only watched."""
+        if self._watched is None and self.step_scale is None and self.importance and self.importance.options.is_neutral:
+            options = self._watched = StepScaleOptions(beta=0.0)
+            self.observer.add(_WATCHED, RegimeCollector(options.tau, True), is_due=lambda: self.meter.enabled)
+
+    def announce(self) -> None:
+        """Says once what is in force, and warns where that will be nothing; by itself in the first forward pass."""
+        if self.announced:
+            return
+        self.announced = True
+        say(describe(self))
+        self._warned_before = warn_before(self)
+
+    def conclude(self) -> None:
+        """Warns of what never acted, at the end of a training that ran its course; before :meth:`detach`."""
+        if self.is_attached and self.steps > self._steps_when_attached:
+            warn_after(self, self._warned_before)
 
     def detach(self) -> None:
         """Removes every hook from the model and the optimizer."""
@@ -323,6 +354,7 @@ class GateController:
         return {name: mechanism for name, mechanism in both.items() if mechanism is not None}
 
     def _before_pass(self) -> None:
+        self.announce()
         # Whether the step that these passes belong to is skipped shows in the next backward pass.
         if self.gradients.begin_pass():
             self._aside.take([*self.observer.buffers, self.meter.sums])
@@ -378,9 +410,17 @@ class GateController:
             self.importance.update(statistics[_IMPORTANCE])
         if self.step_scale is not None:
             self.step_scale.update(statistics[_STEP_SCALE])
+        self.watched_scale = self._scale_of_step(statistics.get(_WATCHED))
         if self._is_active:
             self._correct(optimizer)
         self.share_gradient_mask()
+
+    def _scale_of_step(self, statistics: StepStatistics | None) -> StepScale | None:
+        if statistics is None or self._watched is None:
+            return None
+        scale = StepScale(self._watched, self.gates.sites, self.layout)
+        scale.update(statistics)
+        return scale
 
     def _correct(self, optimizer: Optimizer, again: bool = False) -> None:
         of_channels, of_a = self.weights, self._weight_of_a

@@ -13,7 +13,7 @@ here are this project's reconstruction.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -135,6 +135,30 @@ class ImportanceOptions(ImportanceVariant):
     def refreshes_at(self, step: int) -> bool:
         """Whether a new mask is taken at optimizer step ``step`` (counted from 1)."""
         return step > self.warmup_steps and (step - self.warmup_steps - 1) % self.refresh_every == 0
+
+    @property
+    def is_neutral(self) -> bool:
+        """Whether every row keeps its update by what is asked for, and not by how numbers round."""
+        return self.selection == "top_k" and self.keep_fraction == 1.0 and self.keep_fraction_start in (None, 1.0)
+
+    def first_mask(self, sizes: Iterable[int]) -> int | None:
+        """Optimizer step (counted from 1) of the first mask that can hold or weight a row.
+
+        Args:
+            sizes: Channels of each scope that is ranked.
+
+        Returns:
+            The step; None where every mask of the schedule keeps all rows.
+        """
+        step = self.warmup_steps + 1
+        if self.selection != "top_k":
+            return step
+        constant_from = step + (0 if self.keep_fraction_start is None else self.keep_fraction_steps)
+        while not any(kept_count(self.keep_fraction_at(step), size) < size for size in sizes):
+            if step >= constant_from:
+                return None
+            step += self.refresh_every
+        return step
 
     def check_activations(self, sites: Sequence[GateSite]) -> None:
         """Checks that the criterion ranks the channels of every site.
@@ -258,6 +282,37 @@ class TemporalImportance:
         self.responsiveness = torch.zeros(layout.total, device=device)
         self.weights = torch.ones(layout.total, device=device)
         self.changed = torch.zeros(layout.total, device=device)
+        self._acted = torch.zeros((), dtype=torch.bool, device=device)
+
+    @property
+    def scope_sizes(self) -> tuple[int, ...]:
+        """Channels of each scope that is ranked by itself."""
+        return tuple(scope.stop - scope.start for scope in self._scopes)
+
+    def first_mask(self) -> int | None:
+        """Optimizer step (counted from 1) of the first mask that can hold or weight a row; None for never."""
+        return self.options.first_mask(set(self.scope_sizes))
+
+    def held_count(self, keep_fraction: float) -> int:
+        """Number of rows that a top-k mask holds."""
+        return sum(size - kept_count(keep_fraction, size) for size in self.scope_sizes)
+
+    @property
+    def has_acted(self) -> bool:
+        """Whether a mask has held or weighted a row; synchronises where that depends on the scores."""
+        first = self.first_mask()
+        if first is None or self.steps < first:
+            return False
+        return self.options.selection != "threshold" or bool(self._acted)
+
+    @property
+    def seen(self) -> Tensor:
+        """Which networks have a temporal importance, ``[networks]``, boolean."""
+        return self._average_weight > 0
+
+    @property
+    def _scopes(self) -> tuple[slice, ...]:
+        return self.layout.slices if self.options.scope == "site" else (slice(0, self.layout.total),)
 
     @property
     def is_active(self) -> bool:
@@ -293,9 +348,8 @@ class TemporalImportance:
     def _refresh(self) -> None:
         keep_fraction = self.options.keep_fraction_at(self.steps)
         scores = self.importance
-        scopes = self.layout.slices if self.options.scope == "site" else (slice(0, self.layout.total),)
         new = torch.empty_like(self.weights)
-        for index, scope in enumerate(scopes):
+        for index, scope in enumerate(self._scopes):
             # Far apart, so that no two refreshes and scopes share a random mask.
             seed = self.options.seed * 1_000_003 + self.steps * 10_007 + index
             new[scope] = row_weights(scores[scope], self.options, keep_fraction, seed)
@@ -304,6 +358,7 @@ class TemporalImportance:
         new = torch.where(unseen, torch.ones_like(new), new)
         self.changed = ((new > 0) != (self.weights > 0)).float()
         self.weights = new
+        self._acted |= (new != 1.0).any()
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values that restore this object exactly."""
@@ -336,3 +391,4 @@ class TemporalImportance:
         self.steps = int(state["steps"])
         for name in self._STATE:
             setattr(self, name, state[name.lstrip("_")].to(getattr(self, name)))
+        self._acted = (self.weights != 1.0).any()

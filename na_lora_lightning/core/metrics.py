@@ -112,8 +112,9 @@ def gate_metrics(controller: GateController) -> dict[str, Tensor]:
     metrics: dict[str, Tensor] = {}
     if controller.importance is not None:
         metrics |= importance_metrics(controller.importance)
-    if controller.step_scale is not None:
-        metrics |= step_scale_metrics(controller.step_scale)
+    scale = controller.step_scale or controller.watched_scale
+    if scale is not None:
+        metrics |= step_scale_metrics(scale)
     return by_layer_and_activation(controller, metrics) | misalignment_metrics(controller)
 
 

@@ -158,6 +158,7 @@ class GateObserver:
         self.nonfinite: Tensor | None = None
         self.before_pass: Callable[[], None] | None = None
         self._collectors: dict[str, Collector] = {}
+        self._is_due: dict[str, Callable[[], bool]] = {}
         self._layouts: dict[str, Layout] = {}
         self._sums: dict[str, Tensor] = {}
         self._tokens: Tensor | None = None
@@ -173,8 +174,19 @@ class GateObserver:
         """Where the sums are kept: with the LoRA rows of the first site."""
         return self.sites[0].parameters()[0].parameter.device
 
-    def add(self, name: str, collector: Collector) -> Layout:
-        """Registers a collector and returns the layout of its sums."""
+    def add(self, name: str, collector: Collector, is_due: Callable[[], bool] | None = None) -> Layout:
+        """Registers a collector and returns the layout of its sums.
+
+        Args:
+            name: Of the collector.
+            collector: What is to be summed.
+            is_due: Whether it is in the step under way, alike in all processes; None for every step.
+
+        Returns:
+            The layout.
+        """
+        if is_due is not None:
+            self._is_due[name] = is_due
         layout = Layout([(site.networks, collector.columns(site)) for site in self.sites], self.device)
         self._collectors[name] = collector
         self._layouts[name] = layout
@@ -234,16 +246,17 @@ class GateObserver:
             reduce: Adds a tensor over all processes in place, or None for one process.
 
         Returns:
-            A copy of the sums for each collector. A network of which one is NaN or infinite counts as if it had seen
-            no token, so that moving averages stay finite, and is marked in ``nonfinite``.
+            A copy of the sums for each collector that is due. A network of which one is NaN or infinite counts as if it
+            had seen no token, so that moving averages stay finite, and is marked in ``nonfinite``.
         """
         assert self._tokens is not None, "attach() comes first"
+        due = {name: self._sums[name] for name in self._due()}
         if reduce is not None:
             reduce(self._tokens)
-            for sums in self._sums.values():
+            for sums in due.values():
                 reduce(sums)
         broken = torch.zeros_like(self._tokens)
-        for name, sums in self._sums.items():
+        for name, sums in due.items():
             columns = (~sums.isfinite()).any(dim=0).to(broken)
             broken.index_add_(0, self._layouts[name].network_of_column, columns)
         usable = broken == 0
@@ -251,7 +264,7 @@ class GateObserver:
         tokens = torch.where(usable, self._tokens, 0.0)
         statistics = {
             name: StepStatistics(torch.where(self._layouts[name].spread(usable), sums, 0.0), tokens)
-            for name, sums in self._sums.items()
+            for name, sums in due.items()
         }
         self.reset()
         return statistics
@@ -342,17 +355,20 @@ class GateObserver:
             rows, weight = look_at(site.experts, routed, selection, pre_activation, site.name)
             looked_at = rows.float()
             routed.activations += 1
-        chunk = self._tokens_per_chunk(looked_at)
+        chunk, due = self._tokens_per_chunk(looked_at), self._due()
         for some, some_weight in zip(looked_at.split(chunk), weight.split(chunk, dim=1), strict=True):
             values = site.activation.evaluate(some)
-            for name, collector in self._collectors.items():
-                collected = collector.collect(values, some_weight)
+            for name in due:
+                collected = self._collectors[name].collect(values, some_weight)
                 columns = self._layouts[name].site_slices[index]
                 self._sums[name][:, columns] += collected.to(self._sums[name].device)
         self._tokens[self._networks_of_site[index]] += weight.sum(dim=1).to(self._tokens.device)
         if site.experts is None:
             for listener in self._listeners:
                 listener(index, site, looked_at, weight[0])
+
+    def _due(self) -> list[str]:
+        return [name for name in self._collectors if name not in self._is_due or self._is_due[name]()]
 
     @staticmethod
     def _tokens_per_chunk(looked_at: Tensor) -> int:

@@ -19,6 +19,7 @@ effective-homogeneity partition; the formulas are this project's reconstruction.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -113,6 +114,16 @@ class StepScaleOptions:
                 f"normalize with granularity 'activation' makes the step scale exactly 1, because {names.pop()} is the "
                 "only activation; use granularity 'site' or 'channel', or normalize=False."
             )
+
+    @property
+    def is_neutral(self) -> bool:
+        """Whether every step stays what it is by what is asked for."""
+        return self.eta_min == 1.0 and self.matrix_a_factor == 1.0
+
+    def cancels_out(self, sites: Sequence[GateSite]) -> bool:
+        """Whether normalisation by site makes every scale 1, because each activation has one gate alone."""
+        networks = Counter(site.activation.name for site in sites if has_partition(site) for _ in range(site.networks))
+        return self.normalize and self.granularity == "site" and max(networks.values(), default=1) == 1
 
 
 def has_partition(site: GateSite) -> bool:
@@ -221,6 +232,17 @@ class StepScale:
         self._network_average = torch.zeros(len(REGIMES), len(of_network), device=device)
         self._weight = torch.zeros((), device=device)
         self.scale = torch.ones(layout.total, device=device)
+        self._acted = torch.zeros((), dtype=torch.bool, device=device)
+
+    @property
+    def has_acted(self) -> bool:
+        """Whether the partition was meaningful anywhere in a step of this training; synchronises."""
+        return bool(self._acted)
+
+    @property
+    def seen(self) -> Tensor:
+        """Which networks had any mass in a step, ``[networks]``, boolean."""
+        return self._network_average.sum(dim=0) > 0
 
     @property
     def is_active(self) -> bool:
@@ -268,6 +290,7 @@ class StepScale:
         if self.options.granularity == "activation":
             per_group = per_group[self._activation_of_network]
         scaled_networks = self._partitioned & is_meaningful(self.network_shares)
+        self._acted |= scaled_networks.any()
         scaled = self.layout.spread(scaled_networks)
         if self.options.normalize:
             per_group = self._normalized(per_group, scaled)
@@ -308,3 +331,4 @@ class StepScale:
         self.steps = int(state["steps"])
         for name in self._STATE:
             setattr(self, name, state[name.lstrip("_")].to(getattr(self, name)))
+        self._acted = (self.scale != 1.0).any()
