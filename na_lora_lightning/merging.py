@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn, get_args
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from na_lora_lightning.errors import ConfigurationError
-from na_lora_lightning.model_loading import BaseModelSource, Dtype, load_base_model, one_line, without_progress_bars
+from na_lora_lightning.merge_output import copy_tokenizer, refuse_inputs_as_output, written_whole
+from na_lora_lightning.model_loading import (
+    BaseModelSource,
+    Dtype,
+    load_base_model,
+    load_config,
+    one_line,
+    require_model,
+    without_progress_bars,
+)
+from na_lora_lightning.ties import has_ties, match_config, untie_adapted_weights
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 
-_PROCESSOR_FILES = (
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "chat_template.json",
-    "chat_template.jinja",
-)
+# PEFT says of tied weights what is taken care of here.
+_TIED = r"(Model with|Model has) `tie_word_embeddings=True`|Input and output embeddings are no longer tied"
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ def merge_adapter(arguments: MergeArguments) -> Path:
     output = arguments.output
     if output.exists() and not output.is_dir():
         raise ConfigurationError(f"The output {str(output)!r} is a file; give a folder.")
+    refuse_inputs_as_output(output, arguments.adapter, arguments.base)
     if output.is_dir() and any(output.iterdir()) and not arguments.overwrite:
         raise ConfigurationError(
             f"The output folder {str(output)!r} is not empty; give another, or --overwrite to replace files in it."
@@ -69,11 +75,50 @@ def merge_adapter(arguments: MergeArguments) -> Path:
         model, source = _from_checkpoint(arguments)
     else:
         model, source = _from_folder(arguments)
-    merged = model.merge_and_unload(safe_merge=True)
-    with without_progress_bars():
-        merged.save_pretrained(output, safe_serialization=True)
-    _copy_tokenizer(source, output)
+    merged = merge_into_base(model)
+    with written_whole(output) as folder:
+        with without_progress_bars():
+            merged.save_pretrained(folder, safe_serialization=True)
+        copy_tokenizer(source, folder)
     return output
+
+
+def merge_into_base(model: PeftModel) -> PreTrainedModel:
+    """Puts the adapter of a model into its weights, those of adapted layers alone where others share them.
+
+    Args:
+        model: The PEFT model, which is used up.
+
+    Returns:
+        The model without adapter, whose configuration says what is tied in it.
+
+    Raises:
+        ConfigurationError: PEFT cannot merge this kind of adapter, or the merged model could not be stored.
+    """
+    kind = model.peft_config[model.active_adapter].peft_type.value
+    if not hasattr(model, "merge_and_unload"):
+        raise ConfigurationError(f"The adapter is of the kind {kind}, which adds to the inputs; use it as it is.")
+    base = model.get_base_model()
+    with_ties, tied = has_ties(base), getattr(base.config, "tie_word_embeddings", None)
+    untie_adapted_weights(model)
+    try:
+        with warnings.catch_warnings():
+            # They are parted here, and the configuration is made to say so.
+            warnings.filterwarnings("ignore", message=_TIED)
+            merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
+    except (NotImplementedError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise ConfigurationError(
+            f"PEFT cannot merge this adapter ({kind}: {one_line(error)}); use it as it is."
+        ) from error
+    if tied:
+        # PEFT has a look at two of the weights alone.
+        merged.config.tie_word_embeddings = tied
+    if with_ties and match_config(merged):
+        rank_zero_info(
+            "The adapter changes weights that other layers shared, so the merged model stores both, and "
+            "tie_word_embeddings is false in its config."
+        )
+    return merged
 
 
 def _from_folder(arguments: MergeArguments) -> tuple[PeftModel, BaseModelSource]:
@@ -91,14 +136,17 @@ def _from_folder(arguments: MergeArguments) -> tuple[PeftModel, BaseModelSource]
     base = arguments.base or config.base_model_name_or_path
     if not base:
         raise ConfigurationError(f"The adapter {str(adapter)!r} does not name its base model; give it with --base.")
+    refuse_inputs_as_output(arguments.output, adapter, base)
     revision = None if arguments.base else config.revision
     source = BaseModelSource(base, revision, arguments.trust_remote_code, arguments.dtype)
+    _require_base(source, arguments)
     # As on a CUDA device, "auto" is the checkpoint's dtype: the merged model is to be as large as the base.
     model = load_base_model(source, torch.device("cuda"))
     try:
         with warnings.catch_warnings():
             # Said of an adapter that lacks layers; it is refused below.
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            warnings.filterwarnings("ignore", message=_TIED)
             adapted = PeftModel.from_pretrained(model, str(adapter))
         _require_every_tensor(adapted, adapter)
     except (RuntimeError, ValueError, KeyError) as error:
@@ -109,73 +157,97 @@ def _from_folder(arguments: MergeArguments) -> tuple[PeftModel, BaseModelSource]
     return adapted, source
 
 
+def _require_base(source: BaseModelSource, arguments: MergeArguments) -> None:
+    """Checks that there is a base whose weights an adapter can be added to."""
+    try:
+        require_model(source)
+    except ConfigurationError as error:
+        if arguments.base is not None:
+            raise
+        raise ConfigurationError(
+            f"The base model that the adapter {str(arguments.adapter)!r} names cannot be had "
+            f"({str(error).partition(';')[0]}); give it with --base."
+        ) from error
+    require_unquantised(source)
+
+
+def require_unquantised(source: BaseModelSource) -> None:
+    """Refuses a base model whose weights are stored in a quantised form.
+
+    Raises:
+        ConfigurationError: It is one.
+    """
+    try:
+        quantisation = getattr(load_config(source), "quantization_config", None)
+    except (OSError, ValueError, ImportError, KeyError):
+        # Said when the model itself is loaded.
+        return
+    if quantisation is not None:
+        values = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
+        raise ConfigurationError(
+            f"The base model {source.name_or_path!r} is quantised ({values.get('quant_method', 'by an unknown method')}"
+            "), and its weights would lose what an adapter adds to them; give the model that it was made from with "
+            "--base, or use the adapter as it is."
+        )
+
+
 def _require_every_tensor(model: PeftModel, adapter: Path) -> None:
-    """Checks that a model has LoRA exactly where the adapter's file has, as PEFT takes a part for the whole."""
+    """Checks that a model has an adapter exactly where the file has, as PEFT takes a part for the whole."""
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
 
     with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
-        saved = {name for name in file.keys() if "lora_" in name}  # noqa: SIM118  # no mapping, whatever its method
-    current = {name for name in get_peft_model_state_dict(model, save_embedding_layers=False) if "lora_" in name}
-    if saved != current:
-        raise ValueError(f"{min(saved ^ current)} is in one and not in the other")
+        saved = set(file.keys())
+    current = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    # Beside an adapter PEFT may store embeddings, which are weights of the base model.
+    other = (current - saved) | (saved - current - set(model.state_dict()))
+    if other:
+        raise ValueError(f"{min(other)} is in one and not in the other")
 
 
 def _from_checkpoint(arguments: MergeArguments) -> tuple[PeftModel, BaseModelSource]:
     from na_lora_lightning.module import NALoRALightningModule
 
     path = arguments.adapter
-    options: dict[str, Any] = {"trust_remote_code": arguments.trust_remote_code}
-    if arguments.base is not None:
-        options["model_name_or_path"] = arguments.base
-    if arguments.dtype != "auto":
-        options["dtype"] = arguments.dtype
     try:
-        module = NALoRALightningModule.load_from_checkpoint(path, map_location="cpu", **options)
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["hyper_parameters"]
+        source = BaseModelSource(
+            arguments.base or saved["model_name_or_path"],
+            None if arguments.base else saved["revision"],
+            arguments.trust_remote_code,
+        )
+    except Exception as error:
+        # Whatever a file that is no checkpoint makes torch raise.
+        raise _no_checkpoint(path, error) from error
+    refuse_inputs_as_output(arguments.output, path, source.name_or_path)
+    _require_base(source, arguments)
+    dtype = arguments.dtype
+    if dtype == "auto":
+        # Left to itself the module would take 32 bits on this device.
+        stored = str(load_config(source).dtype).removeprefix("torch.")
+        dtype = stored if stored in get_args(Dtype) else "auto"
+    options = {
+        "model_name_or_path": source.name_or_path,
+        "revision": source.revision,
+        "trust_remote_code": source.trust_remote_code,
+        "dtype": dtype,
+    }
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=_TIED)
+            module = NALoRALightningModule.load_from_checkpoint(path, map_location="cpu", **options)
     except ConfigurationError:
         raise
     except Exception as error:
-        # Whatever a file that is no checkpoint makes torch raise.
-        raise ConfigurationError(
-            f"The file {str(path)!r} is no checkpoint of this package ({one_line(error)}); give an adapter folder or a "
-            ".ckpt file of 'na-lora fit'."
-        ) from error
+        raise _no_checkpoint(path, error) from error
     return module.peft_model, module.source
 
 
-def _copy_tokenizer(source: BaseModelSource, output: Path) -> None:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.resolved_name_or_path,
-            revision=source.revision or "main",
-            trust_remote_code=source.trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        rank_zero_warn(
-            f"The base model {source.name_or_path!r} has no tokenizer that can be loaded ({one_line(error)}), so the "
-            "merged model is without one."
-        )
-        return
-    tokenizer.save_pretrained(output)
-    _copy_processor(source, output)
-
-
-def _copy_processor(source: BaseModelSource, output: Path) -> None:
-    """Copies what a model for images needs besides; as files, so that parts not usable here are kept."""
-    from transformers.utils import cached_file
-
-    for name in _PROCESSOR_FILES:
-        found = cached_file(
-            source.resolved_name_or_path,
-            name,
-            revision=source.revision or "main",
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        if found is not None:
-            shutil.copyfile(found, output / name)
+def _no_checkpoint(path: Path, error: Exception) -> ConfigurationError:
+    return ConfigurationError(
+        f"The file {str(path)!r} is no checkpoint of this package ({one_line(error)}); give an adapter folder or a "
+        ".ckpt file of 'na-lora fit'."
+    )
 
 
 class _Parser(argparse.ArgumentParser):

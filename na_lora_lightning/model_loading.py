@@ -16,6 +16,7 @@ from na_lora_lightning.arguments import LoRAArguments
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.lora_inputs import keep_inputs_uncast
 from na_lora_lightning.targets import ALL_EXPERTS, LoRATargets, lora_targets, mark_transposed_experts
+from na_lora_lightning.ties import require_untiable
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -261,12 +262,15 @@ def add_lora(model: PreTrainedModel, lora: LoRAArguments, source: BaseModelSourc
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
             # PEFT asks transformers by the old name.
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            # Merging gives adapted layers weights of their own.
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True` and a tied layer")
             peft_model: PeftModel = get_peft_model(model, config)
     except (ValueError, TypeError, RuntimeError, KeyError) as error:
         raise ConfigurationError(f"LoRA cannot be added to {source.name_or_path!r}: {one_line(error)}.") from error
     # PEFT takes these from the model, which knows neither the absolute folder nor a revision.
     peft_model.peft_config["default"].base_model_name_or_path = source.resolved_name_or_path
     _require_usable_initialisation(lora, peft_model, source)
+    require_untiable(peft_model)
     keep_inputs_uncast(peft_model)
     return peft_model.train()
 
