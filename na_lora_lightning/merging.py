@@ -6,7 +6,7 @@ import argparse
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -95,10 +95,10 @@ def merge_into_base(model: PeftModel) -> PreTrainedModel:
     Raises:
         ConfigurationError: PEFT cannot merge this kind of adapter, or the merged model could not be stored.
     """
-    kind = model.peft_config[model.active_adapter].peft_type.value
+    kind = str(getattr(model.peft_config[model.active_adapter].peft_type, "value", "unknown"))
     if not hasattr(model, "merge_and_unload"):
         raise ConfigurationError(f"The adapter is of the kind {kind}, which adds to the inputs; use it as it is.")
-    base = model.get_base_model()
+    base: Any = model.get_base_model()
     with_ties, tied = has_ties(base), getattr(base.config, "tie_word_embeddings", None)
     untie_adapted_weights(model)
     try:
@@ -221,12 +221,12 @@ def _from_checkpoint(arguments: MergeArguments) -> tuple[PeftModel, BaseModelSou
         raise _no_checkpoint(path, error) from error
     refuse_inputs_as_output(arguments.output, path, source.name_or_path)
     _require_base(source, arguments)
-    dtype = arguments.dtype
+    dtype: str = arguments.dtype
     if dtype == "auto":
         # Left to itself the module would take 32 bits on this device.
         stored = str(load_config(source).dtype).removeprefix("torch.")
         dtype = stored if stored in get_args(Dtype) else "auto"
-    options = {
+    options: dict[str, Any] = {
         "model_name_or_path": source.name_or_path,
         "revision": source.revision,
         "trust_remote_code": source.trust_remote_code,

@@ -15,6 +15,7 @@ import torch
 from na_lora_lightning.arguments import LoRAArguments
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.lora_inputs import keep_inputs_uncast
+from na_lora_lightning.target_names import require_names_in_use, require_names_of_model
 from na_lora_lightning.targets import ALL_EXPERTS, LoRATargets, lora_targets, mark_transposed_experts
 from na_lora_lightning.ties import require_untiable
 
@@ -235,6 +236,7 @@ def add_lora(model: PreTrainedModel, lora: LoRAArguments, source: BaseModelSourc
     """
     from peft import LoraConfig, get_peft_model
 
+    require_names_of_model(model, lora)
     targets = _targets(model, lora, source)
     config = LoraConfig(
         task_type=None if model.config.model_type in DUAL_ENCODERS else "CAUSAL_LM",
@@ -262,6 +264,8 @@ def add_lora(model: PreTrainedModel, lora: LoRAArguments, source: BaseModelSourc
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
             # PEFT asks transformers by the old name.
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            # Refused here, where names can be suggested.
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
             # Merging gives adapted layers weights of their own.
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True` and a tied layer")
             peft_model: PeftModel = get_peft_model(model, config)
@@ -270,6 +274,7 @@ def add_lora(model: PreTrainedModel, lora: LoRAArguments, source: BaseModelSourc
     # PEFT takes these from the model, which knows neither the absolute folder nor a revision.
     peft_model.peft_config["default"].base_model_name_or_path = source.resolved_name_or_path
     _require_usable_initialisation(lora, peft_model, source)
+    require_names_in_use(peft_model, lora)
     require_untiable(peft_model)
     keep_inputs_uncast(peft_model)
     return peft_model.train()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ALL_EXPERTS = "all-experts"
+ALL_LINEAR = "all-linear"
 _ALL_PARTS: tuple[Part, ...] = ("language", "vision", "projector")
 
 
@@ -45,7 +46,7 @@ class LoRATargets:
 
 def lora_targets(
     model: PreTrainedModel,
-    target_modules: list[str] | str | None = "all-linear",
+    target_modules: list[str] | str | None = ALL_LINEAR,
     target_parameters: list[str] | str | None = None,
     exclude_modules: list[str] | str | None = None,
     layers_to_transform: list[int] | None = None,
@@ -73,17 +74,21 @@ def lora_targets(
     mark_transposed_experts(model)
     wants_experts = target_parameters == ALL_EXPERTS
     parameters = expert_parameters(model, parts) if wants_experts else list(target_parameters or ())
-    if target_modules == "all-linear":
+    if target_modules == ALL_LINEAR:
         exclude_modules = _without_incompatible(model, exclude_modules)
     exclude_modules = _without_other_parts(model, exclude_modules, parts)
     config = LoraConfig(
         target_modules=copy.copy(target_modules),
         target_parameters=parameters,
         exclude_modules=exclude_modules,
-        layers_to_transform=layers_to_transform if target_modules != "all-linear" else None,
+        layers_to_transform=layers_to_transform if target_modules != ALL_LINEAR else None,
     )
     converted = _converted(model, config)
     if converted is None:
+        if target_modules == ALL_LINEAR and layers_to_transform is not None:
+            # PEFT takes numbers of layers beside names alone.
+            names = [name for name, _ in model.named_modules()]
+            target_modules = _short_names(_matched_layers(model, config), names, least=1)
         return LoRATargets(target_modules, parameters or None, exclude_modules)
     wanted, matched = _matched_layers(model, config), _matched_layers(model, converted)
     lost = sorted(wanted - matched)
@@ -92,7 +97,7 @@ def lora_targets(
     # The names that PEFT makes of layers are short enough to hit unrelated parameters of the same name.
     dense = _short_names([f"{name}.weight" for name in lost], [name for name, _ in model.named_parameters()])
     replaced = set(converted.target_parameters)
-    if target_modules == "all-linear":
+    if target_modules == ALL_LINEAR:
         # Routers are no linear layers in any other model either.
         replaced = {name for name in replaced if not name.endswith("gate.weight")}
     names = {*replaced, *dense}
@@ -115,6 +120,17 @@ def expert_parameters(model: nn.Module, parts: Collection[Part] = _ALL_PARTS) ->
         if part_of(model, language_model, owner) in parts
     ]
     return _short_names(names, [name for name, _ in model.named_parameters()])
+
+
+def names_experts(model: PreTrainedModel, name: str) -> bool:
+    """Whether PEFT takes the name of a layer for parameters, as the model keeps such layers stacked in those."""
+    from peft import LoraConfig
+
+    try:
+        return _converted(model, LoraConfig(target_modules=[name])) is not None
+    except ValueError:
+        # One of two that are fused, which is said when all names are known.
+        return True
 
 
 def mark_transposed_experts(model: PreTrainedModel) -> None:

@@ -71,7 +71,7 @@ def require_untiable(model: PeftModel) -> None:
     tied = tied_adapted_weights(model)
     if not tied:
         return
-    base = model.get_base_model()
+    base: Any = model.get_base_model()
     untied = copy.deepcopy(base.config)
     _untie_in(untied)
     for name, other in tied.items():
@@ -180,8 +180,8 @@ def _memory(tensor: Tensor) -> int:
 def _overlap(first: Tensor, second: Tensor) -> bool:
     def ends(tensor: Tensor) -> tuple[int, int]:
         extent = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-        begin = tensor.storage_offset() * tensor.element_size()
-        return begin, begin + extent * tensor.element_size()
+        begin = int(tensor.storage_offset()) * tensor.element_size()
+        return begin, begin + int(extent) * tensor.element_size()
 
     if first is second:
         return True
