@@ -87,8 +87,8 @@ def lora_targets(
     if converted is None:
         if target_modules == ALL_LINEAR and layers_to_transform is not None:
             # PEFT takes numbers of layers beside names alone.
-            names = [name for name, _ in model.named_modules()]
-            target_modules = _short_names(_matched_layers(model, config), names, least=1)
+            every = [name for name, _ in model.named_modules()]
+            target_modules = _short_names(_matched_layers(model, config), every, least=1)
         return LoRATargets(target_modules, parameters or None, exclude_modules)
     wanted, matched = _matched_layers(model, config), _matched_layers(model, converted)
     lost = sorted(wanted - matched)
