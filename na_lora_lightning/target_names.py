@@ -54,7 +54,7 @@ def require_names_of_model(model: PreTrainedModel, lora: LoRAArguments) -> None:
         if not any(other.endswith(name) for other in modules):
             raise _unknown("modules_to_save", name, modules)
     if not isinstance(lora.target_parameters, str):
-        parameters = [name for name, _ in model.named_parameters()]
+        parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
         for name in lora.target_parameters or ():
             if not any(_ends_with(other, name) for other in parameters):
                 raise _unknown("target_parameters", name, parameters, "parameter", keep=2)
