@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from na_lora_lightning.answers import answer_text, as_list
 from na_lora_lightning.arguments import EvaluationArguments
 from na_lora_lightning.losses import TokenSums, accepts_logits_to_keep, token_sums
 
@@ -128,7 +129,8 @@ def generate_answers(
         arguments: ``max_new_tokens`` and ``num_beams``.
 
     Returns:
-        The text after each prompt, without special tokens.
+        The text after each prompt up to a token that ends answers (of the model's generation settings, or the
+        tokenizer's end of the sequence), without special tokens.
     """
     from transformers import GenerationConfig
 
@@ -137,8 +139,7 @@ def generate_answers(
         return []
     base: Any = model.get_base_model()
     own = base.generation_config
-    ends = getattr(own, "eos_token_id", None)
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    ends = as_list(getattr(own, "eos_token_id", None))
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
         # Chat models often end a turn with a token that their generation settings leave out.
         ends = [*ends, tokenizer.eos_token_id]
@@ -156,8 +157,8 @@ def generate_answers(
         generated: Any = model.generate(**inputs)
     finally:
         base.generation_config = own
-    texts: list[str] = tokenizer.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return texts
+    answers: list[list[int]] = generated[:, inputs["input_ids"].shape[1] :].tolist()
+    return [answer_text(tokenizer, answer, ends) for answer in answers]
 
 
 def prompt_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from na_lora_lightning.adapter_training import AdapterTrainingModule, NoTargetTokensWarning
+from na_lora_lightning.adapters import CHECKPOINT_KEY
+from na_lora_lightning.answers import stop_at
 from na_lora_lightning.arguments import (
     AdapterArguments,
     EvaluationArguments,
@@ -128,18 +130,22 @@ class NALoRALightningModule(AdapterTrainingModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self.example_inputs: dict[str, Any] | None = None
         self._example_batch: Mapping[str, Any] | None = None
+        # The tokens that the targets of the data end in.
+        self.end_token_ids: list[int] = []
 
     # ---- model ----
 
     @override
     def setup(self, stage: str) -> None:
-        """Asks the data module for an example, with which the gates of image encoders can be found.
+        """Asks the data module where answers end, and for an example, with which gates of image encoders can be found.
 
         Raises:
             ConfigurationError: Something that is asked for does not work where the model is sharded.
         """
         require_shardable(self.trainer, generates=self.evaluation.generate or stage == "predict")
-        example_batch = getattr(getattr(self.trainer, "datamodule", None), "example_batch", None)
+        datamodule = getattr(self.trainer, "datamodule", None)
+        self._end_answers_at(getattr(datamodule, "end_token_ids", ()))
+        example_batch = getattr(datamodule, "example_batch", None)
         if stage == "fit" and callable(example_batch):
             self._example_batch = example_batch()
 
@@ -152,11 +158,20 @@ class NALoRALightningModule(AdapterTrainingModule):
             if self.gradient_checkpointing:
                 enable_gradient_checkpointing(base)
             self.model = add_lora(base, self.lora, self.source)
+            self._end_answers_at(())
             if self._trainer is not None:
                 shard_model(self.model, self.trainer)
         if self._example_batch is not None:
             # Also where an evaluation before training has loaded the model.
             self.example_inputs = {**model_inputs(self.model, self._example_batch), "use_cache": False}
+
+    def _end_answers_at(self, token_ids: Iterable[int]) -> None:
+        """Has the model stop where targets end wherever it generates; adapters and merged models take it from there."""
+        self.end_token_ids = list(dict.fromkeys([*self.end_token_ids, *token_ids]))
+        base: Any = None if self.model is None else self.model.get_base_model()
+        # Dual encoders have none.
+        if getattr(base, "generation_config", None) is not None:
+            stop_at(base.generation_config, self.end_token_ids)
 
     @override
     def configure_callbacks(self) -> list[Callback]:
@@ -176,6 +191,20 @@ class NALoRALightningModule(AdapterTrainingModule):
             return model(**model_inputs(model, batch), use_cache=False)
 
         return self._training_loss(sums, batch_idx, len(batch["labels"]), run)
+
+    # ---- checkpoints ----
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leaves the base model out, and puts in where answers end."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[CHECKPOINT_KEY]["end_token_ids"] = self.end_token_ids
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another model or LoRA, and ends answers where its data did."""
+        super().on_load_checkpoint(checkpoint)
+        self._end_answers_at(checkpoint[CHECKPOINT_KEY].get("end_token_ids", ()))
 
     # ---- evaluation ----
 

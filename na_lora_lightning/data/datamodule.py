@@ -131,14 +131,16 @@ class InstructionDataModule(SupervisedDataModule):
         return self._tokenizer
 
     def _prepare(self, split: str, source: str) -> Dataset:
-        encoder = RecordEncoder(
+        return encode_split(self._load(split, source), self._record_encoder(), source=source, split=split)
+
+    def _record_encoder(self) -> RecordEncoder:
+        return RecordEncoder(
             self.tokenizer,
             max_length=self.max_length,
             loss_on=self.loss_on,
             use_chat_template=self.use_chat_template,
             system_prompt=self.system_prompt,
         )
-        return encode_split(self._load(split, source), encoder, source=source, split=split)
 
     def _dataset(self, split: str) -> Dataset:
         return self._prepared_split(split).remove_columns(["tokens", "target_tokens", "truncated", "end_ids"])

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
+import pyarrow.compute as pc
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from na_lora_lightning.data.base import DEFAULT_SPLITS, ResumableDataModule, require_at_least
 from na_lora_lightning.data.batching import EpochSampler
+from na_lora_lightning.data.encoding import RecordEncoder
 from na_lora_lightning.data.sources import load_records
 from na_lora_lightning.data.splits import SplitSummary
-from na_lora_lightning.errors import ConfigurationError
+from na_lora_lightning.errors import ConfigurationError, DataError
 
 
 class SupervisedDataModule(ResumableDataModule):
@@ -74,6 +77,22 @@ class SupervisedDataModule(ResumableDataModule):
     @abstractmethod
     def _collator(self, split: str) -> Callable[[list[Any]], Any]:
         """What makes batches of the records of a split."""
+
+    @abstractmethod
+    def _record_encoder(self) -> RecordEncoder:
+        """What encodes the records."""
+
+    @property
+    def end_token_ids(self) -> list[int]:
+        """The tokens at which an answer is at its end: those at the ends of targets of the data that is set up."""
+        found: dict[int, None] = {}
+        for encoded in self._prepared.values():
+            ends = encoded.with_format("arrow")["end_ids"][:]
+            found.update(dict.fromkeys(pc.unique(pc.list_flatten(ends)).to_pylist()))
+        # Data to predict answers for has none, or lacks some sort of answer.
+        with suppress(DataError):
+            found.update(dict.fromkeys(self._record_encoder().end_token_ids()))
+        return list(found)
 
     def describe(self) -> dict[str, SplitSummary]:
         """Returns the size of each split that has been set up; an image counts as one token."""
