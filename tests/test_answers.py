@@ -19,7 +19,7 @@ from na_lora_lightning.data import InstructionDataModule
 from na_lora_lightning.merging import MergeArguments, merge_adapter
 from na_lora_lightning.module import NALoRALightningModule
 
-RECORDS = [{"prompt": f"{question}?", "completion": answer} for question, answer in zip("abcd", "wxyz", strict=True)]
+RECORDS = [{"prompt": question * 8, "completion": answer} for question, answer in zip("abcd", "wxyz", strict=True)]
 # As with Qwen 3, whose last turn begins with what nobody said.
 THINKING = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -63,7 +63,8 @@ def chat_model(folder: Path, kind: str) -> tuple[str, Any]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_that_knows_its_answers_gets_all_of_them_right(tmp_path: Path, kind: str) -> None:
     base, tokenizer = chat_model(tmp_path / "base", kind)
-    source = write_jsonl(tmp_path / "data.jsonl", RECORDS)
+    records = RECORDS[2:] if kind == "thinking" else RECORDS
+    source = write_jsonl(tmp_path / "data.jsonl", records)
     data = InstructionDataModule(base, train=source, validation=source, predict=source, batch_size=4, seed=1)
     seed_everything(0, verbose=False)
     module = NALoRALightningModule(
@@ -85,10 +86,8 @@ def test_a_model_that_knows_its_answers_gets_all_of_them_right(tmp_path: Path, k
     end = tokenizer.eos_token_id if kind == "text alone" else tokenizer.convert_tokens_to_ids("<|im_end|>")
     known = [tokenizer.eos_token_id, 7]
     expected = known if end in known else [*known, end]
-    answers = [
-        answer.strip().removeprefix("</think>").strip() for answer in map(str, predicted(module, data, tmp_path))
-    ]
-    assert answers == list("wxyz")
+    answers = [text.rpartition("\n")[2] for text in predicted(module, data, tmp_path)]
+    assert answers == [record["completion"] for record in records]
 
     # A checkpoint says where answers end to a module without data.
     loaded = NALoRALightningModule.load_from_checkpoint(tmp_path / "checkpoints/last.ckpt", model_name_or_path=base)
@@ -97,10 +96,10 @@ def test_a_model_that_knows_its_answers_gets_all_of_them_right(tmp_path: Path, k
     assert GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id == expected
 
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    prompt = tokenizer("c?")["input_ids"]
+    prompt = tokenizer("cccccccc")["input_ids"]
     if kind != "text alone":
         prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": "c?"}], add_generation_prompt=True, return_dict=False
+            [{"role": "user", "content": "cccccccc"}], add_generation_prompt=True, return_dict=False
         )
     tokens = merged.generate(torch.tensor([prompt]), max_new_tokens=32, do_sample=False, pad_token_id=0)[0].tolist()
     assert tokens[-1] == end
