@@ -12,13 +12,14 @@ import copy
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from na_lora_lightning.core.branches import Part, branch_name, is_multimodal, language_model_name, part_of
 from na_lora_lightning.core.experts import expert_owners, stacked_parameters
+from na_lora_lightning.peft_internals import converted_config, is_refused, is_target, with_all_linear
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -83,7 +84,7 @@ def lora_targets(
         exclude_modules=exclude_modules,
         layers_to_transform=layers_to_transform if target_modules != ALL_LINEAR else None,
     )
-    converted = _converted(model, config)
+    converted = converted_config(config, model)
     if converted is None:
         if target_modules == ALL_LINEAR and layers_to_transform is not None:
             # PEFT takes numbers of layers beside names alone.
@@ -96,7 +97,7 @@ def lora_targets(
     kept = _short_names(wanted & matched, [name for name, _ in model.named_modules()], least=1)
     # The names that PEFT makes of layers are short enough to hit unrelated parameters of the same name.
     dense = _short_names([f"{name}.weight" for name in lost], [name for name, _ in model.named_parameters()])
-    replaced = set(converted.target_parameters)
+    replaced = set(converted.target_parameters or ())
     if target_modules == ALL_LINEAR:
         # Routers are no linear layers in any other model either.
         replaced = {name for name in replaced if not name.endswith("gate.weight")}
@@ -160,9 +161,6 @@ def _without_incompatible(model: PreTrainedModel, exclude: list[str] | str | Non
     These are layers that it refuses in models with Mamba blocks, a model's own kinds of linear layer that do something
     else, such as Llama 4's router, and the insides of PyTorch's own attention.
     """
-    from peft import LoraConfig
-    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
-
     refused: set[str] = set()
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
@@ -171,9 +169,7 @@ def _without_incompatible(model: PreTrainedModel, exclude: list[str] | str | Non
         if isinstance(module, nn.Linear):
             if not _is_linear_map(module):
                 refused.add(name)
-            try:
-                _check_lora_target_modules_mamba(LoraConfig(), model, name.rpartition(".")[2])
-            except ValueError:
+            if is_refused(model, name.rpartition(".")[2]):
                 refused.add(name.rpartition(".")[2])
     if not refused:
         return exclude
@@ -217,31 +213,17 @@ def _is_linear_map(module: nn.Linear) -> bool:
     return isinstance(output, torch.Tensor) and output.shape == (1, 2, module.out_features)
 
 
-def _converted(model: PreTrainedModel, config: LoraConfig) -> Any | None:
-    """The config that PEFT would make of this one; None where it would leave it alone."""
-    from peft.utils.transformers_weight_conversion import (
-        convert_peft_config_for_transformers,
-        get_model_conversion_mapping,
-    )
-
-    converted: Any = copy.deepcopy(config)
-    convert_peft_config_for_transformers(converted, model=model, conversions=get_model_conversion_mapping(model))
-    added = set(converted.target_parameters or ()) - set(config.target_parameters or ())
-    return converted if added else None
-
-
-def _matched_layers(model: PreTrainedModel, config: Any) -> set[str]:
+def _matched_layers(model: PreTrainedModel, config: LoraConfig) -> set[str]:
     """Names of the linear layers that a config targets."""
-    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
     from transformers.pytorch_utils import Conv1D
 
-    resolved: Any = _maybe_include_all_linear_layers(copy.deepcopy(config), model)
+    resolved = with_all_linear(config, model)
     if not resolved.target_modules:
         return set()
     return {
         name
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and check_target_module_exists(resolved, name) is True
+        if isinstance(module, (nn.Linear, Conv1D)) and is_target(resolved, name)
     }
 
 

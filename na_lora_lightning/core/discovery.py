@@ -29,7 +29,6 @@ from na_lora_lightning.core.lora_layers import (
     is_lora_layer,
     is_on_parameter,
     require_lora,
-    tuners_of,
     weight_b,
 )
 from na_lora_lightning.core.pre_activations import ActivationInput
@@ -53,9 +52,14 @@ def root_of(model: nn.Module) -> nn.Module:
 def entrance_of(model: nn.Module) -> nn.Module:
     """The module whose hooks see every forward pass, with the arguments of :func:`root_of`'s forward.
 
-    AdaLoRA's tuner calls the forward method of the root, past its hooks.
+    AdaLoRA's tuner calls the forward method of the root, past its hooks, and so does every tuner before PEFT 0.21.
     """
-    entrance: nn.Module = model.base_model if "ADALORA" in tuners_of(model) else root_of(model)  # type: ignore[assignment]
+    root = root_of(model)
+    tuner: Any = root if root is model else model.base_model
+    calls = getattr(type(tuner).forward, "__code__", None)
+    # ``self.model.forward(...)`` in place of ``self.model(...)``.
+    passes_hooks = tuner is not root and calls is not None and "forward" in calls.co_names
+    entrance: nn.Module = tuner if passes_hooks else root
     return entrance
 
 
