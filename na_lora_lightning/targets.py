@@ -128,7 +128,7 @@ def names_experts(model: PreTrainedModel, name: str) -> bool:
     from peft import LoraConfig
 
     try:
-        return _converted(model, LoraConfig(target_modules=[name])) is not None
+        return converted_config(LoraConfig(target_modules=[name]), model) is not None
     except ValueError:
         # One of two that are fused, which is said when all names are known.
         return True

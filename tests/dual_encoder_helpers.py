@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
+from pillow_processors import CLIPImageProcessorPil, Siglip2ImageProcessorPil, SiglipImageProcessorPil
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -23,9 +24,6 @@ from transformers import (
     SiglipModel,
     SiglipProcessor,
 )
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
 from na_lora_lightning.arguments import AdapterArguments, LoRAArguments, ScheduleArguments
 from na_lora_lightning.data.labelled_images import LabelledImageDataModule

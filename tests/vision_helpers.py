@@ -17,6 +17,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pillow_processors import (
+    CLIPImageProcessorPil,
+    Gemma3ImageProcessorPil,
+    Idefics3ImageProcessorPil,
+    Qwen2VLImageProcessorPil,
+)
 from test_data_helpers import byte_tokenizer, write_jsonl
 from transformers import (
     AutoConfig,
@@ -30,10 +36,6 @@ from transformers import (
     Qwen2_5_VLProcessor,
     Qwen2VLProcessor,
 )
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
-from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from na_lora_lightning.data import VisionInstructionDataModule
 from na_lora_lightning.data.processors import without_videos

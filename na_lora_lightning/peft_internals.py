@@ -1,0 +1,79 @@
+"""The only place that calls functions of PEFT that it does not document: how it resolves the targets of LoRA.
+
+They are the same from PEFT 0.18 to 0.21; the tests run at both ends.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from na_lora_lightning.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import PreTrainedModel
+
+_TARGETS = "peft.tuners.tuners_utils"
+# Since PEFT 0.19: layers of older checkpoints that transformers 5 has as one fused parameter.
+_CONVERSION = "peft.utils.transformers_weight_conversion"
+
+
+def is_refused(model: PreTrainedModel, layer: str) -> bool:
+    """Whether PEFT refuses to adapt layers of a name in a model, as some of those with Mamba blocks."""
+    from peft import LoraConfig
+
+    try:
+        _function(_TARGETS, "_check_lora_target_modules_mamba")(LoraConfig(), model, layer)
+    except ValueError:
+        return True
+    return False
+
+
+def with_all_linear(config: LoraConfig, model: PreTrainedModel) -> LoraConfig:
+    """A copy of a config in which ``all-linear`` is replaced by the names of layers."""
+    resolved: LoraConfig = _function(_TARGETS, "_maybe_include_all_linear_layers")(copy.deepcopy(config), model)
+    return resolved
+
+
+def is_target(config: LoraConfig, layer: str) -> bool:
+    """Whether a config, without ``all-linear``, targets a layer and does not exclude it."""
+    found: bool | re.Match[str] | None = _function(_TARGETS, "check_target_module_exists")(config, layer)
+    return found is True
+
+
+def converted_config(config: LoraConfig, model: PreTrainedModel) -> LoraConfig | None:
+    """The config that PEFT would make of one that names layers which are fused in this model.
+
+    Returns:
+        A copy with further ``target_parameters``; None where PEFT would leave it alone, as it does before 0.19.
+    """
+    try:
+        import_module(_CONVERSION)
+    except ModuleNotFoundError:
+        return None
+    mapping = _function(_CONVERSION, "get_model_conversion_mapping")(model)
+    changed = copy.deepcopy(config)
+    _function(_CONVERSION, "convert_peft_config_for_transformers")(changed, model=model, conversions=mapping)
+    added = set(changed.target_parameters or ()) - set(config.target_parameters or ())
+    return changed if added else None
+
+
+def _function(module: str, name: str) -> Callable[..., Any]:
+    """A function of PEFT.
+
+    Raises:
+        ConfigurationError: This version has none of that name.
+    """
+    try:
+        found: Callable[..., Any] = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigurationError(
+            f"peft {version('peft')} has no {module}.{name}, by which the targets of LoRA are resolved; install the "
+            "version that is named in constraints.txt."
+        ) from error
+    return found
