@@ -27,6 +27,8 @@ from na_lora_lightning.adapters import (
 from na_lora_lightning.arguments import AdapterArguments, LoRAArguments
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.nonfinite import require_finite
+from na_lora_lightning.resumed_callbacks import adopt_callback_states
+from na_lora_lightning.resumed_options import ResumedOptions
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -52,6 +54,7 @@ class AdapterModule(LightningModule):
         self.written_adapter_folder: Path | None = None
         self._is_written = False
         self._random_state: Tensor | None = None
+        self._options = ResumedOptions()
 
     @property
     def peft_model(self) -> PeftModel:
@@ -70,9 +73,15 @@ class AdapterModule(LightningModule):
         return self.peft_model(**inputs)
 
     @override
+    def setup(self, stage: str) -> None:
+        """Forgets the options of an earlier fit."""
+        self._options = ResumedOptions()
+
+    @override
     def on_fit_start(self) -> None:
         """Reports how many parameters train."""
         self._is_written = False
+        self._options.begin(self.trainer, self)
         trainable, total = self.peft_model.get_nb_trainable_parameters()
         rank_zero_info(f"LoRA trains {trainable:,} of {total:,} parameters ({100 * trainable / total:.3g} %).")
         for logger in self.loggers:
@@ -110,6 +119,7 @@ class AdapterModule(LightningModule):
         if self._trainer is not None:
             # Only the first process writes, and each has random numbers of its own.
             checkpoint[RANDOM_STATE_KEY] = gather_random_states(self.device, self.trainer.world_size)
+            self._options.save(checkpoint)
         if checkpoint["state_dict"]:
             checkpoint["state_dict"] = without_base_weights(checkpoint["state_dict"], adapter_keys(self))
             require_finite(checkpoint["state_dict"], checkpoint.get("global_step", 0))
@@ -122,8 +132,15 @@ class AdapterModule(LightningModule):
         if CHECKPOINT_KEY not in checkpoint:
             raise ConfigurationError(f"The checkpoint was not written by {type(self).__name__}; load one that was.")
         require_same_adapter(checkpoint[CHECKPOINT_KEY], describe_adapter(self.peft_model, self.lora))
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            return
+        self._options = ResumedOptions(checkpoint)
+        adopt_callback_states(checkpoint, self.trainer)
+        if self.trainer.strategy.restore_checkpoint_after_setup:
+            # Sharded models load theirs when the fit has started.
+            self._options.begin(self.trainer, self)
         states = checkpoint.get(RANDOM_STATE_KEY)
-        if states is not None and self._trainer is not None and self.trainer.state.fn == "fit":
+        if states is not None and self._options.keeps_random_state:
             self._random_state = random_state_of_process(states, self.global_rank, self.trainer.world_size)
 
     @override

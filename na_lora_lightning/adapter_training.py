@@ -132,5 +132,5 @@ class AdapterTrainingModule(AdapterModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Makes the optimizer of the LoRA parameters and its schedule."""
         optimizer = make_optimizer(self._optimizer_factory, self.parameters())
-        schedule = make_schedule(self.schedule, optimizer, self.trainer.estimated_stepping_batches)
+        schedule = make_schedule(self.schedule, optimizer, self._options.planned_steps(self.trainer))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

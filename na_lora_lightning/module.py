@@ -142,6 +142,7 @@ class NALoRALightningModule(AdapterTrainingModule):
         Raises:
             ConfigurationError: Something that is asked for does not work where the model is sharded.
         """
+        super().setup(stage)
         require_shardable(self.trainer, generates=self.evaluation.generate or stage == "predict")
         datamodule = getattr(self.trainer, "datamodule", None)
         self._end_answers_at(getattr(datamodule, "end_token_ids", ()))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from na_lora_lightning.callbacks import monitor
@@ -30,6 +31,7 @@ from na_lora_lightning.core.discovery import discover_gates
 from na_lora_lightning.core.importance import TemporalImportance
 from na_lora_lightning.core.metrics import misalignment_metrics
 from na_lora_lightning.core.optimizers import stepping_optimizer
+from na_lora_lightning.core.saved_options import changed_options, in_words, saved_options
 from na_lora_lightning.core.statistics import ObserverOptions
 from na_lora_lightning.core.step_scale import StepScale
 from na_lora_lightning.errors import ConfigurationError, UpdateError
@@ -252,6 +254,7 @@ class GateCallback(Callback, ABC):
         return {
             "mechanism": self._mechanism.state_dict(),
             "forward_passes": self.controller.observer.forward_passes,
+            "options": asdict(self._observer),
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -275,7 +278,11 @@ class GateCallback(Callback, ABC):
     def _restore(self, state: dict[str, Any]) -> None:
         assert self._mechanism is not None
         assert self.controller is not None
-        self._mechanism.load_state_dict(state["mechanism"])
+        changes = changed_options(saved_options(state), self._observer)
+        changes |= self._mechanism.load_state_dict(state["mechanism"])
+        if changes:
+            name = type(self).__name__
+            rank_zero_info(f"{name} goes on with other options than the checkpoint's: {in_words(changes)}.")
         self.controller.observer.forward_passes = int(state["forward_passes"])
         self.controller.observer.reset()
         self.controller.share_gradient_mask()

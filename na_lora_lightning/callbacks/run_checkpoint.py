@@ -56,6 +56,7 @@ class RunCheckpoint(ModelCheckpoint):
             # A step that is taken again after an interruption writes its checkpoint anew.
             enable_version_counter=False,
         )
+        self.every_n_steps, self.keep = every_n_steps, keep
         self._due = False
         self._stops_after_step = False
         self._superseded: list[str] = []

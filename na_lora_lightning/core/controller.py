@@ -13,7 +13,9 @@ It is all that a plain PyTorch loop needs::
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 from weakref import WeakSet
 
@@ -37,6 +39,7 @@ from na_lora_lightning.core.optimizers import (
     stepping_optimizer,
 )
 from na_lora_lightning.core.precision import single_precision
+from na_lora_lightning.core.saved_options import Changes, changed_options, in_words, saved_options
 from na_lora_lightning.core.sharding import Shards, is_sharded
 from na_lora_lightning.core.sites import GateMap
 from na_lora_lightning.core.statistics import GateObserver, Layout, ObserverOptions, StepStatistics
@@ -44,6 +47,7 @@ from na_lora_lightning.core.step_scale import RegimeCollector, StepScale, StepSc
 from na_lora_lightning.core.update import GradientMask, RowUpdate
 from na_lora_lightning.errors import ConfigurationError, UpdateError
 
+_log = logging.getLogger(__name__)
 _IMPORTANCE, _STEP_SCALE, _WATCHED = "importance", "step_scale", "watched"
 
 # Optimizers whose steps are corrected: twice would be once too often.
@@ -325,14 +329,18 @@ class GateController:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values that restore both mechanisms exactly; to be taken between optimizer steps."""
         state: dict[str, Any] = {"steps": self.steps, "forward_passes": self.observer.forward_passes}
+        state["options"] = asdict(self.observer.options)
         return state | {name: mechanism.state_dict() for name, mechanism in self._mechanisms().items()}
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned.
+    def load_state_dict(self, state: dict[str, Any]) -> Changes:
+        """Restores what :meth:`state_dict` returned; the options are those of this controller, from the next step on.
+
+        Returns:
+            Options that differ from those of the state, which a log message of level WARNING names too.
 
         Raises:
-            ConfigurationError: The state is of other mechanisms, gates or options.
+            ConfigurationError: The state is of other mechanisms or gates, or of options that cannot be changed.
         """
         mechanisms = self._mechanisms()
         saved = sorted({_IMPORTANCE, _STEP_SCALE} & state.keys())
@@ -341,13 +349,18 @@ class GateController:
                 f"the checkpoint holds the state of {' and '.join(saved) or 'no mechanism'} and this run has "
                 f"{' and '.join(sorted(mechanisms)) or 'none'}; resume with the mechanisms of the checkpoint."
             )
+        changes = changed_options(saved_options(state), self.observer.options)
         for name, mechanism in mechanisms.items():
-            mechanism.load_state_dict(state[name])
+            changed = mechanism.load_state_dict(state[name])
+            changes |= {f"{name}.{option}": values for option, values in changed.items()}
         self.steps = int(state["steps"])
         self.observer.forward_passes = int(state["forward_passes"])
         self._forget()
         self._calls.forget()
         self.share_gradient_mask()
+        if changes:
+            _log.warning("NA-LoRA goes on with other options than its saved state has: %s.", in_words(changes))
+        return changes
 
     def _mechanisms(self) -> dict[str, TemporalImportance | StepScale]:
         both = {_IMPORTANCE: self.importance, _STEP_SCALE: self.step_scale}

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from na_lora_lightning.core.activations import ActivationValues
+from na_lora_lightning.core.saved_options import Changes, changed_options, require_same_average, saved_options
 from na_lora_lightning.core.sites import GateSite
 from na_lora_lightning.core.statistics import Layout, StepStatistics
 from na_lora_lightning.errors import ConfigurationError
@@ -29,6 +30,8 @@ Criterion = Literal["selection_derivative", "output_derivative", "homogeneity_ga
 Scope = Literal["site", "global"]
 Selection = Literal["top_k", "threshold", "soft"]
 Control = Literal["none", "random", "reversed"]
+# Options on which a mask does not depend at the moment when it is made.
+_NOT_OF_THE_MASK = frozenset({"beta", "refresh_every", "mask_gradient_to_a"})
 
 
 @dataclass(frozen=True)
@@ -364,31 +367,36 @@ class TemporalImportance:
         """Tensors and plain values that restore this object exactly."""
         return {
             "steps": self.steps,
-            "criterion": self.options.criterion,
-            "signed": self.options.signed,
+            "options": asdict(self.options),
             **{name.lstrip("_"): getattr(self, name).clone() for name in self._STATE},
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned.
+    def load_state_dict(self, state: dict[str, Any]) -> Changes:
+        """Restores what :meth:`state_dict` returned; the options are those of this object, from the next step on.
+
+        Returns:
+            Options that differ from those of the state.
 
         Raises:
             ConfigurationError: The state belongs to a model with other gates, or is an average of something else.
         """
-        for name in ("criterion", "signed"):
-            now = getattr(self.options, name)
-            if state.get(name, now) != now:
-                raise ConfigurationError(
-                    f"the checkpoint's importance was averaged with {name}={state[name]!r} and this run has {now!r}, "
-                    "which does not go together; resume with the option of the checkpoint, or begin anew."
-                )
-        saved = state["weights"].numel()
-        if saved != self.layout.total or state["average_weight"].numel() != len(self.layout.sizes):
+        saved = saved_options(state, "criterion", "signed")
+        changes = changed_options(saved, self.options)
+        require_same_average("importance", changes, "criterion", "signed")
+        count = state["weights"].numel()
+        if count != self.layout.total or state["average_weight"].numel() != len(self.layout.sizes):
             raise ConfigurationError(
-                f"the checkpoint holds the importance of {saved} gate channels and the model has {self.layout.total}; "
+                f"the checkpoint holds the importance of {count} gate channels and the model has {self.layout.total}; "
                 "resume with the model and LoRA targets of the checkpoint."
             )
         self.steps = int(state["steps"])
         for name in self._STATE:
             setattr(self, name, state[name.lstrip("_")].to(getattr(self, name)))
+        if changes.keys() - _NOT_OF_THE_MASK:
+            # The mask in force was made by the former options, and would stay until the next refresh.
+            if self.is_active:
+                self._refresh()
+            else:
+                self.weights = torch.ones_like(self.weights)
         self._acted = (self.weights != 1.0).any()
+        return changes

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -30,6 +30,7 @@ from torch.nn.functional import one_hot
 
 from na_lora_lightning.core.activations import ActivationValues
 from na_lora_lightning.core.importance import moving_average
+from na_lora_lightning.core.saved_options import Changes, changed_options, require_same_average, saved_options
 from na_lora_lightning.core.sites import GateSite
 from na_lora_lightning.core.statistics import Layout, StepStatistics
 from na_lora_lightning.errors import ConfigurationError
@@ -314,15 +315,21 @@ class StepScale:
         """Tensors and plain values that restore this object exactly."""
         return {
             "steps": self.steps,
+            "options": asdict(self.options),
             **{name.lstrip("_"): getattr(self, name).clone() for name in self._STATE},
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned.
+    def load_state_dict(self, state: dict[str, Any]) -> Changes:
+        """Restores what :meth:`state_dict` returned; the options are those of this object, from the next step on.
+
+        Returns:
+            Options that differ from those of the state.
 
         Raises:
-            ConfigurationError: The state belongs to other gates or another granularity.
+            ConfigurationError: The state belongs to other gates, another granularity or other regimes.
         """
+        changes = changed_options(saved_options(state), self.options)
+        require_same_average("step scale", changes, "granularity", "tau")
         if state["scale"].shape != self.scale.shape or state["group_average"].shape != self._group_average.shape:
             raise ConfigurationError(
                 f"the checkpoint holds {state['scale'].numel()} step scales and this run has {self.scale.numel()}; "
@@ -331,4 +338,7 @@ class StepScale:
         self.steps = int(state["steps"])
         for name in self._STATE:
             setattr(self, name, state[name.lstrip("_")].to(getattr(self, name)))
+        if changes and self.is_active:
+            self.scale = self._scale()
         self._acted = (self.scale != 1.0).any()
+        return changes

@@ -154,5 +154,5 @@ def test_state_restores_exactly_and_another_granularity_is_refused() -> None:
         second.update(step)
     assert torch.equal(first.scale, second.scale)
     by_channel = StepScale(StepScaleOptions(granularity="channel"), found, Layout([(1, 24), (1, 24)], CPU))
-    with pytest.raises(ConfigurationError, match="holds 2 step scales and this run has 48"):
+    with pytest.raises(ConfigurationError, match="granularity='site' and this run has 'channel'"):
         by_channel.load_state_dict(first.state_dict())
