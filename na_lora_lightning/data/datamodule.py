@@ -24,7 +24,7 @@ class InstructionDataModule(SupervisedDataModule):
     of these is an error, and so is a key such as ``weight`` or ``train`` that asks for another loss. Each of ``train``,
     ``validation``, ``test`` and ``predict`` is one of
 
-    * a local ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file,
+    * a local ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file,
     * a folder written by ``datasets.Dataset.save_to_disk``, or one with data files,
     * the name of a data set on the Hugging Face hub,
 

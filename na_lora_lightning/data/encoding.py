@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from copy import copy
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Any, Literal
 from datasets import Features, List, Value
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from na_lora_lightning import answers
 from na_lora_lightning.answers import answer_text, first_whole_character, whole_characters
 from na_lora_lightning.data.batching import IGNORED_LABEL
 from na_lora_lightning.data.chat import ChatTemplate, Piece
 from na_lora_lightning.data.records import Message, read_conversation, read_tools
+from na_lora_lightning.data.revision import code_revision
 from na_lora_lightning.data.tool_use import settle_tool_use
 from na_lora_lightning.errors import ConfigurationError, DataError
 
@@ -114,9 +113,7 @@ class RecordEncoder:
         starts_with_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         self.leading_ids = [tokenizer.bos_token_id] if starts_with_bos else []
         # Tokenised data is cached under a hash of this object; results of other code must not be reused.
-        sources = [Path(answers.__file__), *sorted(Path(__file__).parent.glob("*.py"))]
-        code = b"".join(path.read_bytes() for path in sources)
-        self.revision = hashlib.sha256(code).hexdigest()
+        self.revision = code_revision()
 
     @staticmethod
     def features(*, evaluation: bool) -> Features:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from na_lora_lightning.data.image_reading import ImageReader
 from na_lora_lightning.data.record_images import RecordImages, folder_of
-from na_lora_lightning.data.sources import load_records
+from na_lora_lightning.data.sources import load_records, local_path
 from na_lora_lightning.errors import DataError, ImageError
 
 IMAGE, LABEL = "image", "label"
@@ -56,7 +56,7 @@ class LabelledImages:
         Raises:
             DataError: There is no such data, or it has no images.
         """
-        by_folder = _folder_per_class(Path(source).expanduser())
+        by_folder = _folder_per_class(local_path(source))
         if by_folder is not None:
             pairs = [(str(file), label) for label, files in by_folder.items() for file in files]
             records = Dataset.from_dict({IMAGE: [file for file, _ in pairs], LABEL: [label for _, label in pairs]})

@@ -76,8 +76,8 @@ class LabelledImageDataModule(ResumableDataModule):
     Each of ``train``, ``validation``, ``test`` and ``predict`` is one of
 
     * a folder with a folder of images for each class, which is called like the class,
-    * a ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file with the columns ``image`` (a path, from the file's folder
-      on) and ``label`` (a text or a number),
+    * a ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file with the columns ``image`` (a path, from the
+      file's folder on) and ``label`` (a text or a number),
     * a folder written by ``datasets.Dataset.save_to_disk``, or the name of a data set on the Hugging Face hub, with
       these columns, of which ``image`` may hold images.
 

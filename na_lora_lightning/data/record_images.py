@@ -12,7 +12,7 @@ from datasets import Dataset
 from PIL import Image
 
 from na_lora_lightning.data.image_reading import ImageReader, content_of
-from na_lora_lightning.data.sources import separate_split
+from na_lora_lightning.data.sources import local_path, separate_split
 from na_lora_lightning.errors import DataError, ImageError
 
 IMAGE_COLUMNS = ("images", "image")
@@ -97,7 +97,7 @@ class RecordImages:
 
 def folder_of(source: str) -> Path:
     """Where relative paths of a source begin: the folder that it is, or the one that its file is in."""
-    path = Path(separate_split(source)[0]).expanduser()
+    path = local_path(separate_split(source)[0])
     if path.is_dir():
         return path
     return path.parent if path.is_file() else Path()

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetsError
 
+from na_lora_lightning.data.csv_files import read_csv
+from na_lora_lightning.data.json_files import read_json
+from na_lora_lightning.data.parquet_files import read_parquet
+from na_lora_lightning.data.record_tables import Reader, Splits, cache_folder, read_table
 from na_lora_lightning.errors import DataError
 
-# These readers, unlike ``load_dataset``, do not report to the hub that a local file is read.
-_READERS: dict[str, Callable[..., Dataset]] = {
-    ".jsonl": Dataset.from_json,
-    ".json": Dataset.from_json,
-    ".csv": Dataset.from_csv,
-    ".parquet": Dataset.from_parquet,
+# Arrow and pandas guess types: these readers take what is written. An existing path is a path, never a pattern.
+_READERS: dict[str, Reader] = {
+    ".jsonl": read_json,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".parquet": read_parquet,
 }
-_SOURCE_WITH_SPLIT = re.compile(r"(?P<name>.+?):(?P<split>\w[\w.\-]*(\[[^\]]*\])?(\+.+)?)")
+_KINDS = ".jsonl, .json, .csv, .tsv or .parquet file"
+_SPLIT = re.compile(r"\w[\w.\-]*(\[[^\]]*\])?(\+.+)?")
+_FAILURES = (DatasetsError, pa.ArrowException, LookupError, OSError, RuntimeError, TypeError, ValueError)
+# What records are made of, by which a table is known to be one.
+_COLUMNS = frozenset({"messages", "prompt", "completion", "tools", "image", "images", "label"})
+_PATTERN_CHARACTERS = re.compile(r"[*?\[\]{}]|::")
 
 
 def load_records(
@@ -40,19 +49,57 @@ def load_records(
         DataError: If the source does not exist, cannot be read, or has no records.
     """
     name, split = separate_split(source)
-    path = Path(name).expanduser()
-    if path.suffix in _READERS and not path.is_dir():
-        records = _load_file(path, source, split)
-    elif path.is_dir():
-        records = _load_folder(path, source, split or default_split)
-    elif name.startswith(("/", "./", "../", "~")) or path.exists():
-        reason = "is not a .jsonl, .json, .csv or .parquet file" if path.exists() else "does not exist"
-        raise DataError(f"The data {source!r} cannot be loaded because {name!r} {reason}; correct the path.")
-    else:
-        records = _load(load_dataset, source, path=name, name=config, split=split or default_split)
+    path = local_path(name)
+    names = _COLUMNS | set((columns or {}).values())
+    with _explained(source):
+        if _exists(path) and path.is_dir():
+            # ``datasets`` would take a folder whose name begins with ``~`` for somebody's home.
+            records = _load_folder(path.absolute(), split or default_split, names)
+        elif path.suffix.lower() in _READERS and "://" not in name:
+            records = _load_file(path, split or "train", names)
+        elif _exists(path) or name.startswith(("/", "./", "../", "~")) or "://" in name:
+            reason = f"is not a {_KINDS}" if _exists(path) else "does not exist"
+            remedy = "correct the path"
+            if "://" in name:
+                reason, remedy = "is an address", "download it and give the path of the file"
+            raise DataError(f"The data {source!r} cannot be loaded because {name!r} {reason}; {remedy}.")
+        else:
+            records = load_dataset(path=name, name=config, split=split or default_split)
     if len(records) == 0:
         raise DataError(f"The data {source!r} has no records; give data with at least one record.")
     return _renamed(records, source, columns or {})
+
+
+def separate_split(source: str) -> tuple[str, str | None]:
+    """Separates ``name:split``; an existing path is never taken apart."""
+    if _exists(local_path(source)):
+        return source, None
+    parts = [
+        (source[:place], source[place + 1 :])
+        for place, character in enumerate(source)
+        if character == ":" and place and _SPLIT.fullmatch(source[place + 1 :])
+    ]
+    if not parts:
+        return source, None
+    return next((part for part in reversed(parts) if _exists(local_path(part[0]))), parts[0])
+
+
+def local_path(name: str) -> Path:
+    """The path that a name stands for; ``~`` is the user's home unless there is something of that name."""
+    path = Path(name)
+    try:
+        return path if _exists(path) else path.expanduser()
+    except RuntimeError:
+        # There is no such user.
+        return path
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        # It is too long, or has a character that no path has.
+        return False
 
 
 def _renamed(records: Dataset, source: str, columns: dict[str, str]) -> Dataset:
@@ -69,40 +116,23 @@ def _renamed(records: Dataset, source: str, columns: dict[str, str]) -> Dataset:
     )
 
 
-def separate_split(source: str) -> tuple[str, str | None]:
-    """Separates ``name:split``; an existing path is never taken apart."""
-    matched = _SOURCE_WITH_SPLIT.fullmatch(source)
-    if matched is None or Path(source).expanduser().exists():
-        return source, None
-    return matched["name"], matched["split"]
-
-
-def _load_file(path: Path, source: str, split: str | None) -> Dataset:
-    if not path.is_file():
+def _load_file(path: Path, split: str, names: frozenset[str]) -> Dataset:
+    if not (_exists(path) and path.is_file()):
         raise DataError(f"The data file {str(path)!r} does not exist; correct the path.")
     if path.stat().st_size == 0:
         raise DataError(f"The data file {str(path)!r} is empty; give a file with at least one record.")
-    options: dict[str, Any] = {}
-    if path.suffix == ".csv":
-        # Answers such as 042 or None are text: no number and no missing value may be read into them.
-        with path.open(newline="", encoding="utf-8") as file:
-            columns = next(csv.reader(file))
-        options["features"] = Features({column: Value("string") for column in columns})
-        options["keep_default_na"] = False
-    files = {"train": str(path)}
-    try:
-        return _load(_READERS[path.suffix], source, path_or_paths=files, split=split or "train", **options)
-    except DataError:
-        if path.suffix == ".jsonl":
-            _report_malformed_line(path)
-        raise
+    return Splits(lambda _: _read([path], names), ["train"]).select(split)
 
 
-def _load_folder(path: Path, source: str, split: str) -> Dataset:
+def _read(paths: list[Path], names: frozenset[str]) -> Dataset:
+    return read_table(paths, _READERS[paths[0].suffix.lower()], names)
+
+
+def _load_folder(path: Path, split: str, names: frozenset[str]) -> Dataset:
     if not any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
-        return _load(load_dataset, source, path=str(path), split=split)
+        return _load_files_of(path, split, names)
     # Tokenised records are cached beside the saved ones, unless the folder cannot be written to.
-    saved = _load(load_from_disk, source, dataset_path=str(path), keep_in_memory=not os.access(path, os.W_OK))
+    saved = load_from_disk(dataset_path=str(path), keep_in_memory=not os.access(path, os.W_OK))
     if not isinstance(saved, DatasetDict):
         return saved
     if split not in saved:
@@ -113,26 +143,48 @@ def _load_folder(path: Path, source: str, split: str) -> Dataset:
     return saved[split]
 
 
-def _load(load: Callable[..., Any], source: str, **arguments: Any) -> Any:
-    """Calls a function of ``datasets`` and turns its many failures into one kind."""
+def _load_files_of(path: Path, split: str, names: frozenset[str]) -> Dataset:
+    """Loads a folder of files, of which ``datasets`` tells the splits."""
+    path = _readable_name(path)
+    builder = load_dataset_builder(path=str(path))
+    files = {str(name): [Path(file) for file in listed] for name, listed in (builder.config.data_files or {}).items()}
+    suffixes = {file.suffix.lower() for listed in files.values() for file in listed}
+    if not suffixes <= set(_READERS) or len({_READERS[suffix] for suffix in suffixes}) != 1:
+        # Images, and whatever else ``datasets`` knows.
+        return load_dataset(path=str(path), split=split)
+    return Splits(lambda name: _read(files[name], names), list(files)).select(split)
+
+
+def _readable_name(path: Path) -> Path:
+    """A folder that ``datasets`` reads as the one given, whose names it would take for patterns or not know."""
+    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    renamed = [
+        file.with_suffix(file.suffix.lower()) if file.suffix.lower() in _READERS else file
+        for file in (file.relative_to(path) for file in files)
+    ]
+    if not _PATTERN_CHARACTERS.search(str(path.resolve())) and all(
+        file.relative_to(path) == name for file, name in zip(files, renamed, strict=True)
+    ):
+        return path
+    mirror = cache_folder(str(path.resolve())) / "files"
+    for file, name in zip(files, renamed, strict=True):
+        link = mirror / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to(file.resolve())
+    return mirror
+
+
+@contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """Turns the many failures of libraries into one kind."""
     try:
-        return load(**arguments)
-    except (DatasetsError, IndexError, OSError, ValueError) as error:
+        yield
+    except DataError:
+        raise
+    except _FAILURES as error:
         reason = str(error.__cause__ or error).strip().partition("\n")[0].rstrip(".")
         raise DataError(
-            f"The data {source!r} cannot be loaded ({reason}); give a .jsonl, .json, .csv or .parquet file, "
-            "a folder of a saved data set, or a name on the hub, with a split that it has."
+            f"The data {source!r} cannot be loaded ({reason}); give a {_KINDS}, a folder of a saved data set, or a "
+            "name on the hub, with a split that it has."
         ) from error
-
-
-def _report_malformed_line(path: Path) -> None:
-    """Raises an error that names the first line that is no JSON object, if there is one."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                if not line.strip() or isinstance(json.loads(line), dict):
-                    continue
-                reason = "it is no JSON object"
-            except json.JSONDecodeError as error:
-                reason = f"{error.msg} at column {error.colno}"
-            raise DataError(f"Line {number} of {str(path)!r} is malformed ({reason}); correct or remove it.")

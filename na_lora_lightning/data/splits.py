@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, LargeList, List
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from na_lora_lightning.data.encoding import RecordEncoder
@@ -52,9 +53,15 @@ def encode_split(records: Dataset, encoder: RecordEncoder, *, source: str, split
     """
     evaluation = split != "train"
     encoded = records.map(
-        encoder,
+        _encode,
         with_indices=True,
-        fn_kwargs={"source": source, "evaluation": evaluation, "needs_completion": split != "predict"},
+        fn_kwargs={
+            "encoder": encoder,
+            "features": records.features,
+            "source": source,
+            "evaluation": evaluation,
+            "needs_completion": split != "predict",
+        },
         remove_columns=records.column_names,
         features=encoder.features(evaluation=evaluation),
         desc="Tokenising",
@@ -67,3 +74,19 @@ def encode_split(records: Dataset, encoder: RecordEncoder, *, source: str, split
             category=TruncationWarning,
         )
     return encoded
+
+
+def _encode(
+    record: Any, index: int, *, encoder: RecordEncoder, features: dict[str, Any], **options: Any
+) -> dict[str, Any]:
+    own = {name: _without_filling(record[name], feature) for name, feature in features.items()}
+    return encoder(own, index, **options)
+
+
+def _without_filling(value: Any, feature: Any) -> Any:
+    """Removes the keys that only other records have, which a struct of Arrow fills with None."""
+    if isinstance(feature, dict) and isinstance(value, dict):
+        return {key: _without_filling(item, feature[key]) for key, item in value.items() if item is not None}
+    if isinstance(feature, (List, LargeList)) and isinstance(value, list):
+        return [_without_filling(item, feature.feature) for item in value]
+    return value
