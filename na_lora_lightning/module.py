@@ -23,9 +23,11 @@ from na_lora_lightning.arguments import (
     as_group,
 )
 from na_lora_lightning.callbacks.throughput import ThroughputCallback
+from na_lora_lightning.data.supervised import SupervisedDataModule
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.evaluation import Evaluator, generate_answers, prompt_inputs
 from na_lora_lightning.losses import accepts_logits_to_keep, model_inputs, token_sums
+from na_lora_lightning.model_limits import ModelLimits
 from na_lora_lightning.model_loading import (
     BaseModelSource,
     Dtype,
@@ -132,6 +134,7 @@ class NALoRALightningModule(AdapterTrainingModule):
         self._example_batch: Mapping[str, Any] | None = None
         # The tokens that the targets of the data end in.
         self.end_token_ids: list[int] = []
+        self._limits: ModelLimits | None = None
 
     # ---- model ----
 
@@ -156,12 +159,16 @@ class NALoRALightningModule(AdapterTrainingModule):
         if self.model is None:
             device = self.trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
             base = load_base_model(self.source, device)
+            self._limits = ModelLimits(base)
+            self._require_data_fits()
             if self.gradient_checkpointing:
                 enable_gradient_checkpointing(base)
             self.model = add_lora(base, self.lora, self.source)
             self._end_answers_at(())
             if self._trainer is not None:
                 shard_model(self.model, self.trainer)
+        else:
+            self._require_data_fits()
         if self._example_batch is not None:
             # Also where an evaluation before training has loaded the model.
             self.example_inputs = {**model_inputs(self.model, self._example_batch), "use_cache": False}
@@ -174,6 +181,22 @@ class NALoRALightningModule(AdapterTrainingModule):
         if getattr(base, "generation_config", None) is not None:
             stop_at(base.generation_config, self.end_token_ids)
 
+    def _require_data_fits(self) -> None:
+        """Checks data before anything is trained on it."""
+        datamodule = getattr(self._trainer, "datamodule", None)
+        if self._limits is not None and isinstance(datamodule, SupervisedDataModule):
+            datamodule.require_model_takes(self._limits, self._new_tokens())
+
+    def _new_tokens(self) -> int:
+        """The number of tokens that are generated after prompts; 0 if none are."""
+        generates = self.evaluation.generate or self.trainer.state.fn == "predict"
+        return self.evaluation.max_new_tokens if generates else 0
+
+    def _require_batch_fits(self, batch: Mapping[str, Any]) -> None:
+        # Of the package's own data all is known before training.
+        if self._limits is not None:
+            self._limits.require_batch(batch, self._new_tokens())
+
     @override
     def configure_callbacks(self) -> list[Callback]:
         """Measures tokens per second."""
@@ -184,6 +207,7 @@ class NALoRALightningModule(AdapterTrainingModule):
     @override
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Returns the loss of a batch, a scalar in nats per target token."""
+        self._require_batch_fits(batch)
         model = self.peft_model
         only_targets = self.loss.logits == "targets" and accepts_logits_to_keep(model)
         sums = token_sums(model, batch, only_targets)
@@ -217,6 +241,7 @@ class NALoRALightningModule(AdapterTrainingModule):
     @override
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Adds a batch to the metrics."""
+        self._require_batch_fits(batch)
         tokenizer = self._answer_tokenizer() if self.evaluation.generate else None
         self.evaluator.add(self.peft_model, batch, tokenizer, self.trainer.world_size)
 
@@ -243,6 +268,7 @@ class NALoRALightningModule(AdapterTrainingModule):
     @override
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[str]:
         """Generates an answer to each prompt of a batch."""
+        self._require_batch_fits(batch)
         return generate_answers(self.peft_model, self._answer_tokenizer(), prompt_inputs(batch), self.evaluation)
 
     def _log_metrics(self, stage: str) -> None:

@@ -15,9 +15,11 @@ from typing_extensions import override
 from na_lora_lightning.data.base import DEFAULT_SPLITS, ResumableDataModule, require_at_least
 from na_lora_lightning.data.batching import EpochSampler
 from na_lora_lightning.data.encoding import RecordEncoder
+from na_lora_lightning.data.extent import require_bound, require_ids, require_positions
 from na_lora_lightning.data.sources import load_records
 from na_lora_lightning.data.splits import SplitSummary
 from na_lora_lightning.errors import ConfigurationError, DataError
+from na_lora_lightning.model_limits import ModelLimits
 
 
 class SupervisedDataModule(ResumableDataModule):
@@ -97,6 +99,32 @@ class SupervisedDataModule(ResumableDataModule):
     def describe(self) -> dict[str, SplitSummary]:
         """Returns the size of each split that has been set up; an image counts as one token."""
         return {split: SplitSummary.of(encoded) for split, encoded in self._prepared.items()}
+
+    def require_model_takes(self, limits: ModelLimits, max_new_tokens: int) -> None:
+        """Checks that a model has the tokens of the splits that are set up, and positions for all of them.
+
+        Args:
+            limits: Of the model.
+            max_new_tokens: The number of tokens that are generated after prompts; 0 if none are.
+
+        Raises:
+            ConfigurationError: If an option asks for more than the model has.
+            DataError: If a record does.
+        """
+        for split, encoded in self._prepared.items():
+            source = str(self.sources[split])
+            require_ids(encoded, source, self.tokenizer, limits)
+            if "input_ids" not in encoded.column_names:
+                # How many tokens an image takes shows when it is read.
+                require_bound(self.max_length, limits)
+                continue
+            require_positions(
+                encoded,
+                source,
+                limits,
+                pad_to_multiple_of=self.pad_to_multiple_of,
+                max_new_tokens=0 if split == "train" else max_new_tokens,
+            )
 
     @override
     def _load(self, split: str, source: str) -> Dataset:
