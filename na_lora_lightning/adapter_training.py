@@ -132,5 +132,11 @@ class AdapterTrainingModule(AdapterModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Makes the optimizer of the LoRA parameters and its schedule."""
         optimizer = make_optimizer(self._optimizer_factory, self.parameters())
-        schedule = make_schedule(self.schedule, optimizer, self._options.planned_steps(self.trainer))
+        steps = self._options.planned_steps(self.trainer)
+        if steps < (self.trainer.min_steps or 0):
+            raise ConfigurationError(
+                f"trainer.min_steps is {self.trainer.min_steps} and the fit ends after {steps:.0f} optimizer steps; "
+                "raise trainer.max_epochs, or set trainer.max_steps."
+            )
+        schedule = make_schedule(self.schedule, optimizer, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -65,9 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given[0] == "--version":
         print(f"na-lora {__version__}")
         return 0
+    given = _with_command_first(given)
     command = _COMMANDS.get(given[0])
     if command is None:
-        return _report(f"There is no command {given[0]!r}; use one of {', '.join(_COMMANDS)}.")
+        missing = "No command is given" if given[0].startswith("-") else f"There is no command {given[0]!r}"
+        return _report(f"{missing}; use one of {', '.join(_COMMANDS)}.")
     try:
         with _without_known_noise():
             return command(given)
@@ -78,15 +80,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return exit_request.code if isinstance(exit_request.code, int) else 0
 
 
+def _with_command_first(given: list[str]) -> list[str]:
+    """Moves options before the command, as in ``--config run.yaml fit``, behind it."""
+    position = 0
+    while position < len(given) and given[position].startswith("-"):
+        position += 1 if "=" in given[position] else 2
+    if position >= len(given):
+        # Perhaps after an option without a value.
+        position = next((place for place, argument in enumerate(given) if argument in _COMMANDS), 0)
+    return [given[position], *given[:position], *given[position + 1 :]]
+
+
 def _report(message: str) -> int:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 
 def _train(arguments: Sequence[str]) -> int:
+    from na_lora_lightning.cli_arguments import in_sections
     from na_lora_lightning.training_cli import NALoRACLI
 
-    NALoRACLI(arguments[0], arguments)
+    NALoRACLI(arguments[0], in_sections(arguments, _COMMANDS))
     return 0
 
 

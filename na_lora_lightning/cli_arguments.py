@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import yaml
 from jsonargparse import Namespace
 
 from na_lora_lightning.cli_errors import explain, read_yaml
@@ -72,6 +73,32 @@ def share_settings(config: Namespace, defaults: Namespace, pair: tuple[str, str]
             untouched = config[other][setting] == defaults[other][setting]
             if untouched and config[given][setting] != defaults[given][setting]:
                 config[other][setting] = config[given][setting]
+
+
+def in_sections(arguments: Sequence[str], commands: Collection[str]) -> list[str]:
+    """Takes the part of a subcommand from configuration files that have one for each.
+
+    Args:
+        arguments: The command line, beginning with the subcommand.
+        commands: All subcommands.
+
+    Returns:
+        The same, with the text of that part in the place of such a file.
+    """
+    replaced = list(arguments)
+    for file in config_files(arguments):
+        content = read_yaml(file)
+        if isinstance(content, Mapping) and content and set(content) <= set(commands):
+            part = yaml.safe_dump(content.get(arguments[0]) or {}) + "\n"
+            names = ("--config", "-c")
+            replaced = [
+                part if argument == file and former in names else argument
+                for former, argument in zip(["", *replaced], replaced, strict=False)
+            ]
+            replaced = [
+                f"--config={part}" if argument in [f"{n}={file}" for n in names] else argument for argument in replaced
+            ]
+    return replaced
 
 
 def config_files(arguments: Sequence[str]) -> list[str]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from na_lora_lightning.errors import ConfigurationError, NALoRAError
 
 _KEY = re.compile(r'Parser key "(?P<key>[^"]*)":\s*(?P<rest>.*)', re.DOTALL)
 _UNKNOWN_OPTION = re.compile(r"does not accept option '(?P<key>[^']*)'")
@@ -18,6 +22,8 @@ _EXPECTED = re.compile(r"Expected an? (?P<kind>.*?)\. Got value: (?P<value>.*)",
 _NO_CLASS = re.compile(r"Expected a dot import path string: (?P<value>\S+)")
 _GIVEN = re.compile(r"Given value: (?P<value>.*)\Z", re.DOTALL)
 _NESTED = re.compile(r"NestedArg\(key='(?P<key>[^']*)', val='?(?P<value>.*?)'?\)")
+# Of a message that is quoted in full.
+_LONGEST = 400
 _CHOICES = re.compile(r"typing\.Literal\[(?P<choices>.*)\]")
 
 
@@ -91,10 +97,54 @@ def _sentence(message: str) -> str:
     return " ".join(line for line in lines if line).rstrip(".") + "."
 
 
-def read_yaml(file: str) -> Any:
-    """What a configuration file holds; None if that cannot be told."""
+@contextmanager
+def errors_of_lightning(what: str, *also: type[Exception]) -> Iterator[None]:
+    """Turns what Lightning itself raises into one sentence; errors of other code keep their traceback.
+
+    Args:
+        what: Begins the sentence, such as ``"The trainer cannot be made"``.
+        *also: Errors to be treated alike whoever raises them.
+
+    Raises:
+        ConfigurationError: Lightning refused something.
+    """
     try:
-        return yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        yield
+    except (NALoRAError, Warning):
+        raise
+    except Exception as error:
+        cause = _deepest(error)
+        if isinstance(cause, NALoRAError):
+            raise cause from None
+        if not isinstance(cause, also) and not _is_raised_by_lightning(cause):
+            raise
+        raise ConfigurationError(f"{what}: {in_one_sentence(cause)}.") from error
+
+
+def in_one_sentence(error: BaseException) -> str:
+    """The first line of an error's message, its sentences joined, without the full stop."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    joined = line.replace(". HINT: Try running", "; try").replace(". ", "; ").rstrip(".:")
+    return joined if len(joined) <= _LONGEST else line.split(". ")[0].rstrip(".:")
+
+
+def _deepest(error: BaseException) -> BaseException:
+    # The parser puts what a class says into a report of everything else that the value is not.
+    while isinstance(error, ValueError) and error.__cause__ is not None and not isinstance(error, NALoRAError):
+        error = error.__cause__
+    return error
+
+
+def _is_raised_by_lightning(error: BaseException) -> bool:
+    names = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(names) and names[-1].partition(".")[0] in ("lightning", "lightning_fabric", "lightning_utilities")
+
+
+def read_yaml(file: str) -> Any:
+    """What a configuration file, or a text in the place of one, holds; None if that cannot be told."""
+    try:
+        text = file if "\n" in file or file.lstrip().startswith("{") else Path(file).read_text(encoding="utf-8")
+        return yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError):
         return None
 

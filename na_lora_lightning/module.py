@@ -202,6 +202,12 @@ class NALoRALightningModule(AdapterTrainingModule):
         """Measures tokens per second."""
         return [ThroughputCallback()]
 
+    def metric_names(self) -> set[str]:
+        """Names of the metrics that a fit logs and callbacks can monitor."""
+        measured = ["loss", "perplexity", "token_accuracy", *(["exact_match"] if self.evaluation.generate else [])]
+        speeds = ["tokens_per_second", "target_tokens_per_second"]
+        return {"train/loss", *(f"train/{name}" for name in speeds), *(f"validation/{name}" for name in measured)}
+
     # ---- training ----
 
     @override

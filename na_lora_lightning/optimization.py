@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -112,14 +114,28 @@ def make_schedule(arguments: ScheduleArguments, optimizer: Optimizer, total_step
             "reaches it; lower schedule.warmup_steps."
         )
     try:
-        return get_scheduler(
+        schedule = get_scheduler(
             arguments.name,
             optimizer,
             num_warmup_steps=warmup,
             num_training_steps=None if endless else int(total_steps),
             scheduler_specific_kwargs=dict(arguments.options),
         )
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(
-            f"The schedule {arguments.name!r} cannot be made ({error}); correct schedule.options."
-        ) from error
+        _try_out(schedule, warmup, total_steps)
+        return schedule
+    except (TypeError, ValueError, ArithmeticError) as error:
+        needed = re.findall(r"'(\w+)'", str(error)) if "missing" in str(error) else []
+        remedy = f"set {' and '.join(needed)} in schedule.options" if needed else "correct schedule.options"
+        raise ConfigurationError(f"The schedule {arguments.name!r} cannot be made ({error}); {remedy}.") from error
+
+
+def _try_out(schedule: LRScheduler, warmup: int, total_steps: float) -> None:
+    """Asks a schedule for the rates of each of its parts, whose options it may look at much later.
+
+    Raises:
+        ValueError: A rate is not a number.
+    """
+    for shape in getattr(schedule, "lr_lambdas", ()):
+        for step in {0, warmup, warmup + 1, *([] if total_steps == float("inf") else [int(total_steps) - 1])}:
+            if not math.isfinite(float(shape(step))):
+                raise ValueError(f"its rate at step {step} is not finite")

@@ -13,7 +13,6 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
@@ -30,10 +29,10 @@ from na_lora_lightning.cli_arguments import (
     share_settings,
     with_switches,
 )
-from na_lora_lightning.cli_errors import explain
+from na_lora_lightning.cli_errors import errors_of_lightning, explain
 from na_lora_lightning.data import InstructionDataModule
-from na_lora_lightning.errors import ConfigurationError, NALoRAError
-from na_lora_lightning.model_loading import BaseModelSource, one_line, require_model
+from na_lora_lightning.errors import ConfigurationError
+from na_lora_lightning.model_loading import BaseModelSource, require_model
 from na_lora_lightning.module import NALoRALightningModule
 from na_lora_lightning.resuming import (
     continue_last_run,
@@ -42,6 +41,7 @@ from na_lora_lightning.resuming import (
     require_writable,
 )
 from na_lora_lightning.stopping import quiet_writers, stopped_from_outside
+from na_lora_lightning.trainer_options import require_metrics, require_possible, require_usable_callbacks, with_end
 
 # Callbacks of every fit, each with its own group of options beside a switch.
 CALLBACKS: dict[str, type[Callback]] = {
@@ -53,7 +53,6 @@ CALLBACKS: dict[str, type[Callback]] = {
 _MECHANISMS = ("gate_importance", "step_scale")
 
 TRAINER_DEFAULTS: dict[str, Any] = {
-    "max_epochs": 3,
     "gradient_clip_val": 1.0,
     "log_every_n_steps": 10,
     # Measures the base model on the whole validation data, for the summary's "before".
@@ -163,16 +162,8 @@ class NALoRACLI(LightningCLI):
         # The switches are of the command line, not of the callbacks.
         for name in CALLBACKS:
             del self.config[self._requested][name]["enabled"]
-        try:
+        with errors_of_lightning("What the configuration names cannot be made", ImportError):
             super().instantiate_classes()
-        except ValueError as error:
-            # The parser puts what a named class says into a report of everything else that the value is not.
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, NALoRAError):
-                cause = cause.__cause__
-            if cause is None:
-                raise
-            raise cause from None
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -183,6 +174,10 @@ class NALoRACLI(LightningCLI):
         listed = options.get("callbacks") or []
         listed = listed if isinstance(listed, list) else [listed]
         _refuse_twice(listed)
+        if self._requested == "fit":
+            options = with_end(options)
+            require_usable_callbacks(listed)
+        require_possible(options, fits=self._requested == "fit")
         added: list[Callback] = []
         if self._requested == "fit":
             enabled = [name for name in CALLBACKS if self._get(self.config, name)["enabled"]]
@@ -198,10 +193,8 @@ class NALoRACLI(LightningCLI):
             self._curves = ResumableCurves()
             added.append(self._curves)
         options["plugins"] = _with_checkpoint_io(options.get("plugins"))
-        try:
+        with errors_of_lightning("The trainer cannot be made", ImportError, TypeError, ValueError):
             return self._instantiate_trainer(options, added)
-        except (ValueError, TypeError, MisconfigurationException) as error:
-            raise ConfigurationError(f"The trainer cannot be made: {one_line(error)}.") from error
 
     @override
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -218,8 +211,14 @@ class NALoRACLI(LightningCLI):
                 options["ckpt_path"] = last_checkpoint(self.trainer)
         return options
 
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        with errors_of_lightning(f"The trainer cannot {subcommand}"):
+            super()._run_subcommand(subcommand)
+
     def fit(self, model: NALoRALightningModule, **options: Any) -> None:
         """Trains, and says how to go on if training is stopped from outside."""
+        require_metrics(self.trainer, model, self.datamodule)
         with stopped_from_outside(self.trainer), quiet_writers():
             self.trainer.fit(model, **options)
 

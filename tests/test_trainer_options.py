@@ -1,0 +1,198 @@
+"""Options of the trainer that cannot work are one sentence, and a limit that is given is the one that holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from module_helpers import saved_model, write_records
+
+from na_lora_lightning.cli import main
+from na_lora_lightning.errors import ConfigurationError
+from na_lora_lightning.trainer_options import require_possible, with_end
+
+
+@pytest.mark.parametrize(
+    ("given", "epochs"),
+    [
+        ({}, 3),
+        ({"max_epochs": 5}, 5),
+        ({"max_steps": 20}, -1),
+        ({"max_steps": -1}, 3),
+        ({"max_time": "00:01:00:00"}, -1),
+        ({"max_steps": 20, "max_epochs": 2}, 2),
+        ({"min_epochs": 2}, 3),
+        ({"min_epochs": 7}, 7),
+        ({"max_epochs": -1}, -1),
+    ],
+)
+def test_a_limit_that_is_given_wins(given: dict[str, Any], epochs: int) -> None:
+    assert with_end(given) == {**given, "max_epochs": epochs}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"accumulate_grad_batches": 0}, "trainer.accumulate_grad_batches is 0, .* set it to 1 or more"),
+        ({"check_val_every_n_epoch": 0}, "trainer.check_val_every_n_epoch is 0, .* set it to 1 or more"),
+        ({"gradient_clip_val": -1.0}, "trainer.gradient_clip_val is -1.0, .* set it to 0 or more"),
+        ({"log_every_n_steps": -1}, "trainer.log_every_n_steps is -1, .* set it to 0 or more"),
+        ({"num_sanity_val_steps": -2}, "trainer.num_sanity_val_steps is -2, .* set it to -1 or more"),
+        ({"val_check_interval": 0}, "trainer.val_check_interval is 0, .* a part of an epoch above 0"),
+        ({"max_steps": 0}, "trainer.max_steps is 0, and a fit without optimizer steps trains nothing"),
+        ({"max_epochs": 0}, "trainer.max_epochs is 0, and a fit without epochs trains nothing"),
+        ({"limit_train_batches": 0}, "trainer.limit_train_batches is 0, and a fit without batches trains nothing"),
+        ({"min_epochs": 5, "max_epochs": 4}, "min_epochs is 5 and trainer.max_epochs is 4"),
+        ({"min_steps": 5, "max_steps": 4}, "min_steps is 5 and trainer.max_steps is 4"),
+        ({"accelerator": "cpu", "devices": "4000"}, "trainer.devices is 4000, and each is a process of its own"),
+    ],
+)
+def test_impossible_numbers_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        require_possible(given, fits=True)
+
+
+def test_possible_numbers_pass() -> None:
+    require_possible({"max_epochs": -1, "max_steps": -1, "min_steps": 5, "gradient_clip_val": None}, fits=True)
+    require_possible({"max_steps": 0, "accelerator": "cpu", "devices": "auto"}, fits=False)
+
+
+# ---- on the command line ----
+
+
+class Fit:
+    """A fit of four steps an epoch."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder, self._capsys = folder, capsys
+        records = write_records(folder / "records.jsonl", 16)
+        self.options: dict[str, Any] = {
+            "model": {"model_name_or_path": saved_model(folder / "base"), "lora": {"r": 2, "alpha": 4}},
+            "data": {"train": records, "validation": records, "batch_size": 4},
+            "trainer": {
+                "accelerator": "cpu",
+                "default_root_dir": str(folder / "run"),
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+                "num_sanity_val_steps": 0,
+                "log_every_n_steps": 1,
+            },
+        }
+
+    def file(self, name: str, content: Any) -> str:
+        path = self.folder / name
+        path.write_text(yaml.safe_dump(content))
+        return str(path)
+
+    def __call__(self, *arguments: str) -> int:
+        return main(["fit", "--config", self.file("run.yaml", self.options), *arguments])
+
+    def error(self, *arguments: str) -> str:
+        self._capsys.readouterr()
+        assert self(*arguments) == 2
+        (line,) = [line for line in self._capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert not list(self.folder.glob("run/**/*.ckpt"))
+        return line.removeprefix("error: ")
+
+    @property
+    def steps(self) -> int:
+        newest = max(self.folder.glob("run/**/*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+        return int(torch.load(newest, weights_only=True)["global_step"])
+
+
+@pytest.fixture
+def fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Fit:
+    return Fit(tmp_path, capsys)
+
+
+def test_max_steps_is_not_cut_short_by_the_default(fit: Fit) -> None:
+    assert fit("--trainer.max_steps", "14") == 0
+    assert fit.steps == 14
+    # The configuration that was saved says no number of epochs, so that it can be used with another limit.
+    (saved,) = fit.folder.glob("run/**/config.yaml")
+    assert yaml.safe_load(saved.read_text())["trainer"]["max_epochs"] is None
+    assert main(["fit", "--config", str(saved), "--trainer.max_steps", "15"]) == 0
+    assert fit.steps == 15
+
+
+def test_without_a_limit_there_are_three_epochs(fit: Fit) -> None:
+    assert fit() == 0
+    assert fit.steps == 12
+
+
+@pytest.mark.parametrize("form", ["--config {} fit", "-c {} fit", "--config={} fit", "-c {} --config {} fit -c {}"])
+def test_options_may_stand_before_the_command(fit: Fit, form: str) -> None:
+    fit.options["trainer"]["max_steps"] = 5
+    file = fit.file("run.yaml", fit.options)
+    assert main(["--trainer.max_epochs", "1", *form.format(file, file, file).split()]) == 0
+    assert fit.steps == 4
+
+
+def test_a_file_may_have_a_part_for_each_command(fit: Fit) -> None:
+    fit.options["trainer"]["max_steps"] = 2
+    file = fit.file("all.yaml", {"fit": fit.options, "test": {"seed_everything": 3}})
+    assert main(["--config", file, "fit"]) == 0
+    assert fit.steps == 2
+    assert main([f"--config={file}", "fit", "--trainer.max_steps", "3"]) == 0
+    assert fit.steps == 3
+
+
+def test_a_missing_command_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--config", "run.yaml"]) == 2
+    assert capsys.readouterr().err.startswith("error: No command is given; use one of fit, validate")
+
+
+def callback(name: str, **options: str) -> list[str]:
+    return [f"--trainer.callbacks+={name}", *(f"--trainer.callbacks.{key}={value}" for key, value in options.items())]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            callback("EarlyStopping", monitor="val_loss"),
+            "EarlyStopping monitors 'val_loss', which this fit does not log",
+        ),
+        (
+            callback("ModelCheckpoint", monitor="validation/exact_match"),
+            "ModelCheckpoint monitors 'validation/exact_match', which this fit does not log; monitor one of train/loss",
+        ),
+        (
+            [*callback("EarlyStopping", monitor="validation/loss"), "--trainer.limit_val_batches=0"],
+            "EarlyStopping monitors 'validation/loss', and there is no validation to measure it in",
+        ),
+        (callback("LearningRateFinder"), "compare a few values of model.optimizer.lr"),
+        (callback("ModelPruning", pruning_fn="l1_unstructured"), "ModelPruning prunes base weights"),
+        (callback("EarlyStopping", monitor="train/loss", mode="up"), "`mode` can be min, max, got up."),
+        (
+            ["--trainer.precision=transformer-engine"],
+            "Requirement 'transformer_engine>=0.11.0' not met; try `pip install",
+        ),
+        (["--trainer.accelerator=tpu"], "Requirement 'torch_xla>=1.13' not met"),
+        (["--trainer.val_check_interval=1000"], "`val_check_interval` (1000) must be less than or equal to the number"),
+        (["--trainer.check_val_every_n_epoch=4"], "the fit has 3 epochs, so it would never validate"),
+        (["--trainer.min_steps=100"], "trainer.min_steps is 100 and the fit ends after 12 optimizer steps"),
+        (["--trainer.max_time=00:00:10:00"], "The schedule 'cosine' needs a fit with an end"),
+        (["--model.schedule.name=warmup_stable_decay"], "; set num_decay_steps in schedule.options."),
+        (["--model.schedule.name=cosine_with_min_lr"], "One of min_lr or min_lr_rate should be set"),
+        (["--model.schedule.options={num_cycles: x}"], "The schedule 'cosine' cannot be made (could not convert"),
+    ],
+)
+def test_what_cannot_run_is_one_sentence_before_training(fit: Fit, arguments: list[str], message: str) -> None:
+    assert message in fit.error(*arguments)
+
+
+def test_a_metric_of_a_foreign_callback_is_awaited(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    (fit.folder / "their_callbacks.py").write_text(
+        "from lightning.pytorch import Callback\n"
+        "class Theirs(Callback):\n"
+        "    def on_train_epoch_end(self, trainer, pl_module):\n"
+        "        pl_module.log('theirs', 1.0)\n"
+    )
+    monkeypatch.syspath_prepend(str(fit.folder))
+    theirs = callback("their_callbacks.Theirs")
+    assert fit(*theirs, *callback("EarlyStopping", monitor="theirs", patience="9"), "--trainer.max_epochs=1") == 0
+    assert fit.steps == 4
