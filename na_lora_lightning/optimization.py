@@ -75,12 +75,31 @@ def make_optimizer(factory: OptimizerFactory, parameters: Iterable[nn.Parameter]
     """Makes the optimizer of the trainable parameters.
 
     Raises:
-        ConfigurationError: It does not take the arguments that it was given.
+        ConfigurationError: It does not take the arguments that it was given, or cannot step with them.
     """
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
     try:
-        return factory([parameter for parameter in parameters if parameter.requires_grad])
+        optimizer = factory(trained)
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"The optimizer cannot be made ({error}); correct model.optimizer.") from error
+    if type(optimizer).__module__.startswith("torch.optim."):
+        _require_step(optimizer, trained[0].device)
+    return optimizer
+
+
+def _require_step(optimizer: Optimizer, device: torch.device) -> None:
+    """Has a twin of an optimizer step a small parameter, as some notice only then what they cannot do."""
+    kind = type(optimizer)
+    accepted = inspect.signature(kind).parameters
+    parameter = nn.Parameter(torch.zeros(2, 2, device=device))
+    parameter.grad = torch.ones_like(parameter)
+    twin: Any = kind([parameter], **{name: value for name, value in optimizer.defaults.items() if name in accepted})
+    try:
+        twin.step(lambda: torch.zeros((), device=device))
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        raise ConfigurationError(
+            f"The optimizer {kind.__name__} cannot step here ({error}); correct model.optimizer, or name another one."
+        ) from error
 
 
 def make_schedule(arguments: ScheduleArguments, optimizer: Optimizer, total_steps: float) -> LRScheduler:

@@ -13,7 +13,6 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from na_lora_lightning.callbacks.fit_summary import FitSummaryCallback
@@ -30,6 +29,7 @@ from na_lora_lightning.cli_arguments import (
     with_switches,
 )
 from na_lora_lightning.cli_errors import errors_of_lightning, explain
+from na_lora_lightning.core.in_force import say
 from na_lora_lightning.data import InstructionDataModule
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.model_loading import BaseModelSource, require_model
@@ -187,7 +187,7 @@ class NALoRACLI(LightningCLI):
                 options["enable_checkpointing"] = False
             added += [self._get(self.config_init, name) for name in enabled]
             if not set(enabled) & set(_MECHANISMS):
-                rank_zero_info("gate_importance and step_scale are switched off: this is plain LoRA.")
+                say("NA-LoRA: gate_importance and step_scale are switched off, so this is plain LoRA.")
             if options.get("logger") is not False and not any(isinstance(c, LearningRateMonitor) for c in listed):
                 added.append(LearningRateMonitor(logging_interval="step"))
             self._curves = ResumableCurves()

@@ -255,7 +255,8 @@ def test_plain_lora_is_announced(workplace: Workplace, caplog: pytest.LogCapture
     with caplog.at_level("INFO"):
         switches = ("--gate_importance", "false", "--step_scale", "false")
         assert workplace.run("fit", *switches, "--trainer.logger", "false") == 0
-    assert "this is plain LoRA" in caplog.text
+    told = [record.getMessage() for record in caplog.records if record.name == "na_lora_lightning"]
+    assert told == ["NA-LoRA: gate_importance and step_scale are switched off, so this is plain LoRA."]
     assert "Tip" not in caplog.text
 
 
@@ -273,6 +274,15 @@ def test_plain_lora_is_announced(workplace: Workplace, caplog: pytest.LogCapture
         (["--model.optimizer", "Adan"], "'model.optimizer' is 'Adan', which is no known class"),
         (["--model.optimizer", "SGD", "--model.optimizer.rate", "1"], "'model.optimizer' has no option 'rate'"),
         (["--model.optimizer", "SGD", "--model.optimizer.lr", "-1"], "Invalid learning rate"),
+        (["--model.optimizer", "SparseAdam"], "The optimizer SparseAdam cannot step here (SparseAdam does"),
+        (
+            ["--model.optimizer", "AdamW", "--model.optimizer.capturable", "true"],
+            "optimizer AdamW cannot step here",
+        ),
+        (
+            ["--trainer.val_check_interval", "99"],
+            "The trainer cannot fit: `val_check_interval` (99) must",
+        ),
         (["--model.schedule.name", "sine"], "'model.schedule.name' is 'sine', and must be one of 'linear', 'cosine'"),
         (["--gate_importance.keep_fraction", "2"], "keep_fraction is 2"),
         (["--gate_importance.enabled", "perhaps"], "must be true or false"),

@@ -30,8 +30,9 @@ class GateImportanceCallback(GateCallback):
     average, its temporal importance. After a warm-up the rows of ``lora_B`` that make the most important channels
     take the optimizer's step, and the others stay where they are. The forward pass, the loss, the gradients, the
     optimizer's state and the learning-rate schedule are not touched. With ``keep_fraction=1.0`` training is bitwise
-    that of plain LoRA and the callback only watches; alone it then also logs what :class:`~na_lora_lightning.
-    callbacks.step_scale.StepScaleCallback` does, of the default step scale as it would be by the logged step alone.
+    that of plain LoRA and the callback only watches; where it is alone it then also logs the curves of
+    :class:`~na_lora_lightning.callbacks.step_scale.StepScaleCallback`, with the default step scale as it would be by
+    the logged step alone.
 
     The defaults follow from ``docs/evidence.md``, section "Defaults": to keep half of the channels by |ρ'|, the plain
     reading of the method, costs test loss, and to keep all but the least responsive tenth by |φ'| does not (table

@@ -41,10 +41,10 @@ def planned_steps(trainer: Trainer) -> float | None:
     """
     follows_plan = trainer.lightning_module.automatic_optimization and len(trainer.optimizers) == 1
     changes = any(hasattr(each, "going_to_accumulate_grad_batches") for each in trainer.callbacks)  # type: ignore[attr-defined]
-    total = trainer.estimated_stepping_batches
-    if not follows_plan or changes or trainer.fast_dev_run or total < 0:  # type: ignore[attr-defined]
+    if not follows_plan or changes or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return None
-    return total - trainer.global_step
+    total = trainer.estimated_stepping_batches
+    return None if total < 0 else total - trainer.global_step
 
 
 def is_accumulating(trainer: Trainer) -> bool:

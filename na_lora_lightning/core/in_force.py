@@ -8,6 +8,7 @@ The line goes to the logger ``na_lora_lightning``, so that it is silenced and re
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections import Counter
 from typing import TYPE_CHECKING
@@ -55,7 +56,10 @@ def warn(sentence: str) -> None:
 
 def _is_first_process() -> bool:
     distributed = torch.distributed
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank() == 0
+    # Processes that were started together, and have not joined yet.
+    return os.environ.get("RANK", "0") == os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def describe(controller: GateController) -> str:

@@ -1,0 +1,1 @@
+"""Random input for the package, by commands of their own."""
