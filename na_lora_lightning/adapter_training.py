@@ -131,7 +131,7 @@ class AdapterTrainingModule(AdapterModule):
     @override
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Makes the optimizer of the LoRA parameters and its schedule."""
-        optimizer = make_optimizer(self._optimizer_factory, self.parameters())
+        optimizer = make_optimizer(self._optimizer_factory, self, self.peft_model)
         steps = self._options.planned_steps(self.trainer)
         if steps < (self.trainer.min_steps or 0):
             raise ConfigurationError(

@@ -98,9 +98,12 @@ def _report(message: str) -> int:
 
 def _train(arguments: Sequence[str]) -> int:
     from na_lora_lightning.cli_arguments import in_sections
+    from na_lora_lightning.cli_optimizer import functions_as_classes
     from na_lora_lightning.training_cli import NALoRACLI
 
-    NALoRACLI(arguments[0], in_sections(arguments, _COMMANDS))
+    given = in_sections(arguments, _COMMANDS)
+    with functions_as_classes(given):
+        NALoRACLI(given[0], given)
     return 0
 
 

@@ -18,6 +18,8 @@ _KEY = re.compile(r'Parser key "(?P<key>[^"]*)":\s*(?P<rest>.*)', re.DOTALL)
 _UNKNOWN_OPTION = re.compile(r"does not accept option '(?P<key>[^']*)'")
 _UNKNOWN_ARGUMENT = re.compile(r"unrecognized arguments: (?P<arguments>.*)", re.DOTALL)
 _UNKNOWN_IN_CLASS = re.compile(r"[Oo]ption '(?P<option>[^']*)' is not accepted")
+_REQUIRED = re.compile(r"the following arguments are required: (?P<names>[\w, ]+)")
+_NO_FACTORY = re.compile(r"expects a function or a callable class: (?P<reason>[^\n]*?)\.+ Got value")
 _EXPECTED = re.compile(r"Expected an? (?P<kind>.*?)\. Got value: (?P<value>.*)", re.DOTALL)
 _NO_CLASS = re.compile(r"Expected a dot import path string: (?P<value>\S+)")
 _GIVEN = re.compile(r"Given value: (?P<value>.*)\Z", re.DOTALL)
@@ -70,6 +72,11 @@ def _explain_value(key: str, rest: str, switches: Collection[str]) -> str:
         return f"The option {key!r} takes a group of options; to switch it off, set {key}.enabled to false."
     if match := _UNKNOWN_IN_CLASS.search(rest):
         return f"The class given for {key!r} has no option {match['option']!r}; correct or remove it."
+    if match := _REQUIRED.search(rest):
+        names = match["names"].strip()
+        return f"The class or function given for {key!r} needs {names}; give it as {key}.{names.split(',')[0]}, say."
+    if match := _NO_FACTORY.search(rest):
+        return f"The option {key!r} cannot be used: {match['reason']}; give the import path of a class or function."
     if match := _EXPECTED.match(rest):
         value = match["value"].strip()
         if value == "None":

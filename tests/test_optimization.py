@@ -1,0 +1,160 @@
+"""Optimizers that a function makes of the model, such as LoRA+ and LoRA-FA: in scripts, checkpoints, command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import peft.optimizers
+import pytest
+import torch
+import yaml
+from cli_helpers import Fit
+from torch import nn
+from torch.optim import Optimizer
+
+from na_lora_lightning.cli import main
+from na_lora_lightning.errors import ConfigurationError
+from na_lora_lightning.module import NALoRALightningModule
+from na_lora_lightning.optimization import describe_optimizer, make_optimizer, optimizer_factory, takes_model
+
+LORA_PLUS = partial(
+    peft.optimizers.create_loraplus_optimizer, optimizer_cls=torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0
+)
+
+
+def of_network(network: nn.Module, rate: float = 0.1) -> Optimizer:
+    return torch.optim.SGD(network.parameters(), lr=rate)
+
+
+def of_annotated(anything: nn.Linear) -> Optimizer:
+    return torch.optim.SGD(anything.parameters())
+
+
+def of_weights(model: nn.Module) -> Optimizer:
+    return torch.optim.SGD([entry for name, entry in model.named_parameters() if "weight" in name])
+
+
+def of_parameters(parameters: Iterable[nn.Parameter], model: int = 3) -> Optimizer:
+    return torch.optim.SGD(parameters)
+
+
+@pytest.mark.parametrize(
+    ("factory", "expected"),
+    [
+        (LORA_PLUS, True),
+        (peft.optimizers.create_lorafa_optimizer, True),
+        (of_network, True),
+        (of_annotated, True),
+        (lambda model: None, True),
+        (torch.optim.AdamW, False),
+        (partial(torch.optim.AdamW, lr=1e-3), False),
+        (of_parameters, False),
+        (lambda parameters: None, False),
+    ],
+)
+def test_the_first_parameter_tells_what_a_factory_takes(factory: Any, expected: bool) -> None:
+    assert takes_model(factory) is expected
+
+
+def test_a_function_is_described_and_made_again() -> None:
+    description = {
+        "class_path": "peft.optimizers.create_loraplus_optimizer",
+        "init_args": {"optimizer_cls": "torch.optim.AdamW", "lr": 1e-3, "loraplus_lr_ratio": 16.0},
+    }
+    assert describe_optimizer(LORA_PLUS) == description
+    made = optimizer_factory(description)
+    assert isinstance(made, partial)
+    assert (made.func, made.keywords) == (LORA_PLUS.func, LORA_PLUS.keywords)
+    assert describe_optimizer(lambda model: of_network(model)) is None
+
+
+def of_anything(model: nn.Module) -> None:
+    """No optimizer."""
+
+
+@pytest.mark.parametrize("path", ["os.system", "json.dumps", f"{__name__}.of_anything", f"{__name__}.of_parameters"])
+def test_a_checkpoint_cannot_have_any_function_called(path: str) -> None:
+    with pytest.raises(ConfigurationError, match="is no imported optimizer class"):
+        optimizer_factory({"class_path": path, "init_args": {}})
+
+
+def test_parameters_that_would_not_train_are_named() -> None:
+    layer = nn.Linear(2, 2)
+    assert len(make_optimizer(of_network, layer, layer).param_groups[0]["params"]) == 2
+    with pytest.raises(ConfigurationError, match=r"of_weights makes leaves out 1 trainable parameters, such as 'bias'"):
+        make_optimizer(of_weights, layer, layer)
+
+
+# ---- on the command line ----
+
+
+@pytest.fixture
+def fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Fit:
+    found = Fit(tmp_path, capsys)
+    found.options["gate_importance"] = {"warmup_steps": 1, "refresh_every": 1}
+    found.options["trainer"]["max_epochs"] = 1
+    return found
+
+
+PLUS = [
+    "--model.optimizer=peft.optimizers.create_loraplus_optimizer",
+    "--model.optimizer.optimizer_cls=torch.optim.AdamW",
+    "--model.optimizer.lr=1e-3",
+    "--model.optimizer.loraplus_lr_ratio=16",
+]
+
+
+def rates(checkpoint: dict[str, Any]) -> list[float]:
+    return [group["initial_lr"] for group in checkpoint["optimizer_states"][0]["param_groups"]]
+
+
+def test_lora_plus(fit: Fit) -> None:
+    assert fit(*PLUS) == 0
+    # A, embeddings, B, and what does not decay.
+    assert rates(fit.checkpoint) == [1e-3, 1e-6, 16e-3, 16e-3]
+    described = fit.checkpoint["hyper_parameters"]["optimizer"]
+    assert described["class_path"] == "peft.optimizers.create_loraplus_optimizer"
+    assert described["init_args"]["optimizer_cls"] == "torch.optim.AdamW"
+    loaded = NALoRALightningModule.load_from_checkpoint(fit.newest)
+    assert describe_optimizer(loaded._optimizer_factory) == described
+    # The saved configuration is one, and the function is what it was.
+    (saved,) = fit.folder.glob("run/**/config.yaml")
+    assert yaml.safe_load(saved.read_text())["model"]["optimizer"]["class_path"] == described["class_path"]
+    assert peft.optimizers.create_loraplus_optimizer is LORA_PLUS.func
+    assert main(["fit", "--config", str(saved), "--ckpt_path", "last", "--trainer.max_epochs", "2"]) == 0
+    assert fit.steps == 8
+    assert fit(*PLUS, "--ckpt_path=last", "--trainer.max_epochs=3", "--model.optimizer.loraplus_lr_ratio=8") == 0
+    assert (fit.steps, rates(fit.checkpoint)) == (12, [1e-3, 1e-6, 8e-3, 8e-3])
+    assert fit("--model.optimizer=torch.optim.AdamW", "--ckpt_path=last", "--trainer.max_epochs=4") == 2
+
+
+def test_lora_fa_trains_b_alone(fit: Fit) -> None:
+    fit.options["model"]["optimizer"] = {
+        "class_path": "peft.optimizers.create_lorafa_optimizer",
+        "init_args": {"r": 2, "lora_alpha": 4, "lr": 1e-2},
+    }
+    assert fit("--checkpoint.every_n_steps=2") == 0
+    first, last = sorted(fit.folder.glob("run/**/*.ckpt"))
+    before, after = (torch.load(path, weights_only=True)["state_dict"] for path in (first, last))
+    moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert moved
+    assert moved == {name for name in before if "lora_B" in name} & moved
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            PLUS[:3],
+            "The class or function given for 'model.optimizer' needs loraplus_lr_ratio; give it as model.optimi",
+        ),
+        ([*PLUS, "--model.optimizer.foo=1"], "The class given for 'model.optimizer' has no option 'foo'"),
+        (["--model.optimizer=peft.optimizers.create_foo"], "module 'peft.optimizers' has no attribute 'create_foo'"),
+        (["--model.optimizer=json.dumps"], "Expected 'json.dumps' to be a function that returns"),
+    ],
+)
+def test_what_an_optimizer_lacks_is_said(fit: Fit, arguments: list[str], message: str) -> None:
+    assert message in fit.error(*arguments)
