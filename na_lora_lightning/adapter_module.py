@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -25,7 +25,10 @@ from na_lora_lightning.adapters import (
     write_adapter_folder,
 )
 from na_lora_lightning.arguments import AdapterArguments, LoRAArguments
+from na_lora_lightning.best_checkpoint import load_best, monitored_checkpoint
 from na_lora_lightning.errors import ConfigurationError
+from na_lora_lightning.measurements import Measurement, WrittenAdapter, validation_metrics
+from na_lora_lightning.model_card import adapter_card
 from na_lora_lightning.nonfinite import require_finite
 from na_lora_lightning.resumed_callbacks import adopt_callback_states
 from na_lora_lightning.resumed_options import ResumedOptions
@@ -51,10 +54,16 @@ class AdapterModule(LightningModule):
         # The base weights are not in checkpoints; load_state_dict checks what is.
         self.strict_loading = False
         self.model = None
-        self.written_adapter_folder: Path | None = None
+        self.written_adapter: WrittenAdapter | None = None
         self._is_written = False
+        self._validated: Measurement | None = None
         self._random_state: Tensor | None = None
         self._options = ResumedOptions()
+
+    @property
+    def written_adapter_folder(self) -> Path | None:
+        """Where this process has written the adapter."""
+        return None if self.written_adapter is None else self.written_adapter.folder
 
     @property
     def peft_model(self) -> PeftModel:
@@ -68,14 +77,20 @@ class AdapterModule(LightningModule):
         return self.model
 
     @override
+    def setup(self, stage: str) -> None:
+        """Forgets the options of an earlier fit, and checks what the adapter that is to be written depends on.
+
+        Raises:
+            ConfigurationError: The best one is to be written, and nothing tells which that is.
+        """
+        self._options = ResumedOptions()
+        if stage == "fit" and self.adapter.write == "best" and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            monitored_checkpoint(self.trainer)
+
+    @override
     def forward(self, **inputs: Any) -> Any:
         """Runs the PEFT model on keyword arguments and returns the Hugging Face output."""
         return self.peft_model(**inputs)
-
-    @override
-    def setup(self, stage: str) -> None:
-        """Forgets the options of an earlier fit."""
-        self._options = ResumedOptions()
 
     @override
     def on_fit_start(self) -> None:
@@ -100,17 +115,20 @@ class AdapterModule(LightningModule):
         """Writes the adapter."""
         self._is_written = self.adapter.write != "never"
         if self._is_written:
-            # A collective call where the parameters are sharded.
-            state = self.trainer.strategy.lightning_module_state_dict()
-            require_finite(without_base_weights(state, adapter_keys(self)), self.trainer.global_step)
-            self._write_adapter(state)
+            self._write_trained()
 
     @override
     def on_fit_end(self) -> None:
         """Writes the adapter where the checkpoint to go on from was the last one, so that there was no training."""
         if self.adapter.write != "never" and not self._is_written and self.trainer.global_step > 0:
-            self._write_adapter(self.trainer.strategy.lightning_module_state_dict())
+            self._write_trained()
             rank_zero_info(f"Training had ended already; its adapter is now in {str(self.written_adapter_folder)!r}.")
+
+    @override
+    def on_validation_end(self) -> None:
+        """Remembers what validation measured, and when."""
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            self._validated = Measurement("after", self.trainer.global_step, validation_metrics(self.trainer))
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -123,8 +141,8 @@ class AdapterModule(LightningModule):
         if checkpoint["state_dict"]:
             checkpoint["state_dict"] = without_base_weights(checkpoint["state_dict"], adapter_keys(self))
             require_finite(checkpoint["state_dict"], checkpoint.get("global_step", 0))
-        if self.adapter.write == "checkpoint" and self._trainer is not None:
-            self._write_adapter(checkpoint["state_dict"])
+        if self.adapter.write == "each" and self._trainer is not None:
+            self._write_adapter(checkpoint["state_dict"], f"step {self.trainer.global_step}, a checkpoint")
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -156,11 +174,45 @@ class AdapterModule(LightningModule):
         result.missing_keys.clear()
         return result
 
-    def _write_adapter(self, state: Mapping[str, Tensor]) -> None:
+    def _write_trained(self) -> None:
+        """Writes the adapter at the end of a fit."""
+        best = monitored_checkpoint(self.trainer) if self.adapter.write == "best" else None
+        if best is not None and best.best_model_path:
+            # One process writes, so one has to read.
+            checkpoint, weights, measured = load_best(best) if self.trainer.is_global_zero else ({}, "", None)
+            self._write_adapter(checkpoint.get("state_dict", {}), weights, measured)
+            return
+        if best is not None:
+            rank_zero_warn(
+                f"adapter.write is 'best', and {best.monitor!r} was never measured, so that no checkpoint is the best; "
+                "the adapter is that of the last step."
+            )
+        # A collective call where the parameters are sharded.
+        state = self.trainer.strategy.lightning_module_state_dict()
+        require_finite(without_base_weights(state, adapter_keys(self)), self.trainer.global_step)
+        self._write_adapter(state, f"step {self.trainer.global_step}, the last")
+
+    def _write_adapter(self, state: Mapping[str, Tensor], weights: str, best: Measurement | None = None) -> None:
         folder = self.adapter.folder
         if folder is None:
             # The trainer broadcasts it, so every process has to ask.
             folder = str(Path(self.trainer.log_dir or self.trainer.default_root_dir) / "adapter")
         if self.trainer.is_global_zero:
-            self.written_adapter_folder = write_adapter_folder(self.peft_model, folder, state)
+            card = adapter_card(
+                self.peft_model, self.trainer, self.hparams, weights, self._measurements(best), Path(folder)
+            )
+            path = write_adapter_folder(self.peft_model, folder, state, reader=self._reader(), card=card)
+            self.written_adapter = WrittenAdapter(path, weights)
         self.trainer.strategy.barrier()
+
+    def _measurements(self, best: Measurement | None) -> list[Measurement]:
+        """What validation found before training, where the adapter is best, and after it."""
+        summaries = (getattr(callback, "measurements", None) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        found = next((summary for summary in summaries if summary), [self._validated] if self._validated else [])
+        return [*found[:-1], *([] if best is None else [best]), *found[-1:]]
+
+    def _reader(self) -> Any:
+        """The processor or tokenizer of the data; None if there is neither."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        readers = (getattr(datamodule, name, None) for name in ("processor", "tokenizer"))
+        return next((reader for reader in readers if hasattr(reader, "save_pretrained")), None)

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from na_lora_lightning.adapter_folder import complete_folder, exchange, is_ours
 from na_lora_lightning.arguments import LoRAArguments
 from na_lora_lightning.errors import CheckpointError, ConfigurationError
 
@@ -146,18 +147,26 @@ def require_same_tensors(saved: Mapping[str, Tensor], current: Mapping[str, Tens
 
 
 def write_adapter_folder(
-    model: PeftModel, folder: str | Path, state: Mapping[str, Tensor] | None = None, prefix: str = "model."
+    model: PeftModel,
+    folder: str | Path,
+    state: Mapping[str, Tensor] | None = None,
+    prefix: str = "model.",
+    reader: Any = None,
+    card: str | None = None,
 ) -> Path:
     """Writes the adapter as ``peft`` itself does, for ``PeftModel.from_pretrained(base, folder)``.
 
-    Its files are written beside it first and then take the place of the old ones, so that a crash in between leaves
-    the old adapter.
+    Beside the adapter it has the generation config of the model, and what is given. Its files are written beside it
+    first and then take the place of the old ones at once, where the system can do that, so that a crash at any moment
+    leaves the old adapter or the new one.
 
     Args:
         model: The PEFT model.
         folder: Where to; files of an earlier adapter are replaced.
         state: State dict of the LightningModule, where the model's own parameters are sharded; None reads them.
         prefix: Where in ``state`` the PEFT model is.
+        reader: The tokenizer or processor of the model.
+        card: The text of its model card.
 
     Returns:
         The folder.
@@ -177,13 +186,16 @@ def write_adapter_folder(
         options["state_dict"] = {
             name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)
         }
-    partial = folder.with_name(f".{folder.name}.partial")
+    # Where it really is: a link to a folder stays one.
+    place = folder.resolve()
+    partial = place.with_name(f".{place.name}.partial")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         # Left to itself PEFT asks the hub whether the vocabulary was resized, and it never is here.
         model.save_pretrained(str(partial), safe_serialization=True, save_embedding_layers=False, **options)
-        _take_place(partial, folder)
+        complete_folder(model, partial, place, reader, card)
+        _take_place(partial, place)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
@@ -198,7 +210,18 @@ def _take_place(partial: Path, folder: Path) -> None:
         # One step, so that there is no folder with half of its files.
         partial.rename(folder)
         return
-    for file in partial.iterdir():
+    kept = [file for file in folder.iterdir() if not (is_ours(file) or (partial / file.name).exists())]
+    if all(file.is_file() for file in kept):
+        for file in kept:
+            # Somebody else's stays.
+            shutil.copy2(file, partial / file.name)
+        if exchange(partial, folder):
+            shutil.rmtree(partial, ignore_errors=True)
+            return
+    # The adapter comes last, as it is what the rest is about.
+    for file in sorted(partial.iterdir(), key=lambda file: file.name.startswith("adapter_")):
+        if file.is_dir():
+            shutil.rmtree(folder / file.name, ignore_errors=True)
         file.replace(folder / file.name)
     partial.rmdir()
 

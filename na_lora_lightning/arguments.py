@@ -212,21 +212,23 @@ class AdapterArguments:
     """When and where the trained LoRA is written as a plain PEFT adapter folder.
 
     Args:
-        write: ``"fit_end"``, ``"checkpoint"`` for every checkpoint too, or ``"never"``.
+        write: ``"last"`` writes what training ended with; ``"best"`` the best checkpoint of the first callback that
+            monitors a metric; ``"each"`` every checkpoint too, each over the former; ``"never"`` nothing. The former
+            words ``"fit_end"`` and ``"checkpoint"`` stand for ``"last"`` and ``"each"``.
         folder: The folder; None stands for ``adapter`` in the run's log folder.
 
     Raises:
         ConfigurationError: A value is unknown.
     """
 
-    write: Literal["fit_end", "checkpoint", "never"] = "fit_end"
+    write: Literal["last", "best", "each", "never", "fit_end", "checkpoint"] = "last"
     folder: str | None = None
 
     def __post_init__(self) -> None:
-        if self.write not in ("fit_end", "checkpoint", "never"):
-            raise ConfigurationError(
-                f"adapter.write={self.write!r} is unknown; use 'fit_end', 'checkpoint' or 'never'."
-            )
+        now = {"fit_end": "last", "checkpoint": "each"}.get(self.write, self.write)
+        if now not in ("last", "best", "each", "never"):
+            raise ConfigurationError(f"adapter.write={self.write!r} is unknown; use 'last', 'best', 'each' or 'never'.")
+        object.__setattr__(self, "write", now)
 
 
 def as_group(kind: type[Group], value: Group | Mapping[str, Any], name: str) -> Group:

@@ -14,6 +14,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
+from na_lora_lightning.adapter_module import AdapterModule
 from na_lora_lightning.adapters import CHECKPOINT_KEY
 from na_lora_lightning.arguments import AdapterArguments, LoRAArguments, ScheduleArguments, as_group
 from na_lora_lightning.data.processors import load_processor
@@ -137,6 +138,7 @@ class DualEncoderLightningModule(NALoRALightningModule):
         Raises:
             ConfigurationError: They are others than those given, or there are none.
         """
+        AdapterModule.setup(self, stage)
         names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
         if self._names_are_given and names is not None and list(names) != self.class_names:
             raise ConfigurationError(
@@ -172,17 +174,21 @@ class DualEncoderLightningModule(NALoRALightningModule):
     def _prepare_prompts(self) -> None:
         """Tokenises the prompts of the classes, and makes what depends on their number."""
         assert self.class_names is not None
-        source, config = self.source, self.peft_model.get_base_model().config
-        processor = load_processor(
-            source.resolved_name_or_path, revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
-        prompts = encode_prompts(processor.tokenizer, config, class_prompts(self.class_names, self.templates))
+        config = self.peft_model.get_base_model().config
+        prompts = encode_prompts(self._reader().tokenizer, config, class_prompts(self.class_names, self.templates))
         for name in _PROMPTS:
             value = prompts.get(name)
             self.register_buffer(name, None if value is None else value.to(self.device), persistent=False)
         self.example_inputs = example_inputs(config, prompts)
         self.accuracy = MulticlassAccuracy(len(self.class_names), average="micro").to(self.device)
         self._class_features = None
+
+    @override
+    def _reader(self) -> Any:
+        source = self.source
+        return load_processor(
+            source.resolved_name_or_path, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
 
     @override
     def configure_callbacks(self) -> list[Callback]:

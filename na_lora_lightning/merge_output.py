@@ -10,6 +10,7 @@ from pathlib import Path
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from safetensors import SafetensorError
 
+from na_lora_lightning.adapter_folder import copy_reader, has_tokenizer
 from na_lora_lightning.errors import CheckpointError, ConfigurationError
 from na_lora_lightning.model_loading import BaseModelSource, one_line
 from na_lora_lightning.paths import is_within
@@ -69,10 +70,17 @@ def written_whole(output: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def copy_tokenizer(source: BaseModelSource, output: Path) -> None:
-    """Copies the base model's tokenizer and, for images, its processor; warns where there is none."""
+def copy_tokenizer(source: BaseModelSource, output: Path, adapter: Path) -> None:
+    """Copies the adapter's tokenizer and chat template, or else the base model's, and for images a processor.
+
+    Warns where there is no tokenizer.
+    """
     from transformers import AutoTokenizer
 
+    if has_tokenizer(adapter):
+        _copy_processor(source, output)
+        copy_reader(adapter, output)
+        return
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source.resolved_name_or_path,

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, get_args
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from na_lora_lightning.adapter_folder import end_token_ids, find_base
+from na_lora_lightning.answers import stop_at
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.merge_output import copy_tokenizer, refuse_inputs_as_output, written_whole
 from na_lora_lightning.model_loading import (
@@ -76,10 +78,17 @@ def merge_adapter(arguments: MergeArguments) -> Path:
     else:
         model, source = _from_folder(arguments)
     merged = merge_into_base(model)
+    settings = merged.generation_config
+    if settings is not None:
+        stop_at(settings, end_token_ids(arguments.adapter))
+        # Some models are published with settings that save_pretrained refuses.
+        merged.generation_config = type(settings)()
     with written_whole(output) as folder:
         with without_progress_bars():
             merged.save_pretrained(folder, safe_serialization=True)
-        copy_tokenizer(source, folder)
+        if settings is not None:
+            settings.to_json_file(folder / "generation_config.json")
+        copy_tokenizer(source, folder, arguments.adapter)
     return output
 
 
@@ -133,7 +142,7 @@ def _from_folder(arguments: MergeArguments) -> tuple[PeftModel, BaseModelSource]
     if not (adapter / "adapter_model.safetensors").is_file():
         raise ConfigurationError(f"The adapter {str(adapter)!r} has no adapter_model.safetensors; save it again.")
     config = PeftConfig.from_pretrained(str(adapter))
-    base = arguments.base or config.base_model_name_or_path
+    base = arguments.base or find_base(config.base_model_name_or_path or "", adapter)
     if not base:
         raise ConfigurationError(f"The adapter {str(adapter)!r} does not name its base model; give it with --base.")
     refuse_inputs_as_output(arguments.output, adapter, base)

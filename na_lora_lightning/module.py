@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
@@ -34,6 +35,7 @@ from na_lora_lightning.model_loading import (
     add_lora,
     enable_gradient_checkpointing,
     load_base_model,
+    one_line,
 )
 from na_lora_lightning.model_sharding import require_shardable, shard_model
 from na_lora_lightning.optimization import OptimizerFactory, describe_optimizer, optimizer_factory
@@ -280,6 +282,21 @@ class NALoRALightningModule(AdapterTrainingModule):
     def _log_metrics(self, stage: str) -> None:
         for name, value in self.evaluator.metrics.compute().items():
             self.log(f"{stage}/{name}", value, sync_dist=True)
+
+    @override
+    def _reader(self) -> Any:
+        """The processor or tokenizer of the data, or of the model."""
+        reader = super()._reader()
+        if reader is not None:
+            return reader
+        try:
+            return self._answer_tokenizer()
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            rank_zero_info(
+                f"The model {self.source.name_or_path!r} has no tokenizer that can be loaded ({one_line(error)}), so "
+                "the adapter's folder is without one."
+            )
+            return None
 
     def _answer_tokenizer(self) -> PreTrainedTokenizerBase:
         if self._tokenizer is None:

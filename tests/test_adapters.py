@@ -122,7 +122,9 @@ def test_adapter_names_its_base_by_an_absolute_path(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     trained("base", tmp_path)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == base
+    # From the working directory on, for plain PEFT and for a merge where it was trained.
+    assert config["base_model_name_or_path"] == "./base"
+    assert base not in (tmp_path / "adapter" / "README.md").read_text()
     assert (config["r"], config["lora_alpha"], config["task_type"]) == (2, 4, "CAUSAL_LM")
 
 

@@ -92,8 +92,11 @@ def test_a_model_that_knows_its_answers_gets_all_of_them_right(tmp_path: Path, k
     # A checkpoint says where answers end to a module without data.
     loaded = NALoRALightningModule.load_from_checkpoint(tmp_path / "checkpoints/last.ckpt", model_name_or_path=base)
     assert loaded.peft_model.get_base_model().generation_config.eos_token_id == expected
-    merge_adapter(MergeArguments(tmp_path / "checkpoints" / "last.ckpt", tmp_path / "merged"))
-    assert GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id == expected
+    # So do the adapter's folder, and what is merged from either.
+    assert GenerationConfig.from_pretrained(tmp_path / "adapter").eos_token_id == expected
+    for adapter, output in (("checkpoints/last.ckpt", "other"), ("adapter", "merged")):
+        merge_adapter(MergeArguments(tmp_path / adapter, tmp_path / output))
+        assert GenerationConfig.from_pretrained(tmp_path / output).eos_token_id == expected
 
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     prompt = tokenizer("cccccccc")["input_ids"]

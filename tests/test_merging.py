@@ -98,13 +98,15 @@ def test_an_adapter_for_other_layers_is_refused(tmp_path: Path) -> None:
         merge_adapter(MergeArguments(tmp_path / "adapter", tmp_path / "merged", base=str(tmp_path / "shallow")))
 
 
-def test_a_base_without_tokenizer_merges_with_a_warning(tmp_path: Path) -> None:
+def test_a_base_without_tokenizer_merges_with_that_of_the_adapter(tmp_path: Path) -> None:
     trained(saved_model(tmp_path / "base"), tmp_path)
     for file in (tmp_path / "base").glob("tokenizer*"):
         file.unlink()
+    merge_adapter(MergeArguments(tmp_path / "adapter", tmp_path / "merged"))
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged")("1+2")["input_ids"] == [19, 13, 20]
     with pytest.warns(UserWarning, match="has no tokenizer"):
-        merge_adapter(MergeArguments(tmp_path / "adapter", tmp_path / "merged"))
-    assert (tmp_path / "merged" / "model.safetensors").is_file()
+        merge_adapter(MergeArguments(tmp_path / "checkpoints" / "last.ckpt", tmp_path / "from checkpoint"))
+    assert (tmp_path / "from checkpoint" / "model.safetensors").is_file()
 
 
 def one_line_error(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

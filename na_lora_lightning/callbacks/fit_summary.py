@@ -16,8 +16,8 @@ from typing_extensions import override
 from na_lora_lightning.callbacks import monitor
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.evaluation import EvaluatedAnswer
+from na_lora_lightning.measurements import STAGE, Measurement, WrittenAdapter, heading, validation_metrics
 
-_STAGE = "validation/"
 # The order of the table; what else validation logs comes below.
 _FIRST_METRICS = ("exact_match", "loss", "perplexity", "token_accuracy")
 _LONGEST_TEXT = 200
@@ -28,8 +28,8 @@ class FitSummaryCallback(Callback):
 
     "Before" is Lightning's sanity check of the untrained adapter, and is only a measurement if it covers the whole
     validation data: set ``num_sanity_val_steps=-1`` on the trainer. It is also written to the loggers as step 0, so
-    that validation curves begin at the base model. "After" is the last validation of the fit. Both survive a resumed
-    fit. Whatever was not measured is left out.
+    that validation curves begin at the base model. "After" is the last validation of the fit, of whose step it says so.
+    Both survive a resumed fit. Whatever was not measured is left out.
 
     Args:
         sample_count: Number of answers to print.
@@ -44,6 +44,9 @@ class FitSummaryCallback(Callback):
         self.sample_count = sample_count
         self.metrics_before: dict[str, float] = {}
         self.metrics_after: dict[str, float] = {}
+        # Optimizer steps until then; None where it is not known.
+        self.step_before: int | None = None
+        self.step_after: int | None = None
         self.answers_before: list[EvaluatedAnswer] = []
         self.answers_after: list[EvaluatedAnswer] = []
         self._started = 0.0
@@ -60,19 +63,17 @@ class FitSummaryCallback(Callback):
         """Keeps what validation measured."""
         if trainer.state.fn != "fit":
             return
-        metrics = {
-            name.removeprefix(_STAGE): float(value)
-            for name, value in trainer.callback_metrics.items()
-            if name.startswith(_STAGE)
-        }
+        metrics = validation_metrics(trainer)
         answers = list(getattr(getattr(pl_module, "evaluator", None), "answers", []))[: self.sample_count]
         if not trainer.sanity_checking:
             self.metrics_after, self.answers_after = metrics, answers
+            self.step_after = trainer.global_step
         elif trainer.num_sanity_val_steps == float("inf") and not self._resumed:
             # A few batches would be compared with the whole data, and a resumed fit does not begin at the base model.
             self.metrics_before, self.answers_before = metrics, answers
+            self.step_before = trainer.global_step
             for logger in trainer.loggers:
-                logger.log_metrics({_STAGE + name: value for name, value in metrics.items()}, step=0)
+                logger.log_metrics({STAGE + name: value for name, value in metrics.items()}, step=0)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -81,7 +82,7 @@ class FitSummaryCallback(Callback):
             # Otherwise the bar, which is still live, is drawn once more below the summary.
             trainer.progress_bar_callback.teardown(trainer, pl_module, stage="fit")
         if trainer.is_global_zero:
-            self._print(trainer, getattr(pl_module, "written_adapter_folder", None))
+            self._print(trainer, getattr(pl_module, "written_adapter", None))
         self._resumed = False
 
     @override
@@ -90,6 +91,8 @@ class FitSummaryCallback(Callback):
         return {
             "metrics_before": dict(self.metrics_before),
             "metrics_after": dict(self.metrics_after),
+            "step_before": self.step_before,
+            "step_after": self.step_after,
             "answers_before": [asdict(answer) for answer in self.answers_before],
             "answers_after": [asdict(answer) for answer in self.answers_after],
         }
@@ -100,20 +103,33 @@ class FitSummaryCallback(Callback):
         self._resumed = True
         self.metrics_before = dict(state_dict["metrics_before"])
         self.metrics_after = dict(state_dict["metrics_after"])
+        self.step_before = state_dict.get("step_before", 0 if self.metrics_before else None)
+        self.step_after = state_dict.get("step_after")
         self.answers_before = [EvaluatedAnswer(**answer) for answer in state_dict["answers_before"]]
         self.answers_after = [EvaluatedAnswer(**answer) for answer in state_dict["answers_after"]]
 
-    def _print(self, trainer: Trainer, adapter_folder: object) -> None:
+    @property
+    def measurements(self) -> list[Measurement]:
+        """What was measured before and after training."""
+        return [
+            Measurement("before", self.step_before, self.metrics_before),
+            Measurement("after", self.step_after, self.metrics_after),
+        ]
+
+    def _print(self, trainer: Trainer, adapter: WrittenAdapter | None) -> None:
         console = self._console
         if self.metrics_before or self.metrics_after:
-            console.print(_metrics_table(self.metrics_before, self.metrics_after))
+            console.print(_metrics_table(*self.measurements))
+            if self.metrics_after and self.step_after != trainer.global_step:
+                step = "an unknown step" if self.step_after is None else f"step {self.step_after}"
+                console.print(Text(f"The last validation was at {step}, and training ended at {trainer.global_step}."))
         for index in range(max(len(self.answers_before), len(self.answers_after))):
             console.print(_answer_text(_at(self.answers_before, index), _at(self.answers_after, index)))
         seconds = perf_counter() - self._started
         duration = f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
         lines = [("Time", f"{duration}, {trainer.global_step} optimizer steps")]
-        if adapter_folder is not None:
-            lines.append(("Adapter", str(adapter_folder)))
+        if adapter is not None:
+            lines += [("Adapter", str(adapter.folder)), ("Weights", f"those of {adapter.weights}")]
         lines += [
             ("Curves", f"tensorboard --logdir {logger.log_dir}")
             for logger in trainer.loggers
@@ -128,17 +144,20 @@ def _at(answers: Sequence[EvaluatedAnswer], index: int) -> EvaluatedAnswer | Non
     return answers[index] if index < len(answers) else None
 
 
-def _metrics_table(before: dict[str, float], after: dict[str, float]) -> Table:
+def _metrics_table(first: Measurement, last: Measurement) -> Table:
     table = Table(title="Validation", title_justify="left")
     table.add_column("metric")
-    for column in ("before", "after", "change"):
-        table.add_column(column, justify="right")
+    for entry in (first, last):
+        step = heading(entry.label, entry.step) if entry.metrics else f"{entry.label} (not measured)"
+        table.add_column(step, justify="right")
+    table.add_column("change", justify="right")
+    before, after = first.metrics, last.metrics
     names = [name for name in _FIRST_METRICS if name in before or name in after]
     names += sorted((set(before) | set(after)) - set(names))
     for name in names:
-        first, last = before.get(name), after.get(name)
-        change = "" if first is None or last is None else f"{last - first:+.4g}"
-        table.add_row(name, *("" if value is None else f"{value:.4g}" for value in (first, last)), change)
+        values = before.get(name), after.get(name)
+        change = "" if values[0] is None or values[1] is None else f"{values[1] - values[0]:+.4g}"
+        table.add_row(name, *("" if value is None else f"{value:.4g}" for value in values), change)
     return table
 
 

@@ -68,6 +68,10 @@ def test_prints_what_a_fit_changed(base: str, tmp_path: Path) -> None:
         for part in (answer.prompt, answer.reference, answer.answer, answers_before[index]):
             assert " ".join(part.split()) in printed
     assert f"Adapter  {logger.log_dir}/adapter\n" in printed
+    assert "Weights  those of step 12, the last\n" in printed
+    for heading in ("before (step 0)", "after (step 12)"):
+        assert heading in printed
+    assert "The last validation" not in printed
     assert f"tensorboard --logdir {logger.log_dir}\n" in printed
     assert "12 optimizer steps" in printed
 
@@ -116,6 +120,36 @@ def test_before_is_the_base_model_also_when_resumed(base: str, tmp_path: Path) -
     assert resumed.metrics_before == first.metrics_before
     assert resumed.answers_before == first.answers_before
     assert resumed.metrics_after["loss"] != first.metrics_after["loss"]
+
+
+def test_says_of_which_step_it_is(base: str, tmp_path: Path) -> None:
+    def fit(steps: int, **options: Any) -> str:
+        summary, text = make_summary(sample_count=0)
+        trainer = quiet_trainer(
+            tmp_path, max_epochs=-1, max_steps=steps, check_val_every_n_epoch=1, callbacks=[summary]
+        )
+        trainer.fit(make_module(base, generate=False), Batches(some_batches(3), some_batches(1)), **options)
+        if not options:
+            trainer.save_checkpoint(tmp_path / "cut.ckpt")
+        return text.getvalue()
+
+    cut = fit(5)
+    assert "before (not measured)" in cut
+    assert "after (step 3)" in cut
+    assert "The last validation was at step 3, and training ended at 5.\n" in cut
+    # Two steps more, and no validation among them.
+    resumed = fit(5, ckpt_path=tmp_path / "cut.ckpt")
+    assert "after (step 3)" in resumed
+    assert "The last validation was at step 3, and training ended at 5.\n" in resumed
+
+    # As a checkpoint of an earlier version has it.
+    summary, text = make_summary()
+    summary.load_state_dict(
+        {"metrics_before": {"loss": 2.0}, "metrics_after": {"loss": 1.0}, "answers_before": [], "answers_after": []}
+    )
+    summary._print(quiet_trainer(tmp_path), None)
+    assert "after (unknown step)" in text.getvalue()
+    assert "The last validation was at an unknown step, and training ended at 0.\n" in text.getvalue()
 
 
 def test_the_curve_begins_at_the_base_model(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
