@@ -168,10 +168,16 @@ def patches(kind: str, batch: dict[str, torch.Tensor]) -> int:
 
 @KINDS
 def test_gates_that_nothing_reaches_are_named(kind: str) -> None:
+    """A tower is called by itself, with an image of the size that it is for; a projector cannot be."""
     model = tiny_peft_model(kind)
-    with pytest.raises(DiscoveryError, match=r"(vision_tower|vision_model|visual).*pass\s+example_inputs"):
-        # A few tokens of text do not reach the tower.
-        discover_gates(model).require()
+    with_image = {name: value for name, value in image_batch(kind, [0, 1]).items() if name != "labels"}
+    found, expected = discover_gates(model), discover_gates(model, with_image).require()
+    unreached = {"llava": "multi_modal_projector", "qwen2_vl": "visual"}.get(kind)
+    if unreached is None:
+        assert [site.name for site in found.require()] == [site.name for site in expected]
+        return
+    with pytest.raises(DiscoveryError, match=rf"{unreached}.*pass\s+example_inputs .*, or take .*, or set allow_"):
+        found.require()
 
 
 # Without this package: an import of it fails.

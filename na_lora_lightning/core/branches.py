@@ -77,6 +77,32 @@ def branch_name(root: nn.Module, language_model: str | None, name: str) -> str |
     return ".".join(path[: depth + 1])
 
 
+def half_of(root: nn.Module, name: str) -> tuple[str, Literal["encoder", "decoder"]] | None:
+    """The encoder or the decoder that holds a module, where one stands beside the other.
+
+    Args:
+        root: The model.
+        name: Qualified name of the module.
+
+    Returns:
+        Name of the innermost such half, and which of the two it is; None where the module is in neither, or where
+        another decoder of a Hugging Face model writes the text (those of images have both halves, too).
+    """
+    path = name.split(".")
+    get_decoder = getattr(root, "get_decoder", None)
+    writer = get_decoder() if callable(get_decoder) else None
+    for depth in range(len(path) - 1, 0, -1):
+        around = root.get_submodule(".".join(path[: depth - 1]))
+        beside = [child for child, module in around.named_children() if any(True for _ in module.children())]
+        for own, other in (("encoder", "decoder"), ("decoder", "encoder")):
+            if own not in path[depth - 1] or path[depth - 1] not in beside or not any(other in c for c in beside):
+                continue
+            decoders = [module for child, module in around.named_children() if "decoder" in child]
+            if writer is None or any(writer in set(decoder.modules()) for decoder in decoders):
+                return ".".join(path[:depth]), own  # type: ignore[return-value]
+    return None
+
+
 def part_of(root: nn.Module, language_model: str | None, name: str) -> Part:
     """Which part of a multimodal model a module belongs to.
 

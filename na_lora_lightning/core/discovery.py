@@ -12,34 +12,40 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from na_lora_lightning.core.activations import Activation, activation_of, is_random
 from na_lora_lightning.core.blocks import Blocks, Unadaptable
-from na_lora_lightning.core.branches import branch_name, is_multimodal, language_model_name, part_of, vocabulary_size
+from na_lora_lightning.core.branches import (
+    branch_name,
+    half_of,
+    is_multimodal,
+    language_model_name,
+    part_of,
+)
 from na_lora_lightning.core.discovery_experts import expert_gates, plain_name
 from na_lora_lightning.core.discovery_functional import functional_gates
 from na_lora_lightning.core.lora_layers import (
     active_adapters,
-    is_linear,
     is_lora_layer,
-    is_on_parameter,
     require_lora,
     weight_b,
 )
 from na_lora_lightning.core.pre_activations import ActivationInput
+from na_lora_lightning.core.probe_inputs import require_probe_inputs, what_to_give
 from na_lora_lightning.core.row_probe import positional_rows, probe_rows, storage_rows
 from na_lora_lightning.core.sharding import Shards
 from na_lora_lightning.core.sites import FoundBy, GateMap, GateSite, LeftOut
+from na_lora_lightning.core.token_selection import has_decoder
 from na_lora_lightning.core.tracing import ActivationCall, LinearCall, Trace, trace_forward
 from na_lora_lightning.core.undisturbed import undisturbed
+from na_lora_lightning.core.unreached import parts_to_call, unreached
 from na_lora_lightning.errors import DiscoveryError
 
-_PROBE_TOKENS = 4
 _RANDOM = "it draws random numbers, so its derivative says nothing of a channel"
 
 
@@ -61,29 +67,6 @@ def entrance_of(model: nn.Module) -> nn.Module:
     passes_hooks = tuner is not root and calls is not None and "forward" in calls.co_names
     entrance: nn.Module = tuner if passes_hooks else root
     return entrance
-
-
-def default_inputs(root: nn.Module) -> dict[str, Any]:
-    """A few tokens for the probe.
-
-    Args:
-        root: A Hugging Face language model (its config has a vocabulary size).
-
-    Returns:
-        Keyword arguments for its forward: ``input_ids`` and ``attention_mask``, ``[1, 4]``, int64.
-
-    Raises:
-        DiscoveryError: The model is of another kind, so the caller must give inputs.
-    """
-    vocabulary = vocabulary_size(root)
-    if vocabulary is None:
-        raise DiscoveryError(
-            f"{type(root).__name__} has no vocabulary size in its config, so no probe input can be made for it; pass "
-            "example_inputs, a dictionary of keyword arguments for one small forward pass."
-        )
-    device = next(root.parameters()).device
-    tokens = torch.arange(1, _PROBE_TOKENS + 1, device=device).remainder(vocabulary)[None]
-    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
 
 
 def discover_gates(model: nn.Module, example_inputs: Mapping[str, Any] | None = None) -> GateMap:
@@ -138,52 +121,29 @@ def _discover(model: nn.Module, root: nn.Module, example_inputs: Mapping[str, An
         found.sites += extra.sites
         found.left_out += extra.left_out
     _order(found, root)
-    _assign_branches(found, root)
     called = {call.module for call in trace.linear_calls}
-    found.left_out += _unreached(root, called.union(*({w for _, w in call.wrappers} for call in trace.experts_calls)))
+    found.left_out += unreached(root, called.union(*({w for _, w in call.wrappers} for call in trace.experts_calls)))
+    _assign_branches(found, root)
     return found
 
 
-def _unreached(root: nn.Module, called: set[nn.Module]) -> list[LeftOut]:
-    """Feed-forward blocks with LoRA that the forward pass did not enter, so that their gates are unknown."""
-    reason = (
-        "the probe's forward pass did not call it (an expert that no token was sent to, or a part for images or "
-        "sound); pass example_inputs that reach every part with LoRA"
-    )
-    found: dict[str, LeftOut] = {}
-    for name, module in root.named_modules():
-        if not is_lora_layer(module) or module in called:
-            continue
-        if is_on_parameter(module) and not isinstance(module.base_layer, nn.Linear):
-            found.setdefault(plain_name(name), LeftOut(plain_name(name), "experts", reason, not_supported=True))
-            continue
-        parent_name = name.rpartition(".")[0]
-        parent = root.get_submodule(parent_name)
-        if any(child in called for child in parent.children()):
-            # The block was entered; some blocks read a layer's weight without calling it.
-            continue
-        for child_name, child in parent.named_children():
-            if is_linear(child) or isinstance(child, _DropoutNd) or any(True for _ in child.children()):
-                continue
-            activation = activation_of(child)
-            if activation is not None:
-                full_name = f"{parent_name}.{child_name}"
-                found.setdefault(full_name, LeftOut(full_name, activation.name, reason, not_supported=True))
-    return list(found.values())
-
-
 def _trace(model: nn.Module, root: nn.Module, example_inputs: Mapping[str, Any] | None) -> Trace:
-    inputs = default_inputs(root) if example_inputs is None else _on_device_of(root, example_inputs)
-    try:
-        return trace_forward(root, inputs, model)
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, AssertionError) as error:
-        remedy = "pass example_inputs, a dictionary of keyword arguments for one small forward pass"
-        if example_inputs is not None:
-            remedy = "give example_inputs the names and shapes of one forward pass of this model"
-        raise DiscoveryError(
-            f"{type(root).__name__} does not take {' and '.join(inputs)} alone ({type(error).__name__}: {error}); "
-            f"{remedy}."
-        ) from error
+    given = example_inputs is not None
+    attempts = [_on_device_of(root, example_inputs)] if example_inputs is not None else require_probe_inputs(root)
+    for attempt, inputs in enumerate(attempts):
+        try:
+            return trace_forward(root, inputs, model, None if given else partial(parts_to_call, root))
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, AssertionError) as error:
+            if attempt + 1 < len(attempts):
+                continue
+            remedy = f"pass example_inputs, {what_to_give(root)}"
+            if given:
+                remedy = "give example_inputs the names and shapes of one forward pass of this model"
+            raise DiscoveryError(
+                f"{type(root).__name__} does not take {' and '.join(inputs)} alone ({type(error).__name__}: {error}); "
+                f"{remedy}."
+            ) from error
+    raise AssertionError("there is at least one attempt")
 
 
 def _on_device_of(root: nn.Module, example_inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,14 +159,21 @@ def _on_device_of(root: nn.Module, example_inputs: Mapping[str, Any]) -> dict[st
 
 
 def _assign_branches(gates: GateMap, root: nn.Module) -> None:
-    """Says of each site in which part of a multimodal model it is, and excuses parts that have no LoRA at all."""
-    if not is_multimodal(root):
-        return
+    """Says of each site whose tokens it sees, and excuses parts of a multimodal model that have no LoRA at all."""
+    multimodal = is_multimodal(root)
     language_model = language_model_name(root)
     for site in gates.sites:
         name = branch_name(root, language_model, site.lora_layer_name)
-        site.part = part_of(root, language_model, site.lora_layer_name)
+        half = half_of(root, site.lora_layer_name)
+        if half is not None and (half[1] == "encoder" or not hasattr(root, "config")):
+            name, site.shares_mask = half[0], True
+        elif half is not None and has_decoder(root):
+            name = None
+        if multimodal:
+            site.part = part_of(root, language_model, site.lora_layer_name)
         site.branch = None if name is None else root.get_submodule(name)
+    if not multimodal:
+        return
     with_lora = {branch_name(root, language_model, name) for name, m in root.named_modules() if is_lora_layer(m)}
     for index, entry in enumerate(gates.left_out):
         part = branch_name(root, language_model, plain_name(entry.producers[0])) if entry.gate_without_lora else None

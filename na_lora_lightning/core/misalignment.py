@@ -129,8 +129,8 @@ class MisalignmentMeter:
             [_FEATURE, _SELECTION]
         ]
 
-    def _selection(self, site: GateSite) -> TokenSelection | None:
-        return self._observer.selection_of(site) if self.enabled else None
+    def _selection(self, index: int) -> TokenSelection | None:
+        return self._observer.selection_of(index) if self.enabled else None
 
     def _make_keeper(
         self, store: dict[int, Tensor], index: int, site: GateSite, adapter: str | None
@@ -138,7 +138,7 @@ class MisalignmentMeter:
         """A hook that keeps the looked-at part of a layer's output, summed over adapters, each times its scaling."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            selection = self._selection(site)
+            selection = self._selection(index)
             if selection is None:
                 return
             rows = site.row_slice
@@ -152,7 +152,7 @@ class MisalignmentMeter:
         return hook
 
     def _on_pre_activation(self, index: int, site: GateSite, looked_at: Tensor, weight: Tensor) -> None:
-        if self._selection(site) is None:
+        if self._selection(index) is None:
             return
         if index in self._base:
             self._delta[index] = looked_at - self._base.pop(index)
@@ -167,7 +167,7 @@ class MisalignmentMeter:
         site = self._sites[index]
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            selection = self._selection(site)
+            selection = self._selection(index)
             if index not in self._moved or selection is None:
                 return
             moved, weight = self._moved.pop(index)

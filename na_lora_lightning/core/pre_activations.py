@@ -55,7 +55,13 @@ class ActivationInput(PreActivationSource):
 
     def watch(self, watcher: Watcher) -> torch.utils.hooks.RemovableHandle:
         """See :meth:`PreActivationSource.watch`."""
-        return self.module.register_forward_pre_hook(outside_of_graphs(lambda module, args: watcher(args[0])))
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            # A copy of the model has its hooks.
+            if module is self.module:
+                watcher(args[0])
+
+        return self.module.register_forward_pre_hook(outside_of_graphs(hook))
 
 
 @dataclass(frozen=True)
@@ -90,8 +96,12 @@ class LayerOutput(PreActivationSource):
 
     def watch(self, watcher: Watcher) -> torch.utils.hooks.RemovableHandle:
         """See :meth:`PreActivationSource.watch`."""
-        hook = outside_of_graphs(lambda module, args, output: watcher(self.channels(output.detach())))
-        return self.module.register_forward_hook(hook)
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if module is self.module:
+                watcher(self.channels(output.detach()))
+
+        return self.module.register_forward_hook(outside_of_graphs(hook))
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,10 @@ class GateSite:
             outputs as channels, where each channel also depends a little on the others).
         experts: The stacked experts behind the site, which then stands for one network per expert; None for one.
         part: The part of a multimodal model that the site is in; None in a model of one part.
-        branch: The module of that part where it sees other tokens than the text's (a vision tower, a projector); None
-            where it sees those of the model's ``attention_mask``.
+        branch: The module of that part where it sees other tokens than the text's (a vision tower, a projector, the
+            encoder before a decoder); None where it sees those of the model's ``attention_mask``, or of its decoder.
+        shares_mask: Whether the tokens of the branch are those of the model's ``attention_mask`` where the branch is
+            called without a mask of its own.
     """
 
     name: str
@@ -59,6 +61,7 @@ class GateSite:
     experts: Experts | None = None
     part: Part | None = None
     branch: nn.Module | None = None
+    shares_mask: bool = False
 
     @property
     def channels(self) -> int:
@@ -114,6 +117,7 @@ class LeftOut:
         not_supported: Whether it has LoRA that would train unmasked, because its gates cannot be mapped yet.
         producers: Names of the linear layers, or of the stacked parameters, that make its pre-activation.
         target: Whether PEFT is to be told the ``"modules"`` or the ``"parameters"`` among them.
+        remedy: What helps beside taking the layers out of the LoRA targets.
     """
 
     name: str
@@ -123,6 +127,7 @@ class LeftOut:
     not_supported: bool = False
     producers: tuple[str, ...] = ()
     target: Literal["modules", "parameters"] = "modules"
+    remedy: str | None = None
 
 
 @dataclass
@@ -167,10 +172,12 @@ class GateMap:
         """
         unmapped = [entry for entry in self.left_out if entry.not_supported]
         if unmapped and (not self.sites or not allow_unmasked_gates):
-            remedy = ", or set allow_unmasked_gates=True to train those as plain LoRA does" if self.sites else ""
+            remedies = [unmapped[0].remedy, "take these layers out of the LoRA targets"]
+            if self.sites:
+                remedies.append("set allow_unmasked_gates=True to train those as plain LoRA does")
             raise DiscoveryError(
                 f"the gates of {len(unmapped)} layers with LoRA cannot be masked ({_some(e.name for e in unmapped)}): "
-                f"{unmapped[0].reason}; take these layers out of the LoRA targets{remedy}."
+                f"{unmapped[0].reason}; {', or '.join(remedy for remedy in remedies if remedy)}."
             )
         bare = [entry for entry in self.left_out if entry.gate_without_lora]
         if not self.sites and bare:
@@ -192,9 +199,10 @@ class GateMap:
                 "and a linear layer, so train this model without the NA-LoRA callbacks."
             )
         if bare and not allow_unmasked_gates:
+            layers = _some(sorted({repr(_target_name(producer)) for entry in bare for producer in entry.producers}))
             raise DiscoveryError(
                 f"{len(bare)} of {len(bare) + len(self.sites)} gates have no LoRA ({_some(e.name for e in bare)}); "
-                "extend the LoRA targets to the layers before them, or set allow_unmasked_gates=True to "
+                f"extend the LoRA targets to the layers before them ({layers}), or set allow_unmasked_gates=True to "
                 "leave those gates as they are."
             )
         return self

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from na_lora_lightning.core.activations import ActivationValues
 from na_lora_lightning.core.compilation import outside_of_graphs
 from na_lora_lightning.core.experts import RoutedCall, look_at, routed_call
+from na_lora_lightning.core.passes import ForwardPasses
 from na_lora_lightning.core.pre_activations import Handle
 from na_lora_lightning.core.precision import single_precision
 from na_lora_lightning.core.sites import GateSite
-from na_lora_lightning.core.token_selection import TokenSelection, mask_of_branch, token_mask_of_call
+from na_lora_lightning.core.token_selection import TokenSelection
 from na_lora_lightning.errors import ConfigurationError, DiscoveryError
 
 _CPU_CHUNK_ELEMENTS = 64 * 1536
@@ -122,7 +123,7 @@ class StepStatistics:
     tokens: Tensor
 
 
-class GateObserver:
+class GateObserver(ForwardPasses):
     """Hooks on the model that sum gate statistics over the tokens of an optimizer step.
 
     Args:
@@ -132,12 +133,7 @@ class GateObserver:
         entrance: The module around it whose hooks see the call, where its own do not.
 
     Attributes:
-        labels: Labels of the coming forward passes, ``[batch, length]``, for models that are called without them.
-        selection: Tokens of the recorded forward pass under way, or None outside of one.
-        forward_passes: Recorded forward passes so far.
         nonfinite: Which networks had a sum that was not finite since this was last cleared, ``[networks]`` boolean.
-        enabled: Whether forward passes with gradients are recorded; False while they are not of training.
-        before_pass: Called when a recorded forward pass begins.
     """
 
     def __init__(
@@ -147,16 +143,10 @@ class GateObserver:
         options: ObserverOptions,
         entrance: nn.Module | None = None,
     ) -> None:
-        self._root = root
-        self._entrance = root if entrance is None else entrance
+        super().__init__(root, sites, options.max_tokens, options.exclude_prompt, entrance)
         self.sites = list(sites)
         self.options = options
-        self.selection: TokenSelection | None = None
-        self.forward_passes = 0
-        self.enabled = True
-        self.labels: Tensor | None = None
         self.nonfinite: Tensor | None = None
-        self.before_pass: Callable[[], None] | None = None
         self._collectors: dict[str, Collector] = {}
         self._is_due: dict[str, Callable[[], bool]] = {}
         self._layouts: dict[str, Layout] = {}
@@ -164,7 +154,6 @@ class GateObserver:
         self._tokens: Tensor | None = None
         self._calls: dict[int, int] = {}
         self._routed: dict[nn.Module, RoutedCall] = {}
-        self._branch_selections: dict[nn.Module, TokenSelection] = {}
         self._networks_of_site = Layout([(site.networks, 1) for site in sites], torch.device("cpu")).site_slices
         self._handles: list[Handle | torch.utils.hooks.RemovableHandle] = []
         self._listeners: list[Listener] = []
@@ -203,14 +192,10 @@ class GateObserver:
     def attach(self) -> None:
         """Registers the hooks."""
         self._tokens = torch.zeros(sum(site.networks for site in self.sites), device=self.device)
-        begin, end = outside_of_graphs(self._begin), outside_of_graphs(self._end)
-        self._handles.append(self._entrance.register_forward_pre_hook(begin, with_kwargs=True))
-        self._handles.append(self._entrance.register_forward_hook(end, always_call=True))
-        begin_experts, begin_branch = outside_of_graphs(self._begin_experts), outside_of_graphs(self._begin_branch)
+        self._handles += self.hook()
+        begin_experts = outside_of_graphs(self._begin_experts)
         for owner in dict.fromkeys(site.experts.owner for site in self.sites if site.experts is not None):
             self._handles.append(owner.register_forward_pre_hook(begin_experts, with_kwargs=True))
-        for branch in dict.fromkeys(site.branch for site in self.sites if site.branch is not None):
-            self._handles.append(branch.register_forward_pre_hook(begin_branch, with_kwargs=True))
         watched: dict[tuple[type, nn.Module], list[int]] = {}
         for index, site in enumerate(self.sites):
             # Sites that share an activation module count its calls together; other sources are a site's own.
@@ -223,9 +208,8 @@ class GateObserver:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.selection = None
+        self.forget_pass()
         self._routed.clear()
-        self._branch_selections.clear()
 
     @property
     def buffers(self) -> list[Tensor]:
@@ -292,35 +276,8 @@ class GateObserver:
                 "turn the patch off, or set allow_silent_sites=True to train those gates unmasked."
             )
 
-    def _begin(self, entrance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # Evaluation runs without gradients; a checkpointed model is run again inside the backward pass; and a copy of
-        # the model that was made in training has its hooks.
-        not_trained = not self.enabled or not torch.is_grad_enabled() or entrance is not self._entrance
-        if not_trained or torch._C._current_graph_task_id() != -1:
-            self.selection = None
-            return
-        if self.before_pass is not None:
-            self.before_pass()
-        mask = token_mask_of_call(self._root, args, kwargs, self.options.exclude_prompt, self.labels)
-        self.selection = TokenSelection(mask, self.options.max_tokens, offset=self.forward_passes)
-        self.forward_passes += 1
+    def _pass_begins(self) -> None:
         self._calls.clear()
-        self._branch_selections.clear()
-
-    def _end(self, entrance: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.selection = None
-
-    def selection_of(self, site: GateSite) -> TokenSelection | None:
-        """Which tokens count at a site in the recorded forward pass under way; None outside of one."""
-        if self.selection is None or site.branch is None:
-            return self.selection
-        return self._branch_selections.get(site.branch)
-
-    def _begin_branch(self, branch: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.selection is not None:
-            mask = mask_of_branch(branch, args, kwargs)
-            selection = TokenSelection(mask, self.options.max_tokens, offset=self.forward_passes)
-            self._branch_selections[branch] = selection
 
     def _begin_experts(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.selection is not None:
@@ -331,14 +288,14 @@ class GateObserver:
 
         def watcher(pre_activation: Tensor) -> None:
             # None outside of a recorded pass: a checkpointed block that is run again in the backward pass, say.
-            if self.selection is None:
+            if self.selection is None and not any(index in self._alone for index in here):
                 return
             call = self._calls.get(key, 0)
             self._calls[key] = call + 1
             with torch.no_grad(), single_precision(pre_activation.device):
                 for index in here:
                     site = self.sites[index]
-                    selection = self.selection_of(site)
+                    selection = self.selection_of(index)
                     if selection is not None and (site.calls is None or call in site.calls):
                         self._record(index, selection, pre_activation)
 

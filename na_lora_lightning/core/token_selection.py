@@ -6,7 +6,7 @@ Everything here is computed on the device without synchronising with it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,10 +22,19 @@ class TokenSelection:
         token_mask: ``[batch, length]``, true for tokens that count, or None where every token does.
         sample: Tokens looked at per site and forward pass at most, or None for all.
         offset: Shifts the sample from one forward pass to the next.
+        fit: Makes a mask for another number of tokens, or None where it cannot.
     """
 
-    def __init__(self, token_mask: Tensor | None, sample: int | None, offset: int) -> None:
+    def __init__(
+        self,
+        token_mask: Tensor | None,
+        sample: int | None,
+        offset: int,
+        fit: Callable[[Tensor, int], Tensor | None] | None = None,
+    ) -> None:
         self._mask = token_mask
+        self._fit = fit
+        self._fitted: dict[int, Tensor | None] = {}
         self._sample = sample
         self._offset = offset
         self._chosen: dict[tuple[int, torch.device], tuple[Tensor | None, Tensor]] = {}
@@ -43,8 +52,8 @@ class TokenSelection:
                 looked_at = tokens if positions is None else positions.numel()
                 weights = torch.full((looked_at,), tokens / looked_at, device=device)
             else:
-                # One pooled token stands for a whole sequence.
-                mask = self._mask.any(dim=1) if tokens == len(self._mask) else self._mask
+                mask = self._mask_of(tokens)
+                assert mask is not None, "it was checked before"
                 real = mask.reshape(-1).to(device, torch.float32)
                 is_sample = positions is not None
                 positions = torch.arange(tokens, device=device) if positions is None else positions
@@ -56,6 +65,20 @@ class TokenSelection:
                 positions = torch.where(weights > 0, positions, real.argmax())
             self._chosen[key] = (positions, weights)
         return self._chosen[key]
+
+    def _mask_of(self, tokens: int) -> Tensor | None:
+        """The mask of ``tokens`` in all; None where it cannot be told."""
+        assert self._mask is not None
+        if tokens == self._mask.numel():
+            return self._mask
+        if tokens == len(self._mask):
+            # One pooled token stands for a whole sequence.
+            return self._mask.any(dim=1)
+        if self._fit is None or tokens % len(self._mask):
+            return None
+        if tokens not in self._fitted:
+            self._fitted[tokens] = self._fit(self._mask, tokens // len(self._mask))
+        return self._fitted[tokens]
 
     def rows(self, values: Tensor, name: str) -> Tensor:
         """The looked-at tokens of ``values``.
@@ -104,6 +127,10 @@ class TokenSelection:
     def _check(self, leading: tuple[int, ...], name: str) -> None:
         if self._mask is None or leading in (tuple(self._mask.shape), (self._mask.numel(),), (len(self._mask), 1)):
             return
+        if leading[0] == len(self._mask) or len(leading) == 1:
+            tokens = torch.Size(leading).numel()
+            if tokens not in (len(self._mask), self._mask.numel()) and self._mask_of(tokens) is not None:
+                return
         raise DataError(
             f"the padding mask of shape {tuple(self._mask.shape)} cannot be matched to the gate {name!r}, "
             f"which sees tokens of shape {leading}, so padding would enter the statistics; train with unpadded "
@@ -111,11 +138,14 @@ class TokenSelection:
         )
 
 
-# Under these names vision towers are told which patches are padding, and text encoders which tokens.
+# Under these names vision towers are told which patches are padding, and text encoders which tokens; 1 is real.
 _BRANCH_MASKS = ("patch_attention_mask", "pixel_attention_mask", "attention_mask")
+# torch's own transformers call padding true.
+_PADDING = ("src_key_padding_mask", "tgt_key_padding_mask")
+MASKS = (*_BRANCH_MASKS, *_PADDING, "decoder_attention_mask")
 
 
-def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
     """The arguments of a forward call by their names."""
     if not args:
         return kwargs
@@ -133,11 +163,66 @@ def mask_of_branch(branch: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     Returns:
         ``[images or sequences, tokens]`` boolean, or None where the call has no such mask and every token counts.
     """
-    given = _by_name(branch, args, kwargs)
+    given = by_name(branch, args, kwargs)
     for name in _BRANCH_MASKS:
         mask = given.get(name)
         if isinstance(mask, Tensor) and mask.ndim in (2, 3) and not mask.is_floating_point():
             return mask.flatten(1).bool()
+    return _mask_of_padding(given)
+
+
+def _mask_of_padding(given: Mapping[str, Any]) -> Tensor | None:
+    padding = next((given[name] for name in _PADDING if isinstance(given.get(name), Tensor)), None)
+    return ~padding if padding is not None and padding.ndim == 2 and padding.dtype == torch.bool else None
+
+
+def shared_mask(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The ``attention_mask`` of a call, ``[batch, length]`` boolean, which an encoder inside of it may not be given."""
+    mask = by_name(module, args, kwargs).get("attention_mask")
+    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def has_decoder(module: nn.Module) -> bool:
+    """Whether a module is an encoder with a decoder, whose ``attention_mask`` is the encoder's."""
+    if any(name.startswith("decoder_") for name in inspect.signature(module.forward).parameters):
+        return True
+    # The two halves have the configuration of the whole.
+    is_half = any(True for _ in module.children()) and not any("decoder" in name for name, _ in module.named_modules())
+    return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False)) and not is_half
+
+
+def _mask_of_decoder(root: nn.Module, kwargs: Mapping[str, Any]) -> Any:
+    """Which of a decoder's tokens are real: as its mask says, or its labels, or its inputs.
+
+    Args:
+        root: An encoder with a decoder.
+        kwargs: Arguments of its call.
+    """
+    mask, labels = kwargs.get("decoder_attention_mask"), kwargs.get("labels")
+    if mask is not None:
+        return mask
+    if isinstance(labels, Tensor) and labels.ndim > 1:
+        # What is padded in a decoder has no label; further dimensions are codebooks.
+        return (labels != -100).flatten(2).any(dim=2) if labels.ndim > 2 else labels != -100
+    tokens, padding = kwargs.get("decoder_input_ids"), _padding_token(root)
+    if isinstance(tokens, Tensor) and tokens.ndim == 2 and padding is not None:
+        # A decoder may begin with the token that pads; none but padding follows padding.
+        real = (tokens != padding).flip(1).cumsum(1).flip(1) > 0
+        real[:, 0] = True
+        return real
+    mask = kwargs.get("attention_mask")
+    if tokens is None and kwargs.get("input_ids") is not None and isinstance(mask, Tensor) and mask.ndim == 2:
+        # For classes and the like the decoder is given the encoder's tokens, shifted by one.
+        return torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], dim=1)
+    return None
+
+
+def _padding_token(root: nn.Module) -> int | None:
+    config = getattr(root, "config", None)
+    for each in (config, getattr(config, "decoder", None), getattr(config, "text_config", None)):
+        token = getattr(each, "pad_token_id", None)
+        if isinstance(token, int):
+            return token
     return None
 
 
@@ -164,13 +249,10 @@ def token_mask_of_call(
     Raises:
         DataError: The attention mask is not ``[batch, length]``, or targets are asked for and no labels are given.
     """
-    kwargs = _by_name(root, args, kwargs)
-    mask = kwargs.get("attention_mask")
-    if getattr(getattr(root, "config", None), "is_encoder_decoder", False):
-        # That is the encoder's; the text is the decoder's, whose padding has no label.
-        mask = kwargs.get("decoder_attention_mask")
-        if mask is None and isinstance(kwargs.get("labels"), Tensor):
-            mask = kwargs["labels"] != -100
+    kwargs = by_name(root, args, kwargs)
+    of_decoder = has_decoder(root)
+    mask = _mask_of_decoder(root, kwargs) if of_decoder else kwargs.get("attention_mask")
+    mask = _mask_of_padding(kwargs) if mask is None else mask
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
@@ -188,6 +270,10 @@ def token_mask_of_call(
             "exclude_prompt needs labels in the model's forward call to tell prompt from completion; pass labels to "
             "the model, or set exclude_prompt=False."
         )
-    targets = torch.zeros_like(labels, dtype=torch.bool)
-    targets[:, :-1] = labels[:, 1:] != -100
+    if of_decoder:
+        # Its inputs are the labels, shifted by one.
+        targets = labels != -100
+    else:
+        targets = torch.zeros_like(labels, dtype=torch.bool)
+        targets[:, :-1] = labels[:, 1:] != -100
     return targets if mask is None else targets & mask

@@ -8,8 +8,8 @@ through the residual stream.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -241,7 +241,12 @@ class _Recorder:
         return hook
 
 
-def trace_forward(root: nn.Module, inputs: Mapping[str, Any], model: nn.Module | None = None) -> Trace:
+def trace_forward(
+    root: nn.Module,
+    inputs: Mapping[str, Any],
+    model: nn.Module | None = None,
+    more: Callable[[set[nn.Module]], Iterable[tuple[nn.Module, Mapping[str, Any]]]] | None = None,
+) -> Trace:
     """Runs one forward pass of ``root`` and records linear layers, stacked experts and childless modules.
 
     Call it where the model is :func:`~na_lora_lightning.core.undisturbed.undisturbed`. Hooks are taken off afterwards.
@@ -250,6 +255,8 @@ def trace_forward(root: nn.Module, inputs: Mapping[str, Any], model: nn.Module |
         root: Model with LoRA layers.
         inputs: Keyword arguments of its forward.
         model: What is around it and passes these arguments on to it, which matters where parameters are sharded.
+        more: Parts of the model to be called afterwards, given the linear layers that were called, and keyword
+            arguments for each; an error in one of them ends it.
 
     Returns:
         The trace, whose tensors hold the graph until it is dropped.
@@ -281,5 +288,8 @@ def trace_forward(root: nn.Module, inputs: Mapping[str, Any], model: nn.Module |
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         shards.entry(root)(**inputs)
+        for part, arguments in more({call.module for call in recorder.trace.linear_calls}) if more is not None else ():
+            with suppress(Exception):
+                part(**arguments)
     shards.reshard()
     return recorder.trace

@@ -61,10 +61,14 @@ def undisturbed(root: nn.Module) -> Iterator[None]:
         root: The model.
     """
     restore = [_keep_parameters(root), _keep_buffers(root), *(_keep_attributes(module) for module in root.modules())]
+    # Its kernels for evaluation work on nested tensors, in which tokens stand elsewhere than in training.
+    fast = torch.backends.mha.get_fastpath_enabled()
     with same_random_state(root), evaluation_mode(root):
         try:
+            torch.backends.mha.set_fastpath_enabled(False)
             yield
         finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
             for undo in restore:
                 undo()
 

@@ -23,7 +23,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from na_lora_lightning.core.discovery import default_inputs, discover_gates, root_of
+from na_lora_lightning.core.discovery import discover_gates, root_of
+from na_lora_lightning.core.probe_inputs import require_probe_inputs
 from na_lora_lightning.core.row_probe import probe_rows, storage_rows
 from na_lora_lightning.errors import DiscoveryError
 
@@ -182,7 +183,7 @@ def test_a_model_without_gates_is_refused() -> None:
     with pytest.raises(DiscoveryError, match="no feed-forward gate was found"):
         discover_gates(model, {"x": torch.randn(1, 4)}).require()
     with pytest.raises(DiscoveryError, match="pass example_inputs"):
-        default_inputs(root_of(model))
+        require_probe_inputs(root_of(model))
 
 
 def test_a_model_without_lora_is_refused() -> None:
