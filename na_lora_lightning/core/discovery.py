@@ -29,6 +29,7 @@ from na_lora_lightning.core.branches import (
 )
 from na_lora_lightning.core.discovery_experts import expert_gates, plain_name
 from na_lora_lightning.core.discovery_functional import functional_gates
+from na_lora_lightning.core.gathered import origin_of
 from na_lora_lightning.core.lora_layers import (
     active_adapters,
     is_lora_layer,
@@ -249,6 +250,7 @@ def _classify(call: ActivationCall, activation: Activation, blocks: Blocks) -> l
             output_layer_name=block.consumer.name,
             output_layer=block.consumer.module,
             found_by=mapped[1],
+            picked_from=origin_of(producer),
         )
         sites.append((call.index, site))
     if sites:

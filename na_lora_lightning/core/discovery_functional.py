@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from na_lora_lightning.core.blocks import Ancestors, Blocks, ancestors
 from na_lora_lightning.core.functional import FunctionalGate, identify, is_linear_in
+from na_lora_lightning.core.gathered import origin_of
 from na_lora_lightning.core.lora_layers import active_adapters, is_lora_layer
 from na_lora_lightning.core.pre_activations import LayerOutput
 from na_lora_lightning.core.sites import GateMap, GateSite, LeftOut
@@ -124,6 +125,7 @@ def _gate_of(
         rows=gate.channels.features,
         output_layer_name=consumer.name,
         output_layer=consumer.module,
+        picked_from=origin_of(producer),
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from na_lora_lightning.core.compilation import outside_of_graphs
+from na_lora_lightning.core.gathered import places, tokens_given
 from na_lora_lightning.core.mask_fitting import MaskFitter
 from na_lora_lightning.core.pre_activations import Handle
 from na_lora_lightning.core.sites import GateSite
@@ -26,7 +27,7 @@ from na_lora_lightning.core.token_selection import (
     shared_mask,
     token_mask_of_call,
 )
-from na_lora_lightning.errors import DiscoveryError
+from na_lora_lightning.errors import DataError, DiscoveryError
 
 _TEXT = ("input_ids", "inputs_embeds")
 
@@ -75,6 +76,9 @@ class ForwardPasses:
         self._sharing = {site.branch for site in sites if site.shares_mask}
         self._shared_mask: Tensor | None = None
         self._of_branches: dict[nn.Module, TokenSelection] = {}
+        # What modules around experts were given, and which of it each expert was.
+        self._given: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self._picked: dict[int, TokenSelection | None] = {}
         # Selections of sites whose layers are called by themselves.
         self._alone: dict[int, TokenSelection] = {}
 
@@ -97,6 +101,9 @@ class ForwardPasses:
         begin_branch = outside_of_graphs(self._begin_branch)
         for branch in self._branches:
             handles.append(branch.register_forward_pre_hook(begin_branch, with_kwargs=True))
+        keep_given = outside_of_graphs(self._keep_given)
+        for around in dict.fromkeys(site.picked_from for site in self._sites if site.picked_from is not None):
+            handles.append(around.register_forward_pre_hook(keep_given, with_kwargs=True))
         for index, site in enumerate(self._sites):
             if site.experts is None:
                 alone = outside_of_graphs(self._make_lone_call(index, site))
@@ -108,12 +115,16 @@ class ForwardPasses:
         self.selection = self._outermost = self._shared_mask = None
         self._of_branches.clear()
         self._alone.clear()
+        self._given.clear()
+        self._picked.clear()
 
     def selection_of(self, index: int) -> TokenSelection | None:
         """Which tokens count at a site in the recorded forward pass under way; None outside of one."""
         branch = self._sites[index].branch
         if self.selection is None:
             return self._alone.get(index)
+        if index in self._picked:
+            return self._picked[index]
         return self.selection if branch is None else self._of_branches.get(branch)
 
     def _pass_begins(self) -> None:
@@ -147,6 +158,35 @@ class ForwardPasses:
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if module is self._outermost:
             self.selection = self._outermost = None
+            self._given.clear()
+            self._picked.clear()
+
+    def _keep_given(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.selection is not None:
+            self._given[module] = args, kwargs
+
+    def _pick(self, index: int, rows: Tensor) -> None:
+        """Says which tokens an expert's layer is given, ``[..., features]``."""
+        site, rows = self._sites[index], rows.detach().reshape(-1, rows.shape[-1])
+        self._picked.pop(index, None)
+        selection = self.selection_of(index)
+        if selection is None or site.picked_from not in self._given:
+            return
+        if not len(rows):
+            self._picked[index] = None
+            return
+        given = tokens_given(*self._given[site.picked_from], rows.shape[-1])
+        real = None if given is None else selection.real(len(given), site.name)
+        if given is None or real is None:
+            return
+        place = places(rows, given)
+        if place is None:
+            raise DataError(
+                f"the gate {site.name!r} sees tokens that are not those which {type(site.picked_from).__name__} was "
+                "given, so padding would enter the statistics; train with unpadded batches (no attention_mask), or "
+                "exclude this layer from the LoRA targets."
+            )
+        self._picked[index] = self._select(real.to(place.device)[place][:, None])
 
     def _begin_branch(self, branch: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.selection is not None:
@@ -163,7 +203,9 @@ class ForwardPasses:
 
         def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
             self._alone.pop(index, None)
-            if layer is not site.lora_layer or self.selection_of(index) is not None or not self._is_trained():
+            if layer is site.lora_layer and site.picked_from is not None and self.selection is not None:
+                self._pick(index, args[0])
+            if layer is not site.lora_layer or self._is_known(index) or not self._is_trained():
                 return
             told = [each for each in (site.branch or self._root,) if _takes(each, MASKS)]
             if told or site.calls is not None:
@@ -178,6 +220,9 @@ class ForwardPasses:
             self.forward_passes += 1
 
         return hook
+
+    def _is_known(self, index: int) -> bool:
+        return index in self._picked or self.selection_of(index) is not None
 
     def _refusal(self, site: GateSite) -> str:
         around = site.branch or self._root

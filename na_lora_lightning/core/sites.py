@@ -45,6 +45,8 @@ class GateSite:
             encoder before a decoder); None where it sees those of the model's ``attention_mask``, or of its decoder.
         shares_mask: Whether the tokens of the branch are those of the model's ``attention_mask`` where the branch is
             called without a mask of its own.
+        picked_from: The module that was given the tokens of which the site sees those that were picked for it, where
+            it is in one expert of several.
     """
 
     name: str
@@ -62,6 +64,7 @@ class GateSite:
     part: Part | None = None
     branch: nn.Module | None = None
     shares_mask: bool = False
+    picked_from: nn.Module | None = None
 
     @property
     def channels(self) -> int:

@@ -268,7 +268,12 @@ class GateObserver(ForwardPasses):
         """
         # What was left out for values that are not finite was seen.
         seen = (tokens if self.nonfinite is None else tokens + self.nonfinite).tolist()
-        silent = [site.name for site, own in zip(self.sites, self._networks_of_site, strict=True) if not any(seen[own])]
+        silent = [
+            site.name
+            for site, own in zip(self.sites, self._networks_of_site, strict=True)
+            # No token may be picked for an expert.
+            if not any(seen[own]) and site.picked_from is None
+        ]
         if silent and not self.options.allow_silent_sites:
             raise DiscoveryError(
                 f"the gates {', '.join(silent[:4])}{' …' if len(silent) > 4 else ''} saw no token in the first "

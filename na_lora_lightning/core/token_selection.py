@@ -80,6 +80,19 @@ class TokenSelection:
             self._fitted[tokens] = self._fit(self._mask, tokens // len(self._mask))
         return self._fitted[tokens]
 
+    def real(self, tokens: int, name: str) -> Tensor | None:
+        """Which of ``tokens`` in all are real, ``[tokens]`` boolean; None where all are.
+
+        Raises:
+            DataError: The padding mask cannot be matched to them.
+        """
+        if self._mask is None:
+            return None
+        self._check((tokens,), name)
+        mask = self._mask_of(tokens)
+        assert mask is not None, "it was checked before"
+        return mask.reshape(-1)
+
     def rows(self, values: Tensor, name: str) -> Tensor:
         """The looked-at tokens of ``values``.
 
