@@ -43,6 +43,9 @@ class AdapterModule(LightningModule):
     Args:
         lora: What the adapter is.
         adapter: When and where it is written as a PEFT folder.
+
+    Attributes:
+        draws_seed: Whether the seed of a run was drawn, and is not an option of it.
     """
 
     model: PeftModel | None
@@ -58,6 +61,7 @@ class AdapterModule(LightningModule):
         self._is_written = False
         self._validated: Measurement | None = None
         self._random_state: Tensor | None = None
+        self.draws_seed = False
         self._options = ResumedOptions()
 
     @property
@@ -83,7 +87,7 @@ class AdapterModule(LightningModule):
         Raises:
             ConfigurationError: The best one is to be written, and nothing tells which that is.
         """
-        self._options = ResumedOptions()
+        self._options = ResumedOptions(draws_seed=self.draws_seed)
         if stage == "fit" and self.adapter.write == "best" and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             monitored_checkpoint(self.trainer)
 
@@ -152,7 +156,7 @@ class AdapterModule(LightningModule):
         require_same_adapter(checkpoint[CHECKPOINT_KEY], describe_adapter(self.peft_model, self.lora))
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
-        self._options = ResumedOptions(checkpoint)
+        self._options = ResumedOptions(checkpoint, self.draws_seed)
         adopt_callback_states(checkpoint, self.trainer)
         if self.trainer.strategy.restore_checkpoint_after_setup:
             # Sharded models load theirs when the fit has started.

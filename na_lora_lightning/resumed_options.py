@@ -14,9 +14,9 @@ from math import ceil
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
+from na_lora_lightning.core.in_force import say
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.resumed_callbacks import adopt_callback_options, describe_callbacks
 from na_lora_lightning.resumed_optimizer import adopt_groups, adopt_rates, describe_groups, require_same_optimizer
@@ -56,9 +56,11 @@ class ResumedOptions:
 
     Args:
         checkpoint: What Lightning has loaded and is going to restore from; None where training begins.
+        draws_seed: Whether the seed is drawn anew for each run, so that another one is no other option.
     """
 
-    def __init__(self, checkpoint: dict[str, Any] | None = None) -> None:
+    def __init__(self, checkpoint: dict[str, Any] | None = None, draws_seed: bool = False) -> None:
+        self._seed = "drawn" if draws_seed else _seed()
         self._checkpoint = checkpoint
         self._saved: Mapping[str, Any] = (checkpoint or {}).get(OPTIONS_KEY, {})
         self._now: dict[str, Any] = {}
@@ -66,7 +68,7 @@ class ResumedOptions:
     @property
     def keeps_random_state(self) -> bool:
         """Whether the random numbers go on as they were: another seed is there to change them."""
-        return bool(self._saved.get("seed_everything", _seed()) == _seed())
+        return bool(self._saved.get("seed_everything", self._seed) == self._seed)
 
     def planned_steps(self, trainer: Trainer) -> float:
         """Optimizer steps of the whole fit, those before the checkpoint included; infinite without a limit.
@@ -106,7 +108,7 @@ class ResumedOptions:
         return {
             **{f"trainer.{name}": value for name, value in _trainer_options(trainer).items()},
             **dict(_module_options(module.hparams)),
-            "seed_everything": _seed(),
+            "seed_everything": self._seed,
             "callbacks": describe_callbacks(trainer),
             "optimizers": [describe_groups(optimizer) for optimizer in trainer.optimizers],
         }
@@ -132,7 +134,7 @@ class ResumedOptions:
             changes += self._adopt_optimizer(checkpoint, number, optimizer, trainer, known=bool(changes))
         changes += adopt_callback_options(checkpoint, self._saved.get("callbacks", {}), trainer)
         if changes:
-            rank_zero_info(f"Training goes on with other options than the checkpoint's: {', '.join(changes)}.")
+            say(f"Training goes on with other options than the checkpoint's: {', '.join(changes)}.")
 
     def _adopt_optimizer(
         self, checkpoint: dict[str, Any], number: int, optimizer: Optimizer, trainer: Trainer, known: bool

@@ -149,6 +149,11 @@ class NALoRACLI(LightningCLI):
             )
 
     @override
+    def _set_seed(self) -> None:
+        self._draws_seed = self._get(self.config, "seed_everything") is True
+        super()._set_seed()
+
+    @override
     def before_instantiate_classes(self) -> None:
         """Fails on a model that cannot be had before data is prepared."""
         model = self._get(self.config, "model")
@@ -218,6 +223,7 @@ class NALoRACLI(LightningCLI):
 
     def fit(self, model: NALoRALightningModule, **options: Any) -> None:
         """Trains, and says how to go on if training is stopped from outside."""
+        model.draws_seed = self._draws_seed
         require_metrics(self.trainer, model, self.datamodule)
         with stopped_from_outside(self.trainer), quiet_writers():
             self.trainer.fit(model, **options)

@@ -57,6 +57,7 @@ class Run:
         given = {name: options.pop(name) for name in module_names if name in options}
         settings = {"optimizer": ADAMW, "schedule": CONSTANT, "lora": LoRAArguments(r=2, alpha=4), **given}
         self.module = NALoRALightningModule(self.base, adapter=AdapterArguments(write="never"), **settings)
+        self.module.draws_seed = options.pop("draws_seed", False)
         rates = Rates()
         saver = options.pop("saver", None) or RunCheckpoint(1, keep=20, dirpath=str(self.folder / "steps"))
         callbacks = [saver, rates, *options.pop("callbacks", [])]
@@ -98,7 +99,7 @@ def run(plain: Path, tmp_path: Path) -> Iterator[Run]:
         def emit(self, message: logging.LogRecord) -> None:
             found.said.append(message.getMessage())
 
-    logger, listener = logging.getLogger("lightning.pytorch.utilities.rank_zero"), Listener()
+    logger, listener = logging.getLogger("na_lora_lightning"), Listener()
     logger.addHandler(listener)
     yield found
     logger.removeHandler(listener)
@@ -209,6 +210,15 @@ def test_what_applies_by_itself_is_said(run: Run, options: dict[str, Any], chang
     run.fit("epoch=1-step=5.ckpt", **options)
     expected = changes or "trainer.gradient_clip_val None → 0.1, trainer.gradient_clip_algorithm None → value"
     assert run.lines == line(expected)
+
+
+def test_a_seed_that_is_drawn_anew_is_no_other_option(run: Run) -> None:
+    dropout = LoRAArguments(r=2, alpha=4, dropout=0.5)
+    run.fit(lora=dropout, draws_seed=True)
+    whole = run.module.state_dict()
+    run.fit(MIDDLE, lora=dropout, seed=7, draws_seed=True)
+    assert run.lines == []
+    assert all(torch.equal(value, run.module.state_dict()[name]) for name, value in whole.items())
 
 
 def test_another_seed_draws_other_dropout(run: Run) -> None:

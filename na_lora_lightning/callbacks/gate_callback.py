@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from na_lora_lightning.callbacks import monitor
@@ -29,6 +29,7 @@ from na_lora_lightning.callbacks.tuner_sweeps import Sweep, batches_shown, follo
 from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.discovery import discover_gates
 from na_lora_lightning.core.importance import TemporalImportance
+from na_lora_lightning.core.in_force import say
 from na_lora_lightning.core.metrics import misalignment_metrics
 from na_lora_lightning.core.optimizers import stepping_optimizer
 from na_lora_lightning.core.saved_options import changed_options, in_words, saved_options
@@ -282,7 +283,7 @@ class GateCallback(Callback, ABC):
         changes |= self._mechanism.load_state_dict(state["mechanism"])
         if changes:
             name = type(self).__name__
-            rank_zero_info(f"{name} goes on with other options than the checkpoint's: {in_words(changes)}.")
+            say(f"{name} goes on with other options than the checkpoint's: {in_words(changes)}.")
         self.controller.observer.forward_passes = int(state["forward_passes"])
         self.controller.observer.reset()
         self.controller.share_gradient_mask()

@@ -13,7 +13,6 @@ It is all that a plain PyTorch loop needs::
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -47,7 +46,6 @@ from na_lora_lightning.core.step_scale import RegimeCollector, StepScale, StepSc
 from na_lora_lightning.core.update import GradientMask, RowUpdate
 from na_lora_lightning.errors import ConfigurationError, UpdateError
 
-_log = logging.getLogger(__name__)
 _IMPORTANCE, _STEP_SCALE, _WATCHED = "importance", "step_scale", "watched"
 
 # Optimizers whose steps are corrected: twice would be once too often.
@@ -337,7 +335,7 @@ class GateController:
         """Restores what :meth:`state_dict` returned; the options are those of this controller, from the next step on.
 
         Returns:
-            Options that differ from those of the state, which a log message of level WARNING names too.
+            Options that differ from those of the state, which one line of the log names too.
 
         Raises:
             ConfigurationError: The state is of other mechanisms or gates, or of options that cannot be changed.
@@ -359,7 +357,7 @@ class GateController:
         self._calls.forget()
         self.share_gradient_mask()
         if changes:
-            _log.warning("NA-LoRA goes on with other options than its saved state has: %s.", in_words(changes))
+            say(f"NA-LoRA goes on with other options than its saved state has: {in_words(changes)}.")
         return changes
 
     def _mechanisms(self) -> dict[str, TemporalImportance | StepScale]:
