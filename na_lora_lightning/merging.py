@@ -78,7 +78,7 @@ def merge_adapter(arguments: MergeArguments) -> Path:
     else:
         model, source = _from_folder(arguments)
     merged = merge_into_base(model)
-    settings = merged.generation_config
+    settings = getattr(merged, "generation_config", None)
     if settings is not None:
         stop_at(settings, end_token_ids(arguments.adapter))
         # Some models are published with settings that save_pretrained refuses.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from na_lora_lightning.adapter_folder import hub_name
+from na_lora_lightning.adapter_folder import hub_name, portable_base
 from na_lora_lightning.measurements import Measurement, heading
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def adapter_card(
         pipeline_tag=task,
         tags=["lora", "na-lora", "transformers", *([f"base_model:adapter:{hub_name(base)}"] if hub_name(base) else [])],
     )
-    name = hub_name(base) or Path(base).name
+    name = str(portable_base(base, None, folder)["base_model_name_or_path"])
     sections = [
         f"# LoRA adapter for {_code(name)}",
         f"A LoRA adapter in the format of PEFT for {_code(name)}"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoProcessor, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from na_lora_lightning.errors import ConfigurationError
 
@@ -74,7 +76,9 @@ def _load(name: str, options: dict[str, Any]) -> Any:
         kind = _processor_class(name, options)
         if kind is None or "video_processor" not in kind.get_attributes():
             raise
-        return without_videos(kind).from_pretrained(name, **options)
+        processor = without_videos(kind).from_pretrained(name, **options)
+        processor.video_settings = _video_settings(name, options)
+        return processor
 
 
 def _processor_class(name: str, options: dict[str, Any]) -> Any:
@@ -84,6 +88,23 @@ def _processor_class(name: str, options: dict[str, Any]) -> Any:
         return PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(name, **options))]
     except (OSError, ValueError, KeyError):
         return None
+
+
+def _video_settings(name: str, options: dict[str, Any]) -> dict[str, Any] | None:
+    """The settings of the part for videos, which are kept for where it can be used."""
+    for file, key in (("processor_config.json", "video_processor"), ("video_preprocessor_config.json", None)):
+        path = cached_file(
+            name,
+            file,
+            revision=options["revision"],
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        values = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+        settings: dict[str, Any] | None = values if key is None else values.get(key)
+        if settings:
+            return settings
+    return None
 
 
 class _NoVideos:
@@ -100,6 +121,7 @@ def without_videos(kind: Any) -> Any:
     class WithoutVideos(kind):
         # Some ask it how many frames a video has, though there is none.
         video_processor = _NoVideos()
+        video_settings: dict[str, Any] | None = None
 
         @classmethod
         def get_attributes(cls) -> list[str]:
@@ -108,6 +130,15 @@ def without_videos(kind: Any) -> Any:
         @classmethod
         def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **keywords: Any) -> Any:
             return super().from_args_and_dict(args, {**processor_dict, "video_processor": None}, **keywords)
+
+        def save_pretrained(self, save_directory: Any, **keywords: Any) -> Any:
+            saved = super().save_pretrained(save_directory, **keywords)
+            path = Path(save_directory) / "processor_config.json"
+            if self.video_settings and path.is_file():
+                settings = {**json.loads(path.read_text(encoding="utf-8")), "video_processor": self.video_settings}
+                settings.pop("video_settings", None)
+                path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            return saved
 
         def __reduce__(self) -> Any:
             return _rebuild_without_videos, (kind, self.__dict__)
