@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
@@ -25,6 +25,13 @@ from na_lora_lightning.adapters import (
     write_adapter_folder,
 )
 from na_lora_lightning.arguments import AdapterArguments, LoRAArguments
+from na_lora_lightning.averaging import (
+    CURRENT_STATE,
+    average_adapter_alone,
+    require_suitable_callbacks,
+    restore_averages,
+    weight_averaging,
+)
 from na_lora_lightning.best_checkpoint import load_best, monitored_checkpoint
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.measurements import Measurement, WrittenAdapter, validation_metrics
@@ -97,9 +104,21 @@ class AdapterModule(LightningModule):
         return self.peft_model(**inputs)
 
     @override
+    def configure_callbacks(self) -> list[Callback]:
+        """None; refuses those that would change or store the base model.
+
+        Raises:
+            ConfigurationError: There is one of them.
+        """
+        if self._trainer is not None:
+            require_suitable_callbacks(self.trainer)
+        return []
+
+    @override
     def on_fit_start(self) -> None:
         """Reports how many parameters train."""
         self._is_written = False
+        average_adapter_alone(self.trainer, self)
         self._options.begin(self.trainer, self)
         trainable, total = self.peft_model.get_nb_trainable_parameters()
         rank_zero_info(f"LoRA trains {trainable:,} of {total:,} parameters ({100 * trainable / total:.3g} %).")
@@ -142,9 +161,10 @@ class AdapterModule(LightningModule):
             # Only the first process writes, and each has random numbers of its own.
             checkpoint[RANDOM_STATE_KEY] = gather_random_states(self.device, self.trainer.world_size)
             self._options.save(checkpoint)
-        if checkpoint["state_dict"]:
-            checkpoint["state_dict"] = without_base_weights(checkpoint["state_dict"], adapter_keys(self))
-            require_finite(checkpoint["state_dict"], checkpoint.get("global_step", 0))
+        for part in ("state_dict", CURRENT_STATE):
+            if checkpoint.get(part):
+                checkpoint[part] = without_base_weights(checkpoint[part], adapter_keys(self))
+                require_finite(checkpoint[part], checkpoint.get("global_step", 0))
         if self.adapter.write == "each" and self._trainer is not None:
             self._write_adapter(checkpoint["state_dict"], f"step {self.trainer.global_step}, a checkpoint")
 
@@ -156,6 +176,7 @@ class AdapterModule(LightningModule):
         require_same_adapter(checkpoint[CHECKPOINT_KEY], describe_adapter(self.peft_model, self.lora))
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
+        restore_averages(checkpoint, self.state_dict(), bool(weight_averaging(self.trainer)))
         self._options = ResumedOptions(checkpoint, self.draws_seed)
         adopt_callback_states(checkpoint, self.trainer)
         if self.trainer.strategy.restore_checkpoint_after_setup:
@@ -194,7 +215,8 @@ class AdapterModule(LightningModule):
         # A collective call where the parameters are sharded.
         state = self.trainer.strategy.lightning_module_state_dict()
         require_finite(without_base_weights(state, adapter_keys(self)), self.trainer.global_step)
-        self._write_adapter(state, f"step {self.trainer.global_step}, the last")
+        averaged = ", an average over steps" if weight_averaging(self.trainer) else ""
+        self._write_adapter(state, f"step {self.trainer.global_step}, the last{averaged}")
 
     def _write_adapter(self, state: Mapping[str, Tensor], weights: str, best: Measurement | None = None) -> None:
         folder = self.adapter.folder

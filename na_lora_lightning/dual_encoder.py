@@ -7,7 +7,6 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
 from torch import Tensor
 from torch.nn import functional
 from torchmetrics import MeanMetric
@@ -193,7 +192,7 @@ class DualEncoderLightningModule(NALoRALightningModule):
     @override
     def configure_callbacks(self) -> list[Callback]:
         """None: the speed of training is not one in tokens."""
-        return []
+        return AdapterModule.configure_callbacks(self)
 
     def class_logits(self, batch: Mapping[str, Any]) -> Tensor:
         """Scores of the images of a batch for the classes.

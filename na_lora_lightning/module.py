@@ -202,7 +202,7 @@ class NALoRALightningModule(AdapterTrainingModule):
     @override
     def configure_callbacks(self) -> list[Callback]:
         """Measures tokens per second."""
-        return [ThroughputCallback()]
+        return [*super().configure_callbacks(), ThroughputCallback()]
 
     def metric_names(self) -> set[str]:
         """Names of the metrics that a fit logs and callbacks can monitor."""

@@ -10,7 +10,8 @@ from operator import attrgetter
 from typing import Any
 
 from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from torch.optim.swa_utils import AveragedModel
 
 from na_lora_lightning.errors import ConfigurationError
 
@@ -85,6 +86,21 @@ def unlogged_metrics(trainer: Trainer) -> tuple[int, int, dict[str, float]]:
 def set_received_sigterm(trainer: Trainer, received: bool) -> None:
     """Has the trainer stop, or not, after this batch, as it does once it was sent SIGTERM."""
     _read(trainer, "_signal_connector").received_sigterm = received
+
+
+def averaged_model(callback: Callback) -> AveragedModel:
+    """The averages that a callback keeps during a fit.
+
+    Raises:
+        ConfigurationError: This version of Lightning keeps them elsewhere.
+    """
+    average = getattr(callback, "_average_model", None)
+    if not isinstance(average, AveragedModel):
+        raise ConfigurationError(
+            f"this version of lightning keeps no averages in {type(callback).__name__}, so that they cannot be kept to "
+            "the adapter; install the version that is named in constraints.txt."
+        )
+    return average
 
 
 def require_progress(trainer: Trainer) -> None:
