@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from na_lora_lightning import __version__
+from na_lora_lightning.cli_output import unread_output_is_dropped
 from na_lora_lightning.errors import NALoRAError
 
 _HELP = """\
@@ -58,7 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 2 if the user has something to correct, which is then on stderr in one line.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    with unread_output_is_dropped():
+        return _run(list(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(given: list[str]) -> int:
     if not given or given[0] in ("-h", "--help"):
         print(_HELP, end="")
         return 0 if given else 2

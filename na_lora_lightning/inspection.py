@@ -159,9 +159,10 @@ def main(arguments: list[str]) -> int:
     Raises:
         NALoRAError: The model or the options cannot be used, or a gate has no LoRA (after the table was printed).
     """
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentError, ArgumentParser
 
     from na_lora_lightning.arguments import LoRAArguments
+    from na_lora_lightning.cli_errors import explain
     from na_lora_lightning.model_loading import BaseModelSource
 
     parser = ArgumentParser(
@@ -170,12 +171,17 @@ def main(arguments: list[str]) -> int:
             "Show which gates a model has, which activation each uses, and which LoRA rows make it. Only the model's "
             "configuration is read, not its weights."
         ),
+        exit_on_error=False,
     )
     parser.add_argument("model", type=str, help="folder of a model, or its name on the hub")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--trust_remote_code", type=bool, default=False, help="run code that comes with the model")
     parser.add_class_arguments(LoRAArguments, "lora")
-    options = parser.parse_args(arguments)
+    try:
+        options = parser.parse_args(arguments)
+    except ArgumentError as error:
+        keys = {action.dest for action in parser._actions}
+        raise ConfigurationError(explain(str(error), keys, (), ())) from error
     source = BaseModelSource(options.model, trust_remote_code=options.trust_remote_code)
     gates = inspect_model(source, LoRAArguments(**vars(options.lora)))
     if options.json:
