@@ -45,6 +45,8 @@ _SILENCED_WARNINGS = (
     r"The dirpath has changed from",
     # The mechanisms act in training alone, and evaluation has no use for their state.
     r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
+    # Averages are of the adapter alone.
+    r"You're using the WeightAveraging callback with a model that overrides",
 )
 _TWIN = "pytorch_lightning"
 _SILENCED_MESSAGES = ("💡 Tip", "TPU available", "Loading `train_dataloader` to estimate")

@@ -43,7 +43,7 @@ def unread_output_is_dropped() -> Iterator[None]:
     """Lets a command go on to its end when the reader of its output stops, as ``head`` does."""
     streams = sys.stdout, sys.stderr
     output, errors = (stream and _Stream(stream) for stream in streams)
-    sys.stdout, sys.stderr = output, errors  # type: ignore[assignment]
+    sys.stdout, sys.stderr = output, errors
     try:
         yield
     finally:

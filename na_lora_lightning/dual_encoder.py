@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor
 from torch.nn import functional
 from torchmetrics import MeanMetric

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,34 @@ def refuse_inputs_as_output(output: Path, adapter: Path, base: str | None) -> No
                 f"The output {str(output)!r} is the place of the {what} {str(place)!r}, or one of the two is inside "
                 "the other, and the merge would write over what it reads; give another folder."
             )
+
+
+def require_output(output: Path, *, overwrite: bool) -> None:
+    """Checks that a model can be written to a folder, before there is one to be written.
+
+    Args:
+        output: The folder.
+        overwrite: Whether it may have files already.
+
+    Raises:
+        ConfigurationError: It cannot.
+    """
+    place = output.expanduser()
+    if place.exists() and not place.is_dir():
+        raise ConfigurationError(f"The output {str(output)!r} is a file; give a folder.")
+    if (place / "adapter_config.json").exists():
+        # transformers would add it to the merged model.
+        raise ConfigurationError(f"The output folder {str(output)!r} holds an adapter; give another.")
+    if place.is_dir() and any(place.iterdir()) and not overwrite:
+        raise ConfigurationError(
+            f"The output folder {str(output)!r} is not empty; give another, or --overwrite to replace files in it."
+        )
+    existing = next(parent for parent in (place.absolute(), *place.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigurationError(
+            f"The output {str(output)!r} cannot be written, as {str(existing)!r} is a file or not writable; give "
+            "another folder."
+        )
 
 
 @contextmanager

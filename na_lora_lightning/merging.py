@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from na_lora_lightning.adapter_folder import end_token_ids, find_base
 from na_lora_lightning.answers import stop_at
 from na_lora_lightning.errors import ConfigurationError
-from na_lora_lightning.merge_output import copy_tokenizer, refuse_inputs_as_output, written_whole
+from na_lora_lightning.merge_output import copy_tokenizer, refuse_inputs_as_output, require_output, written_whole
 from na_lora_lightning.model_loading import (
     BaseModelSource,
     Dtype,
@@ -66,13 +66,8 @@ def merge_adapter(arguments: MergeArguments) -> Path:
         ConfigurationError: There is no such adapter, it does not fit the base model, or the output is not empty.
     """
     output = arguments.output
-    if output.exists() and not output.is_dir():
-        raise ConfigurationError(f"The output {str(output)!r} is a file; give a folder.")
     refuse_inputs_as_output(output, arguments.adapter, arguments.base)
-    if output.is_dir() and any(output.iterdir()) and not arguments.overwrite:
-        raise ConfigurationError(
-            f"The output folder {str(output)!r} is not empty; give another, or --overwrite to replace files in it."
-        )
+    require_output(output, overwrite=arguments.overwrite)
     if arguments.adapter.is_file():
         model, source = _from_checkpoint(arguments)
     else:

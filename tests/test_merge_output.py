@@ -74,6 +74,24 @@ def test_nor_where_the_checkpoint_is(tmp_path: Path, output: str) -> None:
         merge_adapter(MergeArguments(checkpoint, tmp_path / output, overwrite=True))
 
 
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("other", "holds an adapter; give another"),
+        ("file/merged", "cannot be written, as .*file' is a file or not writable"),
+        ("file", "is a file; give a folder"),
+    ],
+)
+def test_outputs_that_cannot_be_are_refused_before_anything_is_loaded(
+    tmp_path: Path, output: str, message: str
+) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "adapter_config.json").write_text("{}")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigurationError, match=message):
+        merge_adapter(MergeArguments(tmp_path / "no adapter", tmp_path / output, overwrite=True))
+
+
 @pytest.mark.parametrize("exists", [False, True])
 def test_a_merge_that_fails_leaves_no_model(tmp_path: Path, exists: bool) -> None:
     output = tmp_path / "merged"
