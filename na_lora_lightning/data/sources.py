@@ -7,10 +7,12 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder, load_from_disk
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetsError
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from na_lora_lightning.data.csv_files import read_csv
 from na_lora_lightning.data.json_files import read_json
@@ -31,6 +33,8 @@ _SPLIT = re.compile(r"\w[\w.\-]*(\[[^\]]*\])?(\+.+)?")
 _FAILURES = (DatasetsError, pa.ArrowException, LookupError, OSError, RuntimeError, TypeError, ValueError)
 # What records are made of, by which a table is known to be one.
 _COLUMNS = frozenset({"messages", "prompt", "completion", "tools", "image", "images", "label"})
+# Where ``datasets`` looks for what is said about the images of a folder.
+_LISTINGS = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _PATTERN_CHARACTERS = re.compile(r"[*?\[\]{}]|::")
 
 
@@ -148,11 +152,35 @@ def _load_files_of(path: Path, split: str, names: frozenset[str]) -> Dataset:
     path = _readable_name(path)
     builder = load_dataset_builder(path=str(path))
     files = {str(name): [Path(file) for file in listed] for name, listed in (builder.config.data_files or {}).items()}
+    listings = {name: [file for file in listed if file.name in _LISTINGS] for name, listed in files.items()}
+    if isinstance(builder, ImageFolder) and all(listings.values()):
+        return Splits(lambda name: _read_listings(listings[name], names), list(files)).select(split)
     suffixes = {file.suffix.lower() for listed in files.values() for file in listed}
     if not suffixes <= set(_READERS) or len({_READERS[suffix] for suffix in suffixes}) != 1:
         # Images, and whatever else ``datasets`` knows.
         return load_dataset(path=str(path), split=split)
     return Splits(lambda name: _read(files[name], names), list(files)).select(split)
+
+
+def _read_listings(paths: list[Path], names: frozenset[str]) -> Dataset:
+    """Reads what is said about the images of a folder, whose paths become those of files."""
+    tables = []
+    for path in paths:
+        table = _read([path], names)
+        for listed in table.column_names:
+            kind = re.fullmatch(r"(.*_)?file_name(s?)", listed)
+            if kind is not None:
+                place = (kind[1] or "image_")[:-1] + ("" if kind[1] else kind[2])
+                values = [_in_folder(path.parent, value) for value in table[listed]]
+                table = table.remove_columns(listed).add_column(place, values)
+        tables.append(table)
+    return concatenate_datasets(tables)
+
+
+def _in_folder(folder: Path, name: Any) -> Any:
+    if isinstance(name, list):
+        return [_in_folder(folder, each) for each in name]
+    return None if name is None else str(folder / str(name))
 
 
 def _readable_name(path: Path) -> Path:
