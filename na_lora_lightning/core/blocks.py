@@ -175,6 +175,11 @@ class Blocks:
             mixing = next((branch.name for branch in branches if _mixes_tokens(branch, consumer)), None)
         return None if mixing is None else f"between {mixing} and {consumer.name} tokens are mixed"
 
+    def is_of_vectors(self, call: LinearCall) -> bool:
+        """Whether a layer is given one vector for each sample, made of no tokens: an embedding of time, say."""
+        before = self.linear_calls(ancestors(call.source.grad_fn).leaves)
+        return call.source.ndim == 2 and all(self.is_of_vectors(other) for other in before)
+
     def _holder_of_weights(self, call: ActivationCall) -> str | None:
         """The class of a module beside the activation that holds matrices for several experts in some other way."""
         parent = self._root.get_submodule(call.name.rpartition(".")[0])

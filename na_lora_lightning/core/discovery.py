@@ -121,6 +121,7 @@ def _discover(model: nn.Module, root: nn.Module, example_inputs: Mapping[str, An
     for extra in (expert_gates(trace, activations), functional_gates(blocks)):
         found.sites += extra.sites
         found.left_out += extra.left_out
+    _excuse_vectors(found, blocks)
     _order(found, root)
     called = {call.module for call in trace.linear_calls}
     found.left_out += unreached(root, called.union(*({w for _, w in call.wrappers} for call in trace.experts_calls)))
@@ -180,6 +181,19 @@ def _assign_branches(gates: GateMap, root: nn.Module) -> None:
         part = branch_name(root, language_model, plain_name(entry.producers[0])) if entry.gate_without_lora else None
         if entry.gate_without_lora and part not in with_lora:
             reason = f"its part of the model ({part or language_model or 'the text side'}) has no LoRA"
+            gates.left_out[index] = replace(entry, gate_without_lora=False, reason=reason)
+
+
+def _excuse_vectors(gates: GateMap, blocks: Blocks) -> None:
+    """Excuses gates that tell a network of tokens the time, or the like, where none of these has LoRA."""
+    calls = {call.name: call for call in blocks.trace.linear_calls}
+    of_sites = [calls[site.lora_layer_name] for site in gates.sites if site.lora_layer_name in calls]
+    if not any(call.source.ndim > 2 for call in of_sites) or any(blocks.is_of_vectors(call) for call in of_sites):
+        return
+    for index, entry in enumerate(gates.left_out):
+        makers = [calls[name] for name in entry.producers if name in calls]
+        if entry.gate_without_lora and makers and all(map(blocks.is_of_vectors, makers)):
+            reason = "it acts on one vector for each sample, such as an embedding of time, and none of these has LoRA"
             gates.left_out[index] = replace(entry, gate_without_lora=False, reason=reason)
 
 

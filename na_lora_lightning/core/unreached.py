@@ -89,9 +89,8 @@ def _only_takes(layers: dict[str, nn.Module], name: str) -> bool:
     others = [_sizes(layer) for other, layer in layers.items() if other != name]
     makes = any(other_in in (out, out // 2) for other_in, _ in others)
     takes = any(other_out in (into, 2 * into) for _, other_out in others)
-    last = list(layers)[-1] == name
-    # Where all are of one size, the one that was made last takes.
-    return takes and (not makes or (into == out and last))
+    # Where sizes fit both ways, the layer that was made last takes.
+    return takes and (not makes or list(layers)[-1] == name)
 
 
 def _sizes(layer: nn.Module) -> tuple[int, int]:
