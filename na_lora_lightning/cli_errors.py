@@ -130,7 +130,9 @@ def errors_of_lightning(what: str, *also: type[Exception]) -> Iterator[None]:
 
 def in_one_sentence(error: BaseException) -> str:
     """The first line of an error's message, its sentences joined, without the full stop."""
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    # A KeyError shows its message as a quoted name.
+    message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    line = next((line.strip() for line in message.splitlines() if line.strip()), type(error).__name__)
     joined = line.replace(". HINT: Try running", "; try").replace(". ", "; ").rstrip(".:")
     return joined if len(joined) <= _LONGEST else line.split(". ")[0].rstrip(".:")
 

@@ -84,7 +84,8 @@ def _options(callback: Callback) -> Iterator[tuple[str, Any]]:
     for name in inspect.signature(type(callback)).parameters:
         value = getattr(callback, name, getattr(callback, f"_{name}", callback))
         if name not in _LEFT_OUT and isinstance(value, _PLAIN):
-            yield name, value
+            # EarlyStopping turns its sign with the mode.
+            yield name, abs(value) if name == "min_delta" and isinstance(value, float) else value
 
 
 def _find_state(states: dict[str, Any], callback: ModelCheckpoint) -> None:

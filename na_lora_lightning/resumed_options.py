@@ -68,7 +68,7 @@ class ResumedOptions:
     @property
     def keeps_random_state(self) -> bool:
         """Whether the random numbers go on as they were: another seed is there to change them."""
-        return bool(self._saved.get("seed_everything", self._seed) == self._seed)
+        return self._seed is None or bool(self._saved.get("seed_everything", self._seed) == self._seed)
 
     def planned_steps(self, trainer: Trainer) -> float:
         """Optimizer steps of the whole fit, those before the checkpoint included; infinite without a limit.
@@ -128,7 +128,11 @@ class ResumedOptions:
         changes = [
             f"{name} {_shown(former[name])} → {_shown(now)}"
             for name, now in self._now.items()
-            if name not in ("callbacks", "optimizers") and name in former and former[name] != now
+            if name not in ("callbacks", "optimizers")
+            and name in former
+            and former[name] != now
+            # Without a seed the random numbers go on.
+            and not (name == "seed_everything" and now is None)
         ]
         for number, optimizer in enumerate(trainer.optimizers):
             changes += self._adopt_optimizer(checkpoint, number, optimizer, trainer, known=bool(changes))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from module_helpers import quiet_trainer, saved_model, write_records
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback
@@ -21,7 +21,7 @@ from na_lora_lightning.callbacks.run_checkpoint import RunCheckpoint
 from na_lora_lightning.data import InstructionDataModule
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.module import NALoRALightningModule
-from na_lora_lightning.resumed_options import OPTIONS_KEY
+from na_lora_lightning.resumed_options import OPTIONS_KEY, ResumedOptions
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
 CONSTANT = ScheduleArguments(name="constant", warmup_fraction=0.0)
@@ -272,10 +272,34 @@ def test_checkpoints_of_earlier_versions_load_and_their_groups_are_compared(run:
 
 def test_patience_of_now_applies(run: Run) -> None:
     run.fit(callbacks=[EarlyStopping("train/loss", patience=9)])
-    stopping = EarlyStopping("train/loss", patience=2)
+    stopping = EarlyStopping("train/loss", patience=2, min_delta=0.5)
     run.fit("epoch=1-step=5.ckpt", callbacks=[stopping])
-    assert stopping.patience == 2
-    assert run.lines == line("EarlyStopping.patience 9 → 2")
+    assert (stopping.patience, stopping.min_delta) == (2, -0.5)
+    assert run.lines == line("EarlyStopping.min_delta 0.0 → 0.5, EarlyStopping.patience 9 → 2")
+
+
+def test_a_checkpoint_callback_that_saves_more_often_knows_its_files(run: Run) -> None:
+    def saver(every: int, keep: int) -> ModelCheckpoint:
+        return ModelCheckpoint(
+            run.folder / "best", "{step}", "train/loss", save_top_k=keep, every_n_train_steps=every, mode="min"
+        )
+
+    first = saver(1, 6)
+    run.fit(saver=first)
+    best = sorted(first.best_k_models, key=lambda path: float(first.best_k_models[path]))
+    second = saver(2, 3)
+    run.fit("../best/step=6.ckpt", saver=second)
+    assert sorted(second.best_k_models) == sorted(best[:3])
+    assert second.kth_best_model_path == best[2]
+    assert run.lines == line("ModelCheckpoint.save_top_k 6 → 3, ModelCheckpoint.every_n_train_steps 1 → 2")
+
+
+def test_without_a_seed_random_numbers_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    options = ResumedOptions({OPTIONS_KEY: {"seed_everything": 3}})
+    assert not options.keeps_random_state
+    monkeypatch.delenv("PL_GLOBAL_SEED")
+    assert ResumedOptions({OPTIONS_KEY: {"seed_everything": 3}}).keeps_random_state
 
 
 def test_fewer_checkpoints_are_kept(run: Run) -> None:
