@@ -33,12 +33,14 @@ from na_lora_lightning.averaging import (
     weight_averaging,
 )
 from na_lora_lightning.best_checkpoint import load_best, monitored_checkpoint
+from na_lora_lightning.callbacks.run_folder import require_own_adapter, run_callback, run_folder
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.measurements import Measurement, WrittenAdapter, validation_metrics
 from na_lora_lightning.model_card import adapter_card
 from na_lora_lightning.nonfinite import require_finite
 from na_lora_lightning.resumed_callbacks import adopt_callback_states
 from na_lora_lightning.resumed_options import ResumedOptions
+from na_lora_lightning.run_folders import is_dry_run
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -67,6 +69,7 @@ class AdapterModule(LightningModule):
         self.written_adapter: WrittenAdapter | None = None
         self._is_written = False
         self._validated: Measurement | None = None
+        self._callbacks_of_fit: list[Callback] = []
         self._random_state: Tensor | None = None
         self.draws_seed = False
         self._options = ResumedOptions()
@@ -95,7 +98,7 @@ class AdapterModule(LightningModule):
             ConfigurationError: The best one is to be written, and nothing tells which that is.
         """
         self._options = ResumedOptions(draws_seed=self.draws_seed)
-        if stage == "fit" and self.adapter.write == "best" and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if stage == "fit" and self.adapter.write == "best" and not is_dry_run(self.trainer):
             monitored_checkpoint(self.trainer)
 
     @override
@@ -120,6 +123,10 @@ class AdapterModule(LightningModule):
         self._is_written = False
         average_adapter_alone(self.trainer, self)
         self._options.begin(self.trainer, self)
+        self._callbacks_of_fit = list(self.trainer.callbacks)  # type: ignore[attr-defined]
+        if self.adapter.write != "never" and not is_dry_run(self.trainer):
+            is_named = self.adapter.folder is not None
+            require_own_adapter(self.trainer, self._adapter_folder(), is_named, self.written_adapter_folder)
         trainable, total = self.peft_model.get_nb_trainable_parameters()
         rank_zero_info(f"LoRA trains {trainable:,} of {total:,} parameters ({100 * trainable / total:.3g} %).")
         for logger in self.loggers:
@@ -137,13 +144,14 @@ class AdapterModule(LightningModule):
     def on_train_end(self) -> None:
         """Writes the adapter."""
         self._is_written = self.adapter.write != "never"
-        if self._is_written:
+        if self._is_written and not self._writes_nothing():
             self._write_trained()
 
     @override
     def on_fit_end(self) -> None:
         """Writes the adapter where the checkpoint to go on from was the last one, so that there was no training."""
-        if self.adapter.write != "never" and not self._is_written and self.trainer.global_step > 0:
+        is_due = self.adapter.write != "never" and not self._is_written and self.trainer.global_step > 0
+        if is_due and not is_dry_run(self.trainer):
             self._write_trained()
             rank_zero_info(f"Training had ended already; its adapter is now in {str(self.written_adapter_folder)!r}.")
 
@@ -165,7 +173,7 @@ class AdapterModule(LightningModule):
             if checkpoint.get(part):
                 checkpoint[part] = without_base_weights(checkpoint[part], adapter_keys(self))
                 require_finite(checkpoint[part], checkpoint.get("global_step", 0))
-        if self.adapter.write == "each" and self._trainer is not None:
+        if self.adapter.write == "each" and self._trainer is not None and not self._writes_nothing():
             self._write_adapter(checkpoint["state_dict"], f"step {self.trainer.global_step}, a checkpoint")
 
     @override
@@ -199,6 +207,19 @@ class AdapterModule(LightningModule):
         result.missing_keys.clear()
         return result
 
+    def _writes_nothing(self) -> bool:
+        """Whether this is a dry run, or a sweep of a finder, which has other callbacks than the fit or precedes it."""
+        trainer = self.trainer
+        is_fit = trainer.state.fn == "fit" and trainer.state.status == "running"
+        current = trainer.callbacks  # type: ignore[attr-defined]
+        return is_dry_run(trainer) or (
+            is_fit and (not self._callbacks_of_fit or any(former not in current for former in self._callbacks_of_fit))
+        )
+
+    def _adapter_folder(self) -> Path:
+        # The trainer broadcasts it, so every process has to ask.
+        return run_folder(self.trainer) / "adapter" if self.adapter.folder is None else Path(self.adapter.folder)
+
     def _write_trained(self) -> None:
         """Writes the adapter at the end of a fit."""
         best = monitored_checkpoint(self.trainer) if self.adapter.write == "best" else None
@@ -219,15 +240,11 @@ class AdapterModule(LightningModule):
         self._write_adapter(state, f"step {self.trainer.global_step}, the last{averaged}")
 
     def _write_adapter(self, state: Mapping[str, Tensor], weights: str, best: Measurement | None = None) -> None:
-        folder = self.adapter.folder
-        if folder is None:
-            # The trainer broadcasts it, so every process has to ask.
-            folder = str(Path(self.trainer.log_dir or self.trainer.default_root_dir) / "adapter")
+        folder, run = self._adapter_folder(), run_callback(self.trainer)
         if self.trainer.is_global_zero:
-            card = adapter_card(
-                self.peft_model, self.trainer, self.hparams, weights, self._measurements(best), Path(folder)
-            )
-            path = write_adapter_folder(self.peft_model, folder, state, reader=self._reader(), card=card)
+            card = adapter_card(self.peft_model, self.trainer, self.hparams, weights, self._measurements(best), folder)
+            owner = None if run is None or self.adapter.folder is None else run.record.run
+            path = write_adapter_folder(self.peft_model, folder, state, reader=self._reader(), card=card, run=owner)
             self.written_adapter = WrittenAdapter(path, weights)
         self.trainer.strategy.barrier()
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from na_lora_lightning.adapter_folder import complete_folder, exchange, is_ours
 from na_lora_lightning.arguments import LoRAArguments
 from na_lora_lightning.errors import CheckpointError, ConfigurationError
+from na_lora_lightning.run_record import RunRecord
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -153,6 +154,7 @@ def write_adapter_folder(
     prefix: str = "model.",
     reader: Any = None,
     card: str | None = None,
+    run: str | None = None,
 ) -> Path:
     """Writes the adapter as ``peft`` itself does, for ``PeftModel.from_pretrained(base, folder)``.
 
@@ -167,6 +169,7 @@ def write_adapter_folder(
         prefix: Where in ``state`` the PEFT model is.
         reader: The tokenizer or processor of the model.
         card: The text of its model card.
+        run: The run whose adapter it is, so that no other run replaces it.
 
     Returns:
         The folder.
@@ -176,11 +179,7 @@ def write_adapter_folder(
         CheckpointError: The disk is full, or writing fails otherwise.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or not _holds_adapter_or_nothing(folder)):
-        raise ConfigurationError(
-            f"{str(folder)!r} exists and is no adapter folder, so it is not overwritten; set adapter.folder to "
-            "another name."
-        )
+    require_adapter_folder(folder)
     options: dict[str, Any] = {}
     if state is not None:
         options["state_dict"] = {
@@ -195,6 +194,8 @@ def write_adapter_folder(
         # Left to itself PEFT asks the hub whether the vocabulary was resized, and it never is here.
         model.save_pretrained(str(partial), safe_serialization=True, save_embedding_layers=False, **options)
         complete_folder(model, partial, place, reader, card)
+        if run is not None:
+            RunRecord(run, "ended").write(partial)
         _take_place(partial, place)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -203,6 +204,19 @@ def write_adapter_folder(
             "checkpoint (--ckpt_path last), which writes it again."
         ) from error
     return folder
+
+
+def require_adapter_folder(folder: Path) -> None:
+    """Checks that an adapter can be written to a folder.
+
+    Raises:
+        ConfigurationError: It is something other than a folder for an adapter.
+    """
+    if folder.exists() and (not folder.is_dir() or not _holds_adapter_or_nothing(folder)):
+        raise ConfigurationError(
+            f"{str(folder)!r} exists and is no adapter folder, so it is not overwritten; set adapter.folder to "
+            "another name."
+        )
 
 
 def _take_place(partial: Path, folder: Path) -> None:

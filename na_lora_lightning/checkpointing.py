@@ -10,7 +10,7 @@ import io
 import os
 import pickle
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,56 +24,127 @@ from typing_extensions import override
 from na_lora_lightning.errors import CheckpointError
 
 SUFFIX = ".ckpt"
+# Marks the folder of a run.
+RUN_FILE = ".na_lora_run"
+# Where a checkpoint says of which run it is.
+RUN_KEY = "na_lora_lightning_run"
 
 
 class CheckpointNotWrittenWarning(UserWarning):
     """A checkpoint could not be written, and training goes on without it."""
 
 
-def damage(path: str | Path) -> str | None:
-    """Reads a checkpoint file in full and says what is wrong with it.
-
-    Truncation shows in the archive's directory, which is at the end of the file, and changed bytes show in its
-    checksums, which ``torch.load`` does not look at.
+def checkpoints_below(folder: Path, suffixes: Collection[str] = (SUFFIX,)) -> list[Path]:
+    """Finds checkpoints in a folder and those below it, into which a slash in their names puts them.
 
     Args:
-        path: A local file that ``torch.save`` wrote.
+        folder: Where to look; it need not exist.
+        suffixes: How their names end.
+
+    Returns:
+        Files, and folders of checkpoints that are folders; a link beside what it leads to is left out.
+    """
+    found: list[Path] = []
+    for place, folders, files in os.walk(folder):
+        named = {name for name in (*folders, *files) if name.endswith(tuple(suffixes)) and not name.startswith(".")}
+        found += [Path(place) / name for name in named]
+        # Neither hidden folders nor those of other runs.
+        folders[:] = [
+            name
+            for name in folders
+            if name not in named and not name.startswith(".") and not Path(place, name, RUN_FILE).exists()
+        ]
+    originals = {path.resolve() for path in found if not path.is_symlink()}
+    return [path for path in found if path.exists() and not (path.is_symlink() and path.resolve() in originals)]
+
+
+def damage(path: str | Path) -> str | None:
+    """Reads a checkpoint in full and says what is wrong with it.
+
+    Truncation shows in the archive's directory, which is at the end of the file, and changed bytes show in its
+    checksums, which ``torch.load`` does not look at. Of a checkpoint that is a folder, whose parts several processes
+    write, the file that is written last is looked for.
+
+    Args:
+        path: A local file that ``torch.save`` wrote, or a folder that a sharding strategy did.
 
     Returns:
         A few words, or None for an intact file.
     """
+    path = Path(path)
+    if path.is_dir():
+        if (path / "meta.pt").is_file():
+            return damage(path / "meta.pt") if (path / ".metadata").is_file() else "it is incomplete"
+        return None if (path / "checkpoint").is_dir() else "it is incomplete"
     try:
         with zipfile.ZipFile(path) as archive:
             changed = archive.testzip()
     except (zipfile.BadZipFile, EOFError, ValueError):
-        return "it is incomplete" if Path(path).stat().st_size else "it is empty"
+        return "it is incomplete" if path.stat().st_size else "it is empty"
     except OSError as error:
         return f"it cannot be read ({error.strerror or error})"
     return None if changed is None else f"the checksum of {changed!r} in it is wrong"
 
 
+def describe_content(path: Path) -> tuple[str | None, str | None]:
+    """Looks into an intact checkpoint, without its tensors.
+
+    Args:
+        path: As for :func:`damage`.
+
+    Returns:
+        Why training cannot go on from it, or None; and the run that it says it is of, or None.
+    """
+    if path.is_dir():
+        return None, None
+    try:
+        content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError):
+        # Whoever loads it says what is wrong.
+        return None, None
+    if not isinstance(content, dict) or "state_dict" not in content:
+        return "it was not written by a trainer", None
+    if "optimizer_states" not in content:
+        return "it has the weights alone (save_weights_only), and not the state of training", None
+    return None, content.get(RUN_KEY)
+
+
 def newest_first(paths: Iterable[Path]) -> list[Path]:
-    """Sorts the files among ``paths`` by the time of their last change, the newest first."""
-    times = {path: path.stat().st_mtime_ns for path in paths if path.is_file()}
+    """Sorts the checkpoints among ``paths`` by the time of their last change, the newest first."""
+    times = {path: _changed(path) for path in paths if path.exists()}
     return sorted(times, key=lambda path: (times[path], path.name), reverse=True)
 
 
-def newest_intact(paths: Iterable[Path]) -> tuple[Path | None, dict[Path, str]]:
+def newest_intact(
+    paths: Iterable[Path], run: str | None = None, trains: bool = True
+) -> tuple[Path | None, dict[Path, str]]:
     """Finds the checkpoint to go on from.
 
     Args:
-        paths: Checkpoint files.
+        paths: Checkpoints.
+        run: Whose they are to be; those that do not say are taken too.
+        trains: Whether they need the state of training.
 
     Returns:
-        The newest intact file, or None, and what is wrong with each newer one.
+        The newest intact one, or None, and what is wrong with each newer one.
     """
-    damaged: dict[Path, str] = {}
+    unusable: dict[Path, str] = {}
     for path in newest_first(paths):
         found = damage(path)
-        if found is None:
-            return path, damaged
-        damaged[path] = found
-    return None, damaged
+        if found is not None:
+            unusable[path] = f"damaged: {found}"
+            continue
+        reason, owner = describe_content(path)
+        if reason is not None and trains:
+            unusable[path] = f"of no use: {reason}"
+        elif run is None or owner is None or owner == run:
+            return path, unusable
+    return None, unusable
+
+
+def _changed(path: Path) -> int:
+    files = [path, *path.rglob("*")] if path.is_dir() else [path]
+    return max(file.stat().st_mtime_ns for file in files)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -197,7 +268,7 @@ def _local(path: str | Path) -> Path | None:
 
 
 def _remedy(path: Path) -> str:
-    intact, _ = newest_intact(other for other in path.parent.glob(f"*{SUFFIX}") if other != path)
+    intact, _ = newest_intact(other for other in checkpoints_below(path.parent) if other != path)
     if intact is None:
         return "there is no intact one beside it, so training has to begin anew"
     return f"go on from {str(intact)!r}, the newest intact one beside it"

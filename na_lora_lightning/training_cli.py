@@ -10,7 +10,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import Callback, LightningDataModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor
+from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, OnExceptionCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
 from typing_extensions import override
@@ -18,6 +18,8 @@ from typing_extensions import override
 from na_lora_lightning.callbacks.fit_summary import FitSummaryCallback
 from na_lora_lightning.callbacks.gate_importance import GateImportanceCallback
 from na_lora_lightning.callbacks.run_checkpoint import ResumableCurves, RunCheckpoint
+from na_lora_lightning.callbacks.run_folder import RunFolder, free_path, run_folder
+from na_lora_lightning.callbacks.saved_config import RunConfigCallback
 from na_lora_lightning.callbacks.step_scale import StepScaleCallback
 from na_lora_lightning.checkpointing import AtomicCheckpointIO
 from na_lora_lightning.cli_arguments import (
@@ -38,8 +40,10 @@ from na_lora_lightning.resuming import (
     continue_last_run,
     last_checkpoint,
     output_folders,
+    require_training_state,
     require_writable,
 )
+from na_lora_lightning.run_folders import is_dry_run
 from na_lora_lightning.stopping import quiet_writers, stopped_from_outside
 from na_lora_lightning.trainer_options import require_metrics, require_possible, require_usable_callbacks, with_end
 
@@ -90,6 +94,7 @@ class NALoRACLI(LightningCLI):
             NALoRALightningModule,
             LightningDataModule if own_data else InstructionDataModule,
             subclass_mode_data=own_data,
+            save_config_callback=RunConfigCallback,
             save_config_kwargs={"overwrite": True},
             trainer_defaults=dict(TRAINER_DEFAULTS),
             seed_everything_default=0,
@@ -183,10 +188,11 @@ class NALoRACLI(LightningCLI):
             options = with_end(options)
             require_usable_callbacks(listed)
         require_possible(options, fits=self._requested == "fit")
-        added: list[Callback] = []
+        self._run = RunFolder()
+        added: list[Callback] = [self._run]
         if self._requested == "fit":
             enabled = [name for name in CALLBACKS if self._get(self.config, name)["enabled"]]
-            if options.get("enable_checkpointing") is False or any(isinstance(c, Checkpoint) for c in listed):
+            if options.get("enable_checkpointing") is False or any(_saves_by_itself(c) for c in listed):
                 enabled = [name for name in enabled if name != "checkpoint"]
             elif "checkpoint" not in enabled:
                 options["enable_checkpointing"] = False
@@ -214,6 +220,9 @@ class NALoRACLI(LightningCLI):
                 self._curves.starts_over = options["ckpt_path"] is None
             else:
                 options["ckpt_path"] = last_checkpoint(self.trainer)
+        if subcommand == "fit" and options.get("ckpt_path"):
+            require_training_state(options["ckpt_path"])
+        self._run.begin(self.trainer, options.get("ckpt_path"), trains=subcommand == "fit")
         return options
 
     @override
@@ -231,9 +240,11 @@ class NALoRACLI(LightningCLI):
     def predict(self, model: NALoRALightningModule, **options: Any) -> None:
         """Predicts, and writes the answers beside their prompts."""
         answers = self.trainer.predict(model, **{**options, "return_predictions": True}) or []
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        if is_dry_run(self.trainer):
+            print("A dry run writes no predictions")
+            return
         suffix = f"-{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
-        path = folder / f"predictions{suffix}.jsonl"
+        path = free_path(run_folder(self.trainer) / f"predictions{suffix}.jsonl")
         loader = self.trainer.predict_dataloaders
         assert loader is not None
         _write_predictions(path, loader, answers)
@@ -253,6 +264,11 @@ def _refuse_twice(listed: Iterable[Callback]) -> None:
                 f"{kind.__name__} is in trainer.callbacks and would act twice; set its options under {name!r} and "
                 "leave it out there."
             )
+
+
+def _saves_by_itself(callback: Callback) -> bool:
+    # The one for failures saves nothing to go on from after a kill.
+    return isinstance(callback, Checkpoint) and not isinstance(callback, OnExceptionCheckpoint)
 
 
 def _write_predictions(path: Path, batches: Iterable[Any], answers: Iterable[Any]) -> None:

@@ -23,7 +23,7 @@ from na_lora_lightning.checkpointing import (
 )
 from na_lora_lightning.errors import CheckpointError, ConfigurationError
 
-CONTENT = {"weights": torch.arange(2000.0), "step": 3}
+CONTENT = {"weights": torch.arange(2000.0), "step": 3, "state_dict": {}, "optimizer_states": []}
 
 
 def saved(path: Path, age: int = 0) -> Path:
@@ -55,8 +55,8 @@ def test_the_newest_intact_file(tmp_path: Path) -> None:
     os.utime(newest, ns=(10**18, 10**18))
     paths = [oldest, newest, middle, tmp_path / "missing.ckpt"]
     assert newest_first(paths) == [newest, middle, oldest]
-    assert newest_intact(paths) == (middle, {newest: "it is incomplete"})
-    assert newest_intact([newest]) == (None, {newest: "it is incomplete"})
+    assert newest_intact(paths) == (middle, {newest: "damaged: it is incomplete"})
+    assert newest_intact([newest]) == (None, {newest: "damaged: it is incomplete"})
 
 
 def test_a_checkpoint_is_written_loaded_and_removed(tmp_path: Path) -> None:

@@ -13,17 +13,15 @@ from typing import Any
 import pytest
 import torch
 from faults.runs import SETTINGS, Setting, Workplace, differences, fit, last_run, remains
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from module_helpers import Batches, quiet_trainer, some_batches
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback, adapters
 from na_lora_lightning.arguments import AdapterArguments, LoRAArguments
 from na_lora_lightning.callbacks.run_checkpoint import RunCheckpoint
 from na_lora_lightning.core.statistics import ObserverOptions
-from na_lora_lightning.errors import CheckpointError, ConfigurationError
+from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.module import NALoRALightningModule, NoTargetTokensWarning
-from na_lora_lightning.resuming import DamagedCheckpointWarning, continue_last_run, last_checkpoint, require_writable
+from na_lora_lightning.resuming import require_writable
 
 PLAIN = Setting("plain", ())
 
@@ -139,74 +137,6 @@ def test_folders_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ConfigurationError, match=r"is not allowed; set trainer\.default_root_dir"):
         require_writable([tmp_path / "new"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
-
-
-# ---- which checkpoint is the last one ----
-
-
-def checkpoint(path: Path, age: int = 0) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"a": torch.ones(10)}, path)
-    os.utime(path, ns=(10**18 - age, 10**18 - age))
-    return path
-
-
-def test_last_is_of_the_newest_run_that_trained(tmp_path: Path) -> None:
-    older = checkpoint(tmp_path / "x" / "version_9" / "checkpoints" / "a.ckpt")
-    newer = checkpoint(tmp_path / "x" / "version_10" / "checkpoints" / "a.ckpt", age=1)
-    # A validation: no checkpoints.
-    (tmp_path / "x" / "version_11").mkdir()
-    logger = TensorBoardLogger(tmp_path, name="x")
-    trainer = quiet_trainer(tmp_path, logger=logger, enable_checkpointing=True)
-    assert last_checkpoint(trainer) == str(newer)
-    assert logger._version is None
-    assert continue_last_run(trainer) == str(newer)
-    assert logger.log_dir == str(tmp_path / "x" / "version_10")
-    assert older.exists()
-
-
-def test_last_of_a_run_without_checkpoints_begins_in_its_folder(tmp_path: Path) -> None:
-    checkpoint(tmp_path / "x" / "version_0" / "checkpoints" / "a.ckpt")
-    (tmp_path / "x" / "version_1" / "checkpoints").mkdir(parents=True)
-    logger = TensorBoardLogger(tmp_path, name="x")
-    trainer = quiet_trainer(tmp_path, logger=logger, enable_checkpointing=True)
-    assert continue_last_run(trainer) is None
-    assert logger.version == 1
-    with pytest.raises(CheckpointError, match=r"there is no checkpoint in '.*version_1/checkpoints'; run fit first"):
-        last_checkpoint(trainer)
-
-
-def test_last_without_a_logger_and_in_named_folders(tmp_path: Path) -> None:
-    path = checkpoint(tmp_path / "checkpoints" / "a.ckpt")
-    assert last_checkpoint(quiet_trainer(tmp_path, enable_checkpointing=True)) == str(path)
-    named = checkpoint(tmp_path / "elsewhere" / "a.ckpt")
-    saver = ModelCheckpoint(tmp_path / "elsewhere")
-    trainer = quiet_trainer(
-        tmp_path, enable_checkpointing=True, callbacks=[saver], logger=CSVLogger(tmp_path, name="csv")
-    )
-    assert continue_last_run(trainer) == str(named)
-    # That logger would delete the former curves.
-    assert trainer.logger is not None
-    assert trainer.logger.version == 0
-    csv = checkpoint(tmp_path / "csv" / "version_0" / "checkpoints" / "a.ckpt")
-    trainer = quiet_trainer(tmp_path, enable_checkpointing=True, logger=CSVLogger(tmp_path, name="csv"))
-    assert continue_last_run(trainer) == str(csv)
-    assert trainer.logger is not None
-    assert trainer.logger.version == 1
-
-
-def test_damaged_checkpoints_are_passed_over_by_name(tmp_path: Path) -> None:
-    before = checkpoint(tmp_path / "checkpoints" / "before.ckpt", age=1)
-    newest = checkpoint(tmp_path / "checkpoints" / "newest.ckpt")
-    newest.write_bytes(newest.read_bytes()[:100])
-    trainer = quiet_trainer(tmp_path, enable_checkpointing=True)
-    with pytest.warns(DamagedCheckpointWarning, match=r"newest\.ckpt' is damaged: it is incomplete; .*before\.ckpt'\."):
-        assert continue_last_run(trainer) == str(before)
-    before.write_bytes(b"")
-    # Written just now both, and a file's time may be too coarse to tell which was later.
-    os.utime(newest, ns=(0, 0))
-    with pytest.raises(CheckpointError, match=r"Every checkpoint in .* is damaged \(before\.ckpt: it is empty\)"):
-        continue_last_run(trainer)
 
 
 def test_the_last_run_is_validated_and_another_rank_refused(

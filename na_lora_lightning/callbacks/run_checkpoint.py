@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import Tensor
 from typing_extensions import override
 
@@ -18,7 +19,10 @@ from na_lora_lightning.callbacks.trainer_progress import (
     unlogged_metrics,
     validation_follows,
 )
+from na_lora_lightning.csv_curves import ContinuedWriter
 from na_lora_lightning.errors import ConfigurationError
+from na_lora_lightning.paths import same_path
+from na_lora_lightning.run_folders import is_dry_run
 
 _CURVES_KEY = "na_lora_lightning_curves"
 
@@ -65,7 +69,8 @@ class RunCheckpoint(ModelCheckpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Makes the folder, by which a run that was interrupted before its first checkpoint is told from none."""
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and trainer.is_global_zero and "://" not in str(self.dirpath):
+        writes = stage == "fit" and trainer.is_global_zero and not is_dry_run(trainer)
+        if writes and "://" not in str(self.dirpath):
             Path(str(self.dirpath)).mkdir(parents=True, exist_ok=True)
 
     @override
@@ -139,9 +144,25 @@ class RunCheckpoint(ModelCheckpoint):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the state of the checkpoints."""
-        super().load_state_dict(state_dict)
-        if self.dirpath == state_dict["dirpath"]:
+        if self.dirpath is not None and same_path(self.dirpath, state_dict["dirpath"]):
+            # However the folder was spelled then.
+            state_dict = _moved(state_dict, str(self.dirpath))
             self._superseded = list(state_dict["superseded"])
+        super().load_state_dict(state_dict)
+
+
+def _moved(state: dict[str, Any], folder: str) -> dict[str, Any]:
+    def move(path: str) -> str:
+        return os.path.join(folder, os.path.basename(path)) if path else path
+
+    paths = ("best_model_path", "kth_best_model_path", "last_model_path")
+    return {
+        **state,
+        **{name: move(state[name]) for name in paths},
+        "dirpath": folder,
+        "best_k_models": {move(path): score for path, score in state["best_k_models"].items()},
+        "superseded": [move(path) for path in state["superseded"]],
+    }
 
 
 class ResumableCurves(Callback):
@@ -149,7 +170,7 @@ class ResumableCurves(Callback):
 
     Before a checkpoint is written, whatever was logged is flushed, and what Lightning logs only after the checkpoint
     of the same step is put into it. A resumed run logs that first. To TensorBoard it also says from which step on the
-    interrupted run's points do not count.
+    interrupted run's points do not count, and from CSV files that the run goes on with it removes those.
 
     Args:
         starts_over: Whether earlier points in the run's folder are of a run that was killed before its first
@@ -182,14 +203,18 @@ class ResumableCurves(Callback):
             if not self.starts_over:
                 return
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            if trainer.is_global_zero:
                 discard_points_from(logger, restored["last_step"] + 1)
             if restored["metrics"]:
                 logger.log_metrics(dict(restored["metrics"]), restored["step"])
 
 
-def discard_points_from(logger: TensorBoardLogger, step: int) -> None:
-    """Tells TensorBoard that points of this run that were written until now are void from ``step`` on."""
+def discard_points_from(logger: Logger, step: int) -> None:
+    """Has TensorBoard or a CSV file forget points of this run that were written until now, from ``step`` on."""
+    if isinstance(logger, CSVLogger) and isinstance(logger.experiment, ContinuedWriter):
+        logger.experiment.discard_from(step)
+    if not isinstance(logger, TensorBoardLogger):
+        return
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
     start = Event(step=step, session_log=SessionLog(status=SessionLog.START))

@@ -16,14 +16,17 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from faults.runs import SETTINGS, Remains, Setting, Workplace, differences, fit, remains
-from faults.traps import TRAPS
+from faults.runs import LOGGERS, SETTINGS, Remains, Setting, Workplace, differences, fit, remains
+from faults.traps import OF_LOGGERS, TRAPS
 
 _MARKS = ("<!-- kills -->", "<!-- /kills -->")
 _TIMES = "a moment drawn at random"
+# Every setting with every logger, the loggers in turn.
+_ALL = [replace(setting, name=f"{setting.name}, {logger}", logger=logger) for setting in SETTINGS for logger in LOGGERS]
 _REAL = "a moment drawn at random, in a process started by the shell's command"
 
 
@@ -32,16 +35,23 @@ class Tally:
     """What fell where.
 
     Attributes:
-        kills: By place.
+        kills: By place and logger.
         lost: What differed, by place of the last kill.
         runs: Interrupted runs that were brought to their end.
         starts_over: Kills before the first checkpoint.
     """
 
-    kills: Counter[str] = field(default_factory=Counter)
+    kills: Counter[tuple[str, str]] = field(default_factory=Counter)
     lost: list[tuple[str, str]] = field(default_factory=list)
     runs: int = 0
     starts_over: int = 0
+
+    def add(self, other: Tally) -> None:
+        """Takes what another has counted."""
+        self.kills += other.kills
+        self.lost += other.lost
+        self.runs += other.runs
+        self.starts_over += other.starts_over
 
 
 def main() -> int:
@@ -56,7 +66,7 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     place = Workplace(folder)
     wholes, durations = {}, {}
-    for setting in SETTINGS:
+    for setting in _ALL:
         run = folder / f"whole-{len(wholes)}"
         # The first fit of a process also fills caches.
         for _ in range(2):
@@ -65,12 +75,16 @@ def main() -> int:
             assert status == 0, (folder / "whole.log").read_text()
         wholes[setting.name] = remains(run)
     tally = Tally()
-    while sum(tally.kills.values()) < options.kills:
-        setting = SETTINGS[tally.runs % len(SETTINGS)]
-        run = folder / f"run-{tally.runs}"
-        interrupt(place, run, setting, durations[setting.name], draw, tally)
-        finish(place, run, setting, wholes[setting.name], tally)
-    for setting in SETTINGS:
+    with suppress(KeyboardInterrupt):
+        # Ctrl-C ends the campaign after the runs that are complete, and their kills are reported.
+        while sum(tally.kills.values()) < options.kills:
+            setting, own = _ALL[tally.runs % len(_ALL)], Tally()
+            run = folder / f"run-{tally.runs}"
+            interrupt(place, run, setting, durations[setting.name], draw, own)
+            finish(place, run, setting, wholes[setting.name], own)
+            tally.add(own)
+    # One for each setting, and each logger.
+    for setting in _ALL[:: len(LOGGERS) + 1]:
         run = folder / f"shell-{tally.runs}"
         interrupt_from_outside(place, run, setting, draw, tally)
         finish(place, run, setting, wholes[setting.name], tally)
@@ -93,6 +107,7 @@ def interrupt(
     for kill in range(draw.choice((1, 1, 2, 3))):
         # Those that only a resumed, or only an accumulating run meets.
         usable = [name for name in TRAPS if kill or name != "a checkpoint is loaded"]
+        usable = [name for name in usable if OF_LOGGERS.get(name, setting.logger) == setting.logger]
         if "accumulation" not in setting.name:
             usable.remove("between micro-batches")
         where = draw.choice([*usable, _TIMES, _TIMES, _TIMES])
@@ -107,7 +122,7 @@ def interrupt(
             # It came to its end first.
             return
         assert status == -signal.SIGKILL, f"{where}: {status}\n{log.read_text()[-3000:]}"
-        tally.kills[where] += 1
+        tally.kills[where, setting.logger] += 1
         tally.starts_over += not list(run.rglob("*.ckpt"))
 
 
@@ -123,7 +138,7 @@ def interrupt_from_outside(place: Workplace, run: Path, setting: Setting, draw: 
         time.sleep(draw.uniform(0.0, 0.5))
         process.kill()
         if process.wait() == -signal.SIGKILL:
-            tally.kills[_REAL] += 1
+            tally.kills[_REAL, setting.logger] += 1
 
 
 def finish(place: Workplace, run: Path, setting: Setting, whole: Remains, tally: Tally) -> None:
@@ -143,10 +158,15 @@ def finish(place: Workplace, run: Path, setting: Setting, whole: Remains, tally:
 
 
 def report(tally: Tally, seconds: float) -> str:
-    """A Markdown table of the kills by place."""
+    """A Markdown table of the kills by place and logger."""
     total = sum(tally.kills.values())
-    lines = ["| the kill fell while | kills |", "|---|---|"]
-    lines += [f"| {where} | {count} |" for where, count in tally.kills.most_common()]
+    places: Counter[str] = Counter()
+    for (where, _), count in tally.kills.items():
+        places[where] += count
+    lines = [f"| the kill fell while | kills | {' | '.join(LOGGERS)} |", "|---|---|" + "---|" * len(LOGGERS)]
+    rows = [(where, count, [tally.kills[where, logger] for logger in LOGGERS]) for where, count in places.most_common()]
+    rows.append(("all", total, [sum(row[2][index] for row in rows) for index in range(len(LOGGERS))]))
+    lines += [f"| {where} | {count} | {' | '.join(map(str, by_logger))} |" for where, count, by_logger in rows]
     verdict = (
         "every one of them bitwise equal to the uninterrupted run, with nothing lost"
         if not tally.lost

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -39,10 +40,20 @@ class Setting:
     Attributes:
         name: For reports.
         options: Arguments of the command line beside the common ones.
+        logger: One of ``LOGGERS``.
     """
 
     name: str
     options: tuple[str, ...]
+    logger: str = "TensorBoard"
+
+
+# With the folder of the run in the place of {run}.
+LOGGERS: dict[str, tuple[str, ...]] = {
+    "TensorBoard": (),
+    "CSV": ("--trainer.logger=lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir={run}"),
+    "none": ("--trainer.logger=false",),
+}
 
 
 SETTINGS = (
@@ -114,7 +125,8 @@ class Workplace:
     def arguments(self, run: Path, setting: Setting, *more: str) -> list[str]:
         """The command line of a fit."""
         place = f"--trainer.default_root_dir={run}"
-        return ["fit", "--config", str(self.config), place, *setting.options, *more]
+        logger = [option.format(run=run) for option in LOGGERS[setting.logger]]
+        return ["fit", "--config", str(self.config), place, *logger, *setting.options, *more]
 
 
 def forked(action: Callable[[], int], log: Path, kill_after: float | None = None) -> tuple[int, float]:
@@ -196,8 +208,8 @@ class Remains:
         adapter: Weights of the adapter folder by name.
         checkpoint: The newest checkpoint, without the trainer's bookkeeping.
         curves: Values by tag and step; a point that was logged twice with two values has both.
-        shown: Steps by tag in the order in which TensorBoard shows them; a point may be there twice in a row, as it is
-            logged again after a kill that came between its checkpoint and it.
+        shown: Steps by tag in the order in which TensorBoard shows them, or a CSV file has them; a point may be there
+            twice in a row, as it is logged again after a kill that came between its checkpoint and it.
     """
 
     adapter: dict[str, Any]
@@ -207,9 +219,9 @@ class Remains:
 
 
 def last_run(run: Path) -> Path:
-    """The folder of the newest run below ``run``."""
-    runs = [folder for folder in (run / "lightning_logs").iterdir() if (folder / "checkpoints").is_dir()]
-    return max(runs, key=lambda folder: int(folder.name.split("_")[1]))
+    """The folder of the only run below ``run``."""
+    (folder,) = {path.parent for path in run.rglob("checkpoints") if path.is_dir()}
+    return folder
 
 
 def remains(run: Path) -> Remains:
@@ -229,11 +241,24 @@ def remains(run: Path) -> Remains:
     found.checkpoint["summary"] = json.dumps(summary, sort_keys=True)
     for file in sorted(folder.glob("events.out.tfevents.*")):
         _read_curves(file, found.curves)
+    if (folder / "metrics.csv").is_file():
+        _read_rows(folder / "metrics.csv", found)
     every = {"scalars": 0, "histograms": 0}
     shown = EventAccumulator(str(folder), size_guidance=every).Reload()
     for tag in shown.Tags()["scalars"]:
         found.shown[tag] = [step for step, _ in groupby(event.step for event in shown.Scalars(tag))]
     return found
+
+
+def _read_rows(file: Path, found: Remains) -> None:
+    with file.open(newline="") as content:
+        for row in csv.DictReader(content):
+            for tag, value in row.items():
+                if tag != "step" and value:
+                    point = (tag, int(float(row["step"])))
+                    found.curves.setdefault(point, set()).add(None if tag.endswith(_OF_THE_CLOCK) else value)
+                    found.shown.setdefault(tag, []).append(point[1])
+    found.shown = {tag: [step for step, _ in groupby(steps)] for tag, steps in found.shown.items()}
 
 
 def _read_curves(file: Path, curves: dict[tuple[str, int], set[Any]]) -> None:
@@ -258,7 +283,7 @@ def differences(whole: Remains, resumed: Remains) -> list[str]:
             found.append(f"point {point[0]} at {point[1]}: {whole.curves[point]} and {resumed.curves[point]}")
     # These are logged at the start of every fit.
     once = {tag for tag in whole.shown if not tag.startswith(("model/", "hp_metric"))}
-    found += [f"TensorBoard's {tag}" for tag in sorted(once) if whole.shown[tag] != resumed.shown.get(tag)]
+    found += [f"order of {tag}" for tag in sorted(once) if whole.shown[tag] != resumed.shown.get(tag)]
     return found
 
 
@@ -292,6 +317,7 @@ def _unequal(first: Any, second: Any, name: str = "") -> list[str]:
 
 
 __all__ = [
+    "LOGGERS",
     "SETTINGS",
     "Remains",
     "Setting",

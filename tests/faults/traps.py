@@ -14,7 +14,9 @@ from na_lora_lightning import adapters, checkpointing
 from na_lora_lightning.callbacks.fit_summary import FitSummaryCallback
 from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.update import RowUpdate
+from na_lora_lightning.csv_curves import ContinuedWriter
 from na_lora_lightning.module import NALoRALightningModule
+from na_lora_lightning.run_record import RunRecord
 
 Trap = Callable[[int], None]
 
@@ -40,6 +42,31 @@ def _at_call(owner: Any, name: str, after: bool = False) -> Trap:
                 die()
             return result
 
+        setattr(owner, name, trapped)
+
+    return set_trap
+
+
+def _in_a_checkpoint(owner: Any, name: str) -> Trap:
+    """A trap at the n-th call of a function that is made to put a checkpoint into its place."""
+
+    def set_trap(number: int) -> None:
+        original, replace, calls, inside = getattr(owner, name), checkpointing.replace_file, 0, False
+
+        def trapped(*arguments: Any) -> Any:
+            nonlocal calls
+            calls += inside
+            if inside and calls == number:
+                die()
+            return original(*arguments)
+
+        def observed(*arguments: Any) -> None:
+            nonlocal inside
+            inside = True
+            replace(*arguments)
+            inside = False
+
+        checkpointing.replace_file = observed
         setattr(owner, name, trapped)
 
     return set_trap
@@ -80,11 +107,20 @@ def _between_rows_and_a(number: int) -> None:
     _at_call(RowUpdate, "correct", after=True)(2 * number - 1)
 
 
+# What only some loggers do.
+OF_LOGGERS = {
+    "a point of a curve is written": "TensorBoard",
+    "rows of a CSV file are written": "CSV",
+    "rows of a CSV file are written, the checkpoint is not": "CSV",
+    "a CSV file is written anew": "CSV",
+}
+
 # Each with the largest number that falls into a run of every setting that it is used for.
 TRAPS: dict[str, tuple[Trap, int]] = {
+    "a run leaves its record": (_at_call(RunRecord, "write"), 2),
     "half of a checkpoint is written": (_in_half_a_checkpoint, 4),
-    "a checkpoint is written and not in its place": (_at_call(os, "fsync"), 8),
-    "a checkpoint is in its place, the folder not on disk": (_at_call(checkpointing, "_sync_folder"), 4),
+    "a checkpoint is written and not in its place": (_in_a_checkpoint(os, "fsync"), 8),
+    "a checkpoint is in its place, the folder not on disk": (_in_a_checkpoint(checkpointing, "_sync_folder"), 4),
     "the checkpoint before is about to be removed": (
         _at_call(checkpointing.AtomicCheckpointIO, "remove_checkpoint"),
         2,
@@ -96,6 +132,9 @@ TRAPS: dict[str, tuple[Trap, int]] = {
     "the rows are masked, the step not counted": (_at_call(GateController, "_correct", after=True), 6),
     "validation": (_at_call(NALoRALightningModule, "validation_step"), 6),
     "a point of a curve is written": (_at_call(SummaryWriter, "add_scalar"), 110),
+    "rows of a CSV file are written": (_at_call(ContinuedWriter, "save"), 4),
+    "rows of a CSV file are written, the checkpoint is not": (_at_call(ContinuedWriter, "save", after=True), 4),
+    "a CSV file is written anew": (_at_call(ContinuedWriter, "_write"), 1),
     "half of the adapter is written": (_at_call(adapters, "_take_place"), 1),
     "the adapter is written": (_at_call(adapters, "_take_place", after=True), 1),
     "the summary is printed": (_at_call(FitSummaryCallback, "_print"), 1),
