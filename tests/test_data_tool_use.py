@@ -121,6 +121,12 @@ IGNORANT = "{% for message in messages %}{{ message.role }}{{ message.content }}
             TOOL_TEMPLATE,
             r"has \\ud800 in its completion, which is half of a character and no text; remove",
         ),
+        ({**PAIR, "tools": [{"name": "\udfff"}]}, TOOL_TEMPLATE, r"has \\udfff in its tools, which is half"),
+        (
+            {"messages": [*conversation("a"), call_turn({"\ud800": 1})]},
+            TOOL_TEMPLATE,
+            r"has \\ud800 in its message 2, which is half of a character",
+        ),
     ],
 )
 def test_what_would_be_lost_is_refused(record: dict[str, Any], template: str, reason: str) -> None:

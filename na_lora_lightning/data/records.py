@@ -70,11 +70,14 @@ def read_tools(record: dict[str, Any]) -> list[dict[str, Any]] | None:
             raise DataError(f"has 'tools' that are no JSON ({error}); correct or remove them.") from error
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise DataError("has 'tools' that are no list of functions; give the JSON schema of each.")
+    _require_characters(tools, "tools")
     return tools or None
 
 
 def _read_turn(turn: Message, number: int, described_as_message: bool) -> Message:
     message = _without_nulls(turn)
+    for key in set(message) - {"role", "content"}:
+        _require_characters({key: message[key]}, f"message {number}")
     if any(call in message and not message[call] for call in CALLS):
         message = {key: value for key, value in message.items() if key not in CALLS or value}
     is_answer = message.get("role") == "assistant"
@@ -102,14 +105,22 @@ def _check_calls(message: Message, number: int) -> None:
         raise DataError(f"has 'tool_calls' in message {number} that are no list of calls; give each a 'function'.")
 
 
-def _require_characters(text: str, name: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(text[error.start]):04x}"
-        raise DataError(
-            f"has {half} in its {name}, which is half of a character and no text; remove it or write the whole pair."
-        ) from error
+def _require_characters(value: Any, name: str) -> None:
+    """Refuses halves of characters in a text, or in the texts of a list or a dictionary."""
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            _require_characters(item, name)
+    elif isinstance(value, dict):
+        _require_characters([*value, *value.values()], name)
+    elif isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(value[error.start]):04x}"
+            raise DataError(
+                f"has {half} in its {name}, which is half of a character and no text; remove it or write the whole "
+                "pair."
+            ) from error
 
 
 def _without_nulls(value: dict[str, Any]) -> dict[str, Any]:
