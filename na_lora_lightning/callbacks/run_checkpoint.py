@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from na_lora_lightning.callbacks.trainer_progress import (
+    forget_batches_of_finished_epoch,
     is_accumulating,
     is_last_batch,
     set_received_sigterm,
@@ -135,6 +136,12 @@ class RunCheckpoint(ModelCheckpoint):
     def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
         # Lightning keeps the one that a fit began from, and so one more after each interruption.
         return previous != current and Path(str(self.dirpath)).absolute() in Path(previous).absolute().parents
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Has the epoch after a finished one begin with no batch counted."""
+        if trainer.state.fn == "fit" and not trainer.enable_validation:
+            forget_batches_of_finished_epoch(checkpoint)
 
     @override
     def state_dict(self) -> dict[str, Any]:

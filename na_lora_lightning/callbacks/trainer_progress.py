@@ -83,6 +83,18 @@ def unlogged_metrics(trainer: Trainer) -> tuple[int, int, dict[str, float]]:
     return last_step, step, {"epoch": trainer.current_epoch, **named} if named else {}
 
 
+def forget_batches_of_finished_epoch(checkpoint: dict[str, Any]) -> None:
+    """Has a fit that goes on after an epoch count the batches of the next one from its first.
+
+    With ``max_steps`` and without validation, Lightning counts on from those of the finished epoch, and so steps after
+    other micro-batches than a fit that was not interrupted.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    current = progress["current"]
+    if progress["is_last_batch"] and current["completed"] == current["ready"]:
+        progress["current"] = dict.fromkeys(current, 0)
+
+
 def set_received_sigterm(trainer: Trainer, received: bool) -> None:
     """Has the trainer stop, or not, after this batch, as it does once it was sent SIGTERM."""
     _read(trainer, "_signal_connector").received_sigterm = received
