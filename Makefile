@@ -2,10 +2,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
+# What is promised for the oldest versions; with transformers 4.57 the ways in without the command line.
+OLDEST_WAYS_IN := tests/callbacks/test_foreign_projects.py tests/callbacks/test_gate_callback.py \
+	tests/callbacks/test_model_search.py tests/test_plain_pytorch.py tests/test_transformers_callback.py \
+	tests/test_peft_internals.py tests/test_versions.py
+OLDEST_TESTS := tests/core tests/callbacks/test_life_cycle.py tests/test_merging.py tests/test_resume.py \
+	tests/test_cli.py $(OLDEST_WAYS_IN)
 MODEL := .cache/quickstart/SmolLM2-135M-Instruct
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart gemma digits test zoo faults soak study evidence check format benchmark clean
+.PHONY: help install quickstart gemma digits test test-oldest zoo faults soak study evidence check format benchmark clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -31,6 +38,18 @@ digits: install ## Give SmolLM2 a vision tower, train it on real images, fine-tu
 
 test: install ## Run the tests
 	$(BIN)/python -m pytest
+
+test-oldest: $(OLDEST)/.installed ## Run a part of the tests on the oldest versions, in an environment of its own
+	$(OLDEST)/bin/python -m pytest $(OLDEST_TESTS)
+	PYTHONPATH=$(OLDEST)/transformers4 $(OLDEST)/bin/python -m pytest $(OLDEST_WAYS_IN)
+
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[test]'
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target $(OLDEST)/transformers4 transformers==4.57.1 huggingface_hub==0.34.0
+	@touch $@
 
 zoo: install ## Check gates on a tiny model of every type of transformers, and write docs/model_zoo.md
 	cd tests && ../$(BIN)/python -m zoo.report --jobs 2 --output ../docs/model_zoo.md
@@ -66,4 +85,4 @@ benchmark: install ## Step time of NA-LoRA against plain LoRA, appended to bench
 	$(BIN)/python benchmarks/step_time.py --model $(MODEL)
 
 clean: ## Remove the environment and caches, not what was trained
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis

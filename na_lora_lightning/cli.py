@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from na_lora_lightning import __version__
 from na_lora_lightning.cli_output import unread_output_is_dropped
 from na_lora_lightning.errors import NALoRAError
+from na_lora_lightning.versions import require_new_transformers
 
 _HELP = """\
 usage: na-lora [--help] [--version] COMMAND ...
@@ -79,6 +80,7 @@ def _run(given: list[str]) -> int:
         return _report(f"{missing}; use one of {', '.join(_COMMANDS)}.")
     try:
         with _without_known_noise():
+            require_new_transformers()
             return command(given)
     except NALoRAError as error:
         return _report(str(error))

@@ -18,6 +18,7 @@ from na_lora_lightning.lora_inputs import keep_inputs_uncast
 from na_lora_lightning.target_names import require_names_in_use, require_names_of_model
 from na_lora_lightning.targets import ALL_EXPERTS, LoRATargets, lora_targets, mark_transposed_experts
 from na_lora_lightning.ties import require_untiable
+from na_lora_lightning.versions import require_new_transformers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -176,8 +177,9 @@ def load_base_model(source: BaseModelSource, device: torch.device) -> PreTrained
         The model, in evaluation mode and with all its parameters set.
 
     Raises:
-        ConfigurationError: There is no such model, or it lacks weights.
+        ConfigurationError: There is no such model, it lacks weights, or transformers is too old.
     """
+    require_new_transformers()
     require_model(source)
     options: dict[str, Any] = {
         "revision": source.revision or "main",

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 # More threads make operations this small slower, and much slower on a busy machine.
 torch.set_num_threads(1)
+
+# Put on tests of stacked experts with LoRA.
+needs_stacked_experts = pytest.mark.skipif(
+    Version(version("peft")) < Version("0.19"),
+    reason="PEFT 0.18 takes stacked experts the other way round, and their gates are refused",
+)
+needs_transformers_5 = pytest.mark.skipif(
+    Version(version("transformers")) < Version("5"), reason="the command line needs transformers 5"
+)
 
 VOCABULARY = 64
 HIDDEN = 16

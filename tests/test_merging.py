@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from module_helpers import Batches, quiet_trainer, saved_model, some_batches
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from na_lora_lightning.arguments import LoRAArguments, ScheduleArguments
@@ -98,6 +100,9 @@ def test_an_adapter_for_other_layers_is_refused(tmp_path: Path) -> None:
         merge_adapter(MergeArguments(tmp_path / "adapter", tmp_path / "merged", base=str(tmp_path / "shallow")))
 
 
+@pytest.mark.skipif(
+    Version(version("transformers")) < Version("5.1"), reason="transformers 5.0 makes an empty tokenizer where none is"
+)
 def test_a_base_without_tokenizer_merges_with_that_of_the_adapter(tmp_path: Path) -> None:
     trained(saved_model(tmp_path / "base"), tmp_path)
     for file in (tmp_path / "base").glob("tokenizer*"):

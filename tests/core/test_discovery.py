@@ -11,6 +11,7 @@ from conftest import (
     GPT2_TARGETS,
     LLAMA_TARGETS,
     enable_checkpointing,
+    needs_stacked_experts,
     random_batch,
     tiny_gpt2,
     tiny_llama,
@@ -242,7 +243,7 @@ def test_discovery_runs_beside_gradient_checkpointing() -> None:
     model(**random_batch(0)).loss.backward()
 
 
-@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize("experts", [False, pytest.param(True, marks=needs_stacked_experts)])
 def test_of_several_adapters_the_active_one_counts(experts: bool) -> None:
     targets = {"target_modules": [] if experts else ["gate_proj"]}
     if experts:

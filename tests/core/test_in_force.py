@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GPT2_TARGETS, LLAMA_TARGETS, random_batch, tiny_gpt2, tiny_llama, tiny_mixtral, with_lora
+from conftest import (
+    GPT2_TARGETS,
+    LLAMA_TARGETS,
+    needs_stacked_experts,
+    random_batch,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_mixtral,
+    with_lora,
+)
 from lightning_models import ForeignModule
 from peft import PeftModel
 from torch import Tensor
@@ -118,6 +127,7 @@ def test_gates_without_lora_are_counted() -> None:
     assert line.startswith("NA-LoRA: 1 silu gate, 24 channels (1 gate without LoRA left out); rows of")
 
 
+@needs_stacked_experts
 def test_experts_are_counted() -> None:
     model = with_lora(tiny_mixtral(), [], target_parameters=["experts.gate_up_proj"])
     assert describe(controller_of(model, ImportanceOptions())).startswith(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LLAMA_TARGETS, random_batch, tiny_llama, tiny_mixtral, with_lora
+from conftest import LLAMA_TARGETS, needs_stacked_experts, random_batch, tiny_llama, tiny_mixtral, with_lora
 from peft import PeftModel
 from torch import Tensor
 
@@ -49,6 +49,7 @@ def test_frozen_a_does_not_move_under_momentum_and_weight_decay(make_peft_model:
         assert torch.equal(value, before[name]) == (name in matrices), name
 
 
+@needs_stacked_experts
 def test_a_of_stacked_experts_takes_a_part_of_its_step() -> None:
     targets = ["experts.gate_up_proj", "experts.down_proj"]
     plain, slow = (with_lora(tiny_mixtral(), [], target_parameters=targets) for _ in range(2))

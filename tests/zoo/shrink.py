@@ -11,6 +11,7 @@ import copy
 import re
 from collections.abc import Callable
 from dataclasses import MISSING, fields
+from functools import cache
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -118,7 +119,7 @@ def explicit_values(config: PreTrainedConfig) -> dict[str, Any]:
         default = None
     values = {}
     for field in fields(type(config)):
-        if field.name in BASE_FIELDS:
+        if field.name in base_fields():
             continue
         # Not by attribute: transformers refuses to read a value that differs between layers.
         value = vars(config).get(field.name)
@@ -128,7 +129,10 @@ def explicit_values(config: PreTrainedConfig) -> dict[str, Any]:
     return values
 
 
-BASE_FIELDS = {field.name for field in fields(PreTrainedConfig)} - {"is_encoder_decoder"}
+@cache
+def base_fields() -> set[str]:
+    """Fields of every configuration; those of transformers 5.0 are no dataclasses, and cannot be shrunk."""
+    return {field.name for field in fields(PreTrainedConfig)} - {"is_encoder_decoder"}
 
 
 def layer_columns(config: PreTrainedConfig) -> dict[str, list[Any]]:
