@@ -24,7 +24,7 @@ from na_lora_lightning.model_loading import (
     require_model,
     without_progress_bars,
 )
-from na_lora_lightning.ties import has_ties, match_config, untie_adapted_weights
+from na_lora_lightning.ties import has_ties, match_config, unmerged, untie_adapted_weights
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -114,6 +114,11 @@ def merge_into_base(model: PeftModel) -> PreTrainedModel:
         raise ConfigurationError(
             f"PEFT cannot merge this adapter ({kind}: {one_line(error)}); use it as it is."
         ) from error
+    left = unmerged(merged)
+    if left is not None:
+        raise ConfigurationError(
+            f"PEFT cannot merge this adapter ({kind}: {left!r} has two of its parts); use it as it is."
+        )
     if tied:
         # PEFT has a look at two of the weights alone.
         merged.config.tie_word_embeddings = tied

@@ -91,6 +91,15 @@ def require_untiable(model: PeftModel) -> None:
         )
 
 
+def unmerged(model: nn.Module) -> str | None:
+    """The name of a layer in which a merge left something of an adapter, as where one wraps another; None if none."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    return next((name for name, module in model.named_modules() if isinstance(module, kinds)), None)
+
+
 def has_ties(model: nn.Module) -> bool:
     """Whether any two parameters of a model share memory."""
     names: dict[int, int] = defaultdict(int)

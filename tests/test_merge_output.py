@@ -14,6 +14,7 @@ from conftest import tiny_llama
 from module_helpers import saved_model
 from peft import PeftConfig, PeftModel, get_peft_model
 from test_merging import logits
+from test_ties import tied_llama
 from transformers import AutoModelForCausalLM
 
 from na_lora_lightning.cli import main
@@ -180,6 +181,15 @@ def test_what_cannot_be_merged_is_one_sentence(tmp_path: Path) -> None:
     base = saved_model(tmp_path / "base")
     an_adapter(base, tmp_path / "adapter", peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(ConfigurationError, match="of the kind PROMPT_TUNING, which adds to the inputs"):
+        merge_adapter(MergeArguments(tmp_path / "adapter", tmp_path / "merged"))
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_what_peft_merges_by_halves_is_one_sentence(tmp_path: Path) -> None:
+    base = tied_llama(tmp_path / "base")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"], trainable_token_indices=[1])
+    an_adapter(base, tmp_path / "adapter", config)
+    with pytest.raises(ConfigurationError, match=r"PEFT cannot merge this adapter \(LORA: 'lm_head.* has two of its"):
         merge_adapter(MergeArguments(tmp_path / "adapter", tmp_path / "merged"))
 
 
