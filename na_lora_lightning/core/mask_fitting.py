@@ -27,8 +27,6 @@ class MaskFitter:
         methods = (getattr(module, name, None) for module in root.modules() for name in _LENGTHS)
         self._lengths: Callable[..., Any] | None = next((method for method in methods if callable(method)), None)
         self._multiples = [value for name in _MULTIPLES for value in _integers(getattr(config, name, None))]
-        ngram = getattr(config, "ngram", None)
-        self._streams = 1 + ngram if isinstance(ngram, int) else 1
 
     def __call__(self, mask: Tensor, tokens: int) -> Tensor | None:
         """The mask of a sequence of ``tokens``.
@@ -46,9 +44,6 @@ class MaskFitter:
             return torch.arange(tokens, device=mask.device)[None] < real.to(mask.device)[:, None]
         if any(tokens == -(-length // multiple) * multiple for multiple in self._multiples):
             return nn.functional.pad(mask, (0, tokens - length))
-        if tokens == self._streams * length:
-            # ProphetNet has the streams that it predicts behind the text.
-            return mask.repeat(1, self._streams)
         return None
 
     def _frames(self, length: int, tokens: int) -> Iterator[Callable[[Tensor], Tensor]]:

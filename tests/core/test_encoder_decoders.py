@@ -191,12 +191,6 @@ def noise() -> tuple[dict[str, Any], dict[str, Tensor]]:
     return batch, {"time_embedding": ones, "blocks.0": ones.expand(2, 16), "blocks.1": ones.expand(2, 4)}
 
 
-def streams() -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """ProphetNet's decoder has two predicted streams behind the text."""
-    batch, masks = text((7, 3), (5, 2))
-    return batch, {"encoder": masks["encoder"], "decoder": masks["decoder"].repeat(1, 3)}
-
-
 def windows() -> tuple[dict[str, Any], dict[str, Tensor]]:
     """LED fills sequences up to whole windows."""
     batch, masks = text((6, 3), (5, 2))
@@ -266,7 +260,6 @@ CASES: dict[str, Case] = {
     "pegasus": (bart(PegasusForConditionalGeneration, PegasusConfig), lambda: text((6, 3), (4, 6))),
     "mbart": (bart(MBartForConditionalGeneration, MBartConfig), lambda: text((6, 3), (4, 6))),
     "led": (bart(LEDForConditionalGeneration, LEDConfig, **LED), windows),
-    "prophetnet": (lambda: ProphetNetForConditionalGeneration(ProphetNetConfig(**PROPHETNET)), streams),
     "speech to text": (bart(Speech2TextForConditionalGeneration, Speech2TextConfig, **SPEECH), frames),
     "wav2vec2": (lambda: Wav2Vec2ForCTC(Wav2Vec2Config(**WAV2VEC2)), recordings),
 }
@@ -339,6 +332,15 @@ def test_a_recording_of_unknown_frames_is_refused() -> None:
     batch = {"sound": torch.randn(2, 4, 10), "attention_mask": real(10, 6).long()}
     with pytest.raises(DataError, match=r"mask of shape \(2, 10\) cannot be matched to the gate 'silu'"):
         observed(model, batch, {"sound": batch["sound"]})
+
+
+def test_predicted_streams_beside_the_text_are_refused_before_the_first_step() -> None:
+    batch, _ = text((7, 3), (5, 2))
+    model = with_lora(
+        ProphetNetForConditionalGeneration(ProphetNetConfig(**PROPHETNET)), ["intermediate"], task_type=None
+    )
+    with pytest.raises(DataError, match=r"mask of shape \(2, 5\) cannot be matched .* tokens of shape \(2, 15\)"):
+        observed(model, batch)
 
 
 def test_prompts_of_a_decoder_are_left_out_by_its_labels() -> None:
