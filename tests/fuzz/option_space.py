@@ -291,6 +291,6 @@ def _draw_trainer(options: dict[str, Any], rng: Random, folder: Path) -> None:
     if rng.random() < 0.05:
         options["trainer.fast_dev_run"] = rng.choice([True, 2])
     if rng.random() < 0.4:
-        options["model.adapter.write"] = rng.choice(["fit_end", "checkpoint", "never"])
+        options["model.adapter.write"] = rng.choice(["last", "each", "never", "fit_end"])
     if rng.random() < 0.2:
         options["model.adapter.folder"] = str(folder / "elsewhere")

@@ -152,6 +152,8 @@ def fuzz(combinations: int, seed: int, first: int = 0) -> list[Outcome]:
             with tempfile.TemporaryDirectory(dir=root) as folder:
                 combination = draw(number, seed, kinds, train, Path(folder) / "run")
                 outcomes.append(try_combination(combination, Path(folder)))
+                if len(outcomes) % 50 == 0:
+                    print(f"{len(outcomes)}: {dict(Counter(outcome.kind for outcome in outcomes))}", flush=True)
                 if outcomes[-1].kind == "wrong":
                     print(f"wrong: {number}: {outcomes[-1].text}\n  {_shown(combination)}", flush=True)
     return outcomes
