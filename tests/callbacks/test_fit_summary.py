@@ -86,7 +86,7 @@ def test_prints_what_there_is(base: str, tmp_path: Path) -> None:
     assert "Prompt" not in text.getvalue()
 
     summary, text = make_summary()
-    quiet_trainer(tmp_path, callbacks=[summary]).fit(make_module(base), Batches(some_batches(1)))
+    quiet_trainer(tmp_path / "other", callbacks=[summary]).fit(make_module(base), Batches(some_batches(1)))
     assert "Validation" not in text.getvalue()
     assert "1 optimizer steps" in text.getvalue()
     assert "Adapter" in text.getvalue()
