@@ -12,7 +12,7 @@ OLDEST_TESTS := tests/core tests/callbacks/test_life_cycle.py tests/test_merging
 MODEL := .cache/quickstart/SmolLM2-135M-Instruct
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart gemma digits test test-oldest zoo faults soak study evidence check format benchmark clean
+.PHONY: help install quickstart gemma digits test test-oldest zoo faults soak fuzz-data fuzz-options study evidence check format benchmark clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -59,6 +59,12 @@ faults: install ## Kill na-lora fit a hundred times, resume, compare bitwise, an
 
 soak: install ## 2,000 steps and 20 fits: memory and hooks, written to docs/faults.md
 	cd tests && ../$(BIN)/python -W ignore -m faults.soak --output ../docs/faults.md
+
+fuzz-data: install ## A thousand odd data files: none trains on other text than is written, none ends in a traceback
+	cd tests && ../$(BIN)/python -W ignore -m fuzz.data_files --files 1000
+
+fuzz-options: install ## Five hundred random combinations of options: each is right, or one sentence
+	cd tests && ../$(BIN)/python -W ignore -m fuzz.options --combinations 500
 
 study: $(VENV)/.study ## Run what is left of the study on a CPU: each missing cell takes some 12 seconds
 	for name in screening candidates second_round confirmation; do \
