@@ -131,7 +131,9 @@ def test_every_answer_of_a_conversation_is_a_target(kind: str, vlm: Vlm, tmp_pat
     is_target = (batch["labels"][0] != -100).int()
     assert int((is_target.diff() == 1).sum()) == 3
     (evaluation,) = datamodule.val_dataloader()
-    assert (evaluation["prompts"], evaluation["references"]) == (["third?"], ["three"])
+    assert evaluation["prompts"] == ["third?"]
+    # As the template renders it, which may put space around it.
+    assert [reference.strip() for reference in evaluation["references"]] == ["three"]
     assert text.startswith(datamodule.tokenizer.decode(evaluation["prompt_input_ids"][0]))
     assert torch.equal(evaluation["prompt_pixel_values"], batch["pixel_values"])
 
@@ -146,7 +148,7 @@ def test_prompts_of_a_batch_generate_as_single_ones(kind: str, vlm: Vlm, tmp_pat
     generate = partial(generate_answers, model, together.tokenizer, arguments=EvaluationArguments(max_new_tokens=4))
     (batch,) = together.val_dataloader()
     assert batch["prompts"] == [record["prompt"] for record in numbered_vision_records(3)]
-    assert batch["references"] == ["0", "1", "2"]
+    assert [reference.strip() for reference in batch["references"]] == ["0", "1", "2"]
     inputs = prompt_inputs(batch)
     assert (
         inputs["attention_mask"].sum(dim=1).tolist()

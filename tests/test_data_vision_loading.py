@@ -135,7 +135,7 @@ def test_broken_files_are_left_out_of_their_batches(kind: str, num_workers: int,
         assert texts == [[f" 1{end}"], [f" 2{end}", f" 3{end}"], [""]]
     assert batches[2]["input_ids"].shape == (1, 1)
     assert batches[2]["prompts"] == batches[2]["references"] == []
-    assert batches[1]["references"] == ["2", "3"]
+    assert [reference.strip() for reference in batches[1]["references"]] == ["2", "3"]
     # Each is named once, though it is met again.
     assert [reason.partition(" of ")[0] for reason in reasons] == ["Record 1", "Record 5", "Record 6"]
     assert reasons[0].endswith("replace it; until then it is left out.")
@@ -243,6 +243,6 @@ def test_module_trains_and_evaluates(kind: str, vlm: Vlm, tmp_path: Path) -> Non
     assert set(before) == {f"validation/{name}" for name in ("loss", "perplexity", "token_accuracy", "exact_match")}
     assert float(after["validation/loss"]) < before["validation/loss"] - 0.1
     evaluator: Evaluator = module.evaluator
-    assert [(answer.prompt, answer.reference) for answer in evaluator.answers] == [
+    assert [(answer.prompt, answer.reference.strip()) for answer in evaluator.answers] == [
         (record["prompt"], record["completion"]) for record in numbered_vision_records(2)
     ]

@@ -43,6 +43,8 @@ def send_at(number: int, which: int) -> Any:
     """Sends a signal to the run in its n-th training step."""
 
     def set_trap() -> None:
+        # A suite that a shell runs in the background is started with SIGINT ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         original, calls = NALoRALightningModule.training_step, 0
 
         def trapped(self: Any, batch: Any, batch_idx: int) -> Any:
