@@ -270,7 +270,10 @@ def test_plain_lora_is_announced(workplace: Workplace, caplog: pytest.LogCapture
         (["--modle.lora.r=3"], "no option 'modle.lora.r'; did you mean 'model.lora.r'?"),
         (["--model.lora.r", "x"], "'model.lora.r' is 'x', and must be a whole number"),
         (["--model.lora.r", "0"], "lora.r is 0"),
-        (["--model.lora.target_modules", "[nothing]"], "LoRA cannot be added"),
+        (
+            ["--model.lora.target_modules", "[nothing]"],
+            "has 'nothing', and the model has no such layer; its layers are embed_tokens, q_proj",
+        ),
         (["--model.optimizer", "Adan"], "'model.optimizer' is 'Adan', which is no known class"),
         (["--model.optimizer", "SGD", "--model.optimizer.rate", "1"], "'model.optimizer' has no option 'rate'"),
         (["--model.optimizer", "SGD", "--model.optimizer.lr", "-1"], "Invalid learning rate"),
