@@ -69,7 +69,7 @@ class AdapterModule(LightningModule):
         self.written_adapter: WrittenAdapter | None = None
         self._is_written = False
         self._validated: Measurement | None = None
-        self._callbacks_of_fit: list[Callback] = []
+        self._callbacks_of_fit: list[Callback] | None = None
         self._random_state: Tensor | None = None
         self.draws_seed = False
         self._options = ResumedOptions()
@@ -98,6 +98,7 @@ class AdapterModule(LightningModule):
             ConfigurationError: The best one is to be written, and nothing tells which that is.
         """
         self._options = ResumedOptions(draws_seed=self.draws_seed)
+        self._callbacks_of_fit = None
         if stage == "fit" and self.adapter.write == "best" and not is_dry_run(self.trainer):
             monitored_checkpoint(self.trainer)
 
@@ -211,10 +212,9 @@ class AdapterModule(LightningModule):
         """Whether this is a dry run, or a sweep of a finder, which has other callbacks than the fit or precedes it."""
         trainer = self.trainer
         is_fit = trainer.state.fn == "fit" and trainer.state.status == "running"
-        current = trainer.callbacks  # type: ignore[attr-defined]
-        return is_dry_run(trainer) or (
-            is_fit and (not self._callbacks_of_fit or any(former not in current for former in self._callbacks_of_fit))
-        )
+        current, of_fit = trainer.callbacks, self._callbacks_of_fit  # type: ignore[attr-defined]
+        is_sweep = of_fit is None or any(callback not in current for callback in of_fit)
+        return is_dry_run(trainer) or (is_fit and is_sweep)
 
     def _adapter_folder(self) -> Path:
         # The trainer broadcasts it, so every process has to ask.
