@@ -16,7 +16,7 @@ from zoo.tables import Outcome, document, share_right
 from zoo.tiny_models import Mapping, build
 
 from na_lora_lightning.callbacks import gate_callback
-from na_lora_lightning.core import experts, statistics, update
+from na_lora_lightning.core import experts, passes, update
 from na_lora_lightning.core.activations import KNOWN_ACTIVATIONS
 from na_lora_lightning.core.discovery import discover_gates
 from na_lora_lightning.core.pre_activations import GateMethod, LayerOutput
@@ -47,6 +47,12 @@ Mutation = Callable[[GateMap], None]
         ("causal-lm", "llama4_text", 5, 11, "silu", "gated"),
         ("causal-lm", "deepseek_v3", 5, 11, "silu", "gated"),
         ("image-text-to-text", "qwen2_5_vl", 2, 2, "silu", "gated"),
+        # Halves with lengths of their own, and experts in a dictionary.
+        ("seq2seq", "bart", 4, 4, "gelu", "plain"),
+        ("seq2seq", "t5gemma", 4, 4, "gelu_tanh", "gated"),
+        ("masked-lm", "bert", 2, 2, "gelu", "plain"),
+        ("masked-lm", "modernbert", 2, 2, "gelu", "gated"),
+        ("text-encoding", "roberta", 2, 2, "gelu", "plain"),
     ],
 )
 def test_every_row_and_every_step_is_right(
@@ -171,9 +177,19 @@ def test_columns_of_other_experts_are_seen(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_counted_padding_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "token_mask_of_call", lambda *args: None)
+    monkeypatch.setattr(passes, "token_mask_of_call", lambda *args: None)
     verdict = check(build("causal-lm", "llama"))
     assert verdict.problems[0].endswith("statistics of 32 tokens, and 27 are real")
+
+
+@pytest.mark.parametrize(("mapping", "counted"), [("seq2seq", 24), ("masked-lm", 32)])
+def test_counted_padding_of_halves_and_encoders_is_seen(
+    monkeypatch: pytest.MonkeyPatch, mapping: Mapping, counted: int
+) -> None:
+    monkeypatch.setattr(passes, "token_mask_of_call", lambda *args: None)
+    monkeypatch.setattr(passes, "mask_of_branch", lambda *args: None)
+    verdict = check(build(mapping, "bart" if mapping == "seq2seq" else "bert"))
+    assert any(f"statistics of {counted} tokens, and " in problem for problem in verdict.problems), verdict.problems
 
 
 def test_a_process_for_each_type() -> None:
@@ -212,3 +228,14 @@ def test_the_page_counts_and_explains() -> None:
     assert "| `c` | 2 |  | silu | gated | **no** | yes | one (and 1 more) |\n" in page
     assert "- `c`: one (and 1 more).\n- `e`: ValueError: no.\n" in page
     assert "| `e` |  |  |  |  |  |  | **error** |\n" in page
+
+
+def test_the_page_keeps_sections_of_other_mappings_and_counts_what_has_blocks() -> None:
+    right = Verdict("causal-lm", "a", 2, 8, 48, ["silu"], ["gated"], 2, 2, rows_right=True, trained=True)
+    nothing = Verdict("masked-lm", "b", refused="its layers are grouped convolutions", nothing_to_find=True)
+    other = dataclasses.replace(right, mapping="masked-lm", model_type="c")
+    causal = Outcome("causal-lm", "a", verdict=right)
+    masked = [Outcome("masked-lm", verdict.model_type, verdict=verdict) for verdict in (nothing, other)]
+    page = document(masked, document([causal]))
+    assert page == document([causal, *masked])
+    assert "nothing to find; of the other 1, 100.0% are right.\n" in page

@@ -144,6 +144,9 @@ class TokenSelection:
             tokens = torch.Size(leading).numel()
             if tokens not in (len(self._mask), self._mask.numel()) and self._mask_of(tokens) is not None:
                 return
+        if torch.Size(leading).numel() == self._mask.numel() and bool(self._mask.all()):
+            # Without padding it does not matter in which order a layer sees the tokens.
+            return
         raise DataError(
             f"the padding mask of shape {tuple(self._mask.shape)} cannot be matched to the gate {name!r}, "
             f"which sees tokens of shape {leading}, so padding would enter the statistics; train with unpadded "

@@ -343,6 +343,25 @@ def test_predicted_streams_beside_the_text_are_refused_before_the_first_step() -
         observed(model, batch)
 
 
+def test_without_padding_the_order_of_tokens_does_not_matter() -> None:
+    class TimeFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 12), nn.Linear(12, 8)
+
+        def forward(self, sound: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            return self.down(functional.silu(self.up(sound.transpose(0, 1))))
+
+    model = get_peft_model(TimeFirst(), LoraConfig(r=2, target_modules=["up"]))
+    sound = torch.randn(2, 10, 4)
+    controller, seen = observed(model, {"sound": sound, "attention_mask": real(10, 10).long()}, {"sound": sound})
+    expected = reference.responsiveness("output_derivative", "silu", seen["up"].reshape(-1, 12).double().tolist())
+    assert controller.importance.importance.tolist() == pytest.approx(expected, abs=2e-6)  # type: ignore[union-attr]
+    padded = {"sound": sound, "attention_mask": real(10, 6).long()}
+    with pytest.raises(DataError, match=r"mask of shape \(2, 10\) cannot be matched to the gate 'silu'"):
+        observed(model, padded, {"sound": sound})
+
+
 def test_prompts_of_a_decoder_are_left_out_by_its_labels() -> None:
     """Its labels are not shifted against its tokens, as those of a decoder alone are."""
     batch, _ = text((6, 3), (4, 6))

@@ -13,7 +13,7 @@ from peft import PeftModel
 from na_lora_lightning.core.discovery import discover_gates, root_of
 from na_lora_lightning.core.sites import GateMap, LeftOut
 from na_lora_lightning.errors import DataError, DiscoveryError
-from zoo.expectations import MORE_INPUTS, PADDING, REFUSALS, WITHOUT_SITE
+from zoo.expectations import MIXES_PADDING, MORE_INPUTS, NOT_CALLED, PADDING, REFUSALS, WITHOUT_SITE
 from zoo.feed_forward import Blocks, find_blocks
 from zoo.row_check import row_problems
 from zoo.statistics_check import statistics_problems
@@ -39,6 +39,7 @@ class Verdict:
         rows_right: Whether every row looked at makes exactly its channel.
         trained: Whether the training steps moved exactly the kept rows.
         refused: Why the type was refused, or None.
+        nothing_to_find: Whether it was refused for having no feed-forward block of linear layers.
         problems: What is wrong; empty for a type that is right or refused for a known reason.
         notes: Remarks.
         seconds: Time taken.
@@ -56,6 +57,7 @@ class Verdict:
     rows_right: bool = False
     trained: bool = False
     refused: str | None = None
+    nothing_to_find: bool = False
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -88,6 +90,8 @@ def _check(tiny: TinyModel, verdict: Verdict) -> None:
     more = MORE_INPUTS.get(tiny.model_type)
     inputs = {**tiny.inputs, **(more(tiny) if more is not None else {})}
     blocks = find_blocks(tiny.model, inputs, side)
+    if tiny.model_type in NOT_CALLED and side.not_called:
+        verdict.notes.append(f"without LoRA on what is called {NOT_CALLED[tiny.model_type][1]} alone")
     verdict.expected_blocks = len(blocks.expected)
     try:
         model = with_lora(tiny, side)
@@ -105,7 +109,11 @@ def _check(tiny: TinyModel, verdict: Verdict) -> None:
     wrong = [problem for site in gates for problem in row_problems(root, inputs, site)]
     verdict.problems += wrong
     verdict.rows_right = not wrong
-    wrong = _train(model, gates, inputs, options, verdict)
+    try:
+        wrong = _train(model, gates, inputs, options, verdict)
+    except DataError as error:
+        _refuse(error, verdict)
+        return
     verdict.problems += wrong
     verdict.trained = not wrong
 
@@ -114,6 +122,7 @@ def _refuse(error: Exception, verdict: Verdict) -> None:
     known = REFUSALS.get(verdict.model_type)
     if known is not None and known.message in str(error):
         verdict.refused = known.reason
+        verdict.nothing_to_find = known.nothing_to_find
         return
     verdict.refused = f"{type(error).__name__}: {error}"
     verdict.problems.append(f"refused: {verdict.refused}")
@@ -181,11 +190,16 @@ def _train(
         # Its reversible layers cut the graph where their input needs no gradient.
         model.enable_input_require_grads()
     try:
-        wrong = statistics_problems(root, inputs, gates.sites, verdict.notes)
+        mixes = MIXES_PADDING.get(verdict.model_type)
+        wrong = statistics_problems(root, inputs, gates.sites, verdict.notes, mixes is not None)
+        if mixes is not None:
+            verdict.notes.append(f"compared with the mask, as {mixes} mix padding into real tokens")
         return [*wrong, *training_problems(model, gates, inputs, options, verdict.notes)]
     except DataError as error:
         wrong = [] if verdict.model_type in PADDING else [f"padding refused: {error}"]
         verdict.notes.append(f"trained without padding: {PADDING.get(verdict.model_type, error)}")
     whole = {name: value for name, value in inputs.items() if name != "attention_mask"}
+    if "decoder_input_ids" in whole or (root.config.is_encoder_decoder and "labels" in whole):
+        whole["labels"] = whole["labels"].masked_fill(whole["labels"] < 0, 5)
     wrong += statistics_problems(root, whole, gates.sites, verdict.notes)
     return [*wrong, *training_problems(model, gates, whole, options, verdict.notes)]

@@ -16,24 +16,33 @@ class Refusal(NamedTuple):
     Attributes:
         message: Part of the error's message.
         reason: Why, in one sentence without a full stop.
+        nothing_to_find: Whether the type has no feed-forward block of linear layers.
     """
 
     message: str
     reason: str
+    nothing_to_find: bool = False
 
 
-_NO_GATE = Refusal("no feed-forward gate was found", "it has no feed-forward block")
+_NONE = "no feed-forward gate was found"
+_NO_GATE = Refusal(_NONE, "it has no feed-forward block", nothing_to_find=True)
 _LAYOUT = "in a layout that PEFT's LoRA cannot adapt expert by expert"
 
 REFUSALS: dict[str, Refusal] = {
     "dbrx": Refusal(_LAYOUT, "it keeps its experts in flattened matrices, which PEFT cannot adapt one by one"),
     "falcon_mamba": _NO_GATE,
+    "ibert": Refusal(_NONE, "its layers quantise themselves and are no linear layers", nothing_to_find=True),
     "jetmoe": Refusal(_LAYOUT, "it applies the matrices of its experts in modules that PEFT cannot adapt one by one"),
     "mamba": _NO_GATE,
     "mamba2": _NO_GATE,
     "pp_formulanet": Refusal(
         "`get_input_embeddings` not auto", "PEFT cannot wrap it, because transformers does not find its embeddings"
     ),
+    "prophetnet": Refusal(
+        "cannot be matched to the gate",
+        "its decoder sees the predicted streams beside the text, for which neither mask nor labels say what is real",
+    ),
+    "squeezebert": Refusal(_NONE, "its layers are grouped convolutions", nothing_to_find=True),
 }
 
 # Names under which the language side lies, where the model's own ``get_decoder()`` is not all of it.
@@ -48,10 +57,28 @@ LANGUAGE_SIDE: dict[str, tuple[str, ...]] = {
 PADDING: dict[str, str] = {
     "blt": "some of its layers see patches of bytes",
     "cpmant": "it puts prompt tokens before the text",
+    "fsmt": "its layers see time before batch",
+    "funnel": "its later blocks see pooled tokens",
     "git": "it puts the image before the text",
+    "pegasus_x": "its encoder sees global tokens beside the text",
+    "perceiver": "its layers see latents",
     "pi0": "its second transformer sees a state and actions",
     "prophetnet": "its layers see the predicted streams beside the text",
     "xlnet": "its layers see time before batch",
+}
+
+# Types in which what stands in padded places reaches real tokens, so that the mask itself says which are real.
+MIXES_PADDING: dict[str, str] = {
+    "convbert": "its convolutions",
+    "mobilebert": "its embeddings of three tokens at a time",
+    "nystromformer": "its landmarks, which are means over all tokens",
+    "yoso": "its hashed attention",
+}
+
+# Modules that a training step does not call, by type: a regular expression for their names, and when they are called.
+NOT_CALLED: dict[str, tuple[str, str]] = {
+    "esm": (r"esm\.contact_head.*", "for contacts"),
+    "luke": (r".*entity.*", "for entities"),
 }
 
 # Feed-forward blocks without a site, by type: a pattern of block names, and why.

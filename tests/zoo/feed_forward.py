@@ -22,13 +22,14 @@ FUNCTIONS = {
     *("sigmoid", "sigmoid_", "tanh", "tanh_", "hardswish", "hardtanh", "erf", "logsigmoid", "softsign"),
 }
 FEED_FORWARD = re.compile(
-    r"MLP|Mlp|FFN|FeedForward|Experts?(GLU)?$|Intermediate|Dense(Gated)?A[Cc][Tt]|MoE$|Adapter$|^Sequential$"
+    r"MLP|Mlp|FFN|FeedForward|Experts?(GLU)?$|Intermediate|Dense(Gated)?A[Cc][Tt]|MoE$|Adapter$|^Sequential$|"
+    r"UltrabertPredictionHead$"
 )
 # Classes of whole layers count where their own linear layers are those of a feed-forward block.
-LAYER = re.compile(r"(De|En)coderLayer|Block$")
+LAYER = re.compile(r"(De|En)coderLayer|AlbertLayer|Block$")
 NOT_FEED_FORWARD = re.compile(
     r"Attention|Router|Norm(Gated)?$|Mixer|DeltaNet|Indexer|Mamba|HyperConnection|HyperHead|ForgetGate|ResidualGate|"
-    r"GatedResidual|GateMLP|SparseMoeBlock|Rglru|Prediction|LMHead|Pooler|Embedding|ForCausalLM|"
+    r"GatedResidual|GateMLP|GatedProjection|SparseMoeBlock|Rglru|(?<!Ultrabert)Prediction|LMHead|Pooler|Embedding(?!sV3)|ForCausalLM|ForMaskedLM|ForImageClassification|"
     r"ForConditionalGeneration|Model$|xLSTMLayer"
 )
 
@@ -97,7 +98,7 @@ def looks_like_feed_forward(module: nn.Module) -> bool | None:
     name = type(module).__name__
     if LAYER.search(name):
         linear = {child for child, _ in module.named_children()}
-        return {"fc1", "fc2"} <= linear
+        return {"fc1", "fc2"} <= linear or {"ffn", "ffn_output"} <= linear
     if NOT_FEED_FORWARD.search(name):
         return False
     return True if FEED_FORWARD.search(name) else None

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+Mapping = Literal[
+    "causal-lm", "image-text-to-text", "seq2seq", "masked-lm", "text-encoding", "image-classification", "speech"
+]
+
 # Sixteen tokens, of which the second sequence has five of padding.
 LENGTHS = (16, 11)
+# What a decoder writes has lengths of its own; here the first sequence has three tokens of padding.
+DECODER_LENGTHS = (9, 12)
 # Ids of plain words: the smallest and the largest belong to special tokens.
 WORDS = (4, 56)
 IMAGE = (3, 16, 16)
@@ -155,9 +161,90 @@ SPECIAL: dict[str, Callable[[dict[str, Any], PreTrainedConfig, torch.Generator],
 }
 
 
+def lengths_of_its_own(inputs: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+    """Labels for a decoder, from which the model makes the decoder's tokens."""
+    longest = max(DECODER_LENGTHS)
+    padding = torch.arange(longest)[None] >= torch.tensor(DECODER_LENGTHS)[:, None]
+    labels = torch.randint(*WORDS, (len(DECODER_LENGTHS), longest), generator=generator)
+    return {**inputs, "labels": labels.masked_fill(padding, -100)}
+
+
+def shifted(inputs: dict[str, Any], config: PreTrainedConfig, generator: torch.Generator) -> dict[str, Any]:
+    """The decoder's tokens, for a model that does not make them from labels."""
+    labels = inputs["labels"]
+    return {**inputs, "decoder_input_ids": labels.masked_fill(labels < 0, 5).roll(1, 1)}
+
+
+def some_labels(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Labels at every third token alone, as where words are masked."""
+    labels = inputs["labels"].clone()
+    labels[:, torch.arange(labels.shape[1]) % 3 != 1] = -100
+    return {**inputs, "labels": labels}
+
+
+def image(config: PreTrainedConfig, generator: torch.Generator) -> dict[str, Any]:
+    """Two images with a class each."""
+    part: Any = getattr(config, "vision_config", config)
+    size, channels = getattr(part, "image_size", 16), getattr(part, "num_channels", 3)
+    size = 64 if config.model_type in LARGER else size
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return {"pixel_values": noise(generator, 2, channels, height, width), "labels": torch.tensor([0, 1])}
+
+
+def patches_of_two_images(config: PreTrainedConfig, generator: torch.Generator) -> dict[str, Any]:
+    """Flattened patches of a large and a small image, the latter padded."""
+    vision: Any = config.vision_config
+    count = 16
+    mask = torch.arange(count)[None] < torch.tensor([16, 6])[:, None]
+    return {
+        "pixel_values": noise(generator, 2, count, vision.num_channels * vision.patch_size**2),
+        "pixel_attention_mask": mask.long(),
+        "spatial_shapes": torch.tensor([[4, 4], [2, 3]]),
+        "labels": torch.tensor([0, 1]),
+    }
+
+
+def pixels_as_tokens(config: PreTrainedConfig, generator: torch.Generator) -> dict[str, Any]:
+    """Images as sequences of colours."""
+    return {
+        "input_ids": torch.randint(*WORDS, (2, LENGTHS[0]), generator=generator),
+        "labels": torch.tensor([0, 1]),
+        "use_cache": False,
+    }
+
+
+Maker = Callable[[PreTrainedConfig, torch.Generator], dict[str, Any]]
+# Types that halve their images several times, whatever the size.
+LARGER = {"convnext", "convnextv2", "cvt", "efficientnet", "mobilevit", "mobilevitv2", "segformer", "swiftformer"}
+IMAGES: dict[str, Maker] = {
+    "imagegpt": pixels_as_tokens,
+    "siglip2": patches_of_two_images,
+}
+SPEECH: dict[str, Maker] = {}
+
+
 def make_inputs(
-    model_type: str, cls: type[PreTrainedModel], config: PreTrainedConfig, generator: torch.Generator
+    mapping: Mapping,
+    model_type: str,
+    cls: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    generator: torch.Generator,
 ) -> dict[str, Any]:
     """The arguments of a training step of a model of class ``cls``."""
+    accepted = inspect.signature(cls.forward).parameters
+    if mapping == "image-classification" and model_type != "shieldgemma2":
+        return image(config, generator) if model_type not in IMAGES else IMAGES[model_type](config, generator)
+    if mapping == "speech" and model_type in SPEECH:
+        return SPEECH[model_type](config, generator)
     inputs = text_inputs(cls.forward, config, generator)
-    return SPECIAL[model_type](inputs, config, generator) if model_type in SPECIAL else inputs
+    if mapping in ("causal-lm", "image-text-to-text", "image-classification"):
+        return SPECIAL[model_type](inputs, config, generator) if model_type in SPECIAL else inputs
+    if mapping == "text-encoding":
+        del inputs["labels"]
+    elif "decoder_input_ids" in accepted:
+        inputs = lengths_of_its_own(inputs, generator)
+        if model_type == "fsmt":
+            inputs = shifted(inputs, config, generator)
+    elif mapping == "masked-lm":
+        inputs = some_labels(inputs)
+    return inputs

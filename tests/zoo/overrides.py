@@ -49,9 +49,21 @@ VISION_VALUES: dict[str, Any] = {
 }
 VISION = SiglipVisionConfig(**VISION_VALUES)
 
+FOUR = [1, 1, 1, 1]
+SWIN = {"depths": [1, 1], "num_heads": [2, 2], "window_size": 2, "drop_path_rate": 0.0}
+PYRAMID = {
+    "hidden_sizes": [8, 16, 16, 24],
+    "depths": FOUR,
+    "num_attention_heads": [1, 2, 2, 2],
+    "sr_ratios": [2, 2, 2, 1],
+    "mlp_ratios": [3, 2, 2, 2],
+    "drop_path_rate": 0.0,
+}
+
 # Values that replace what the shrinker gave, by the model type of the (nested) configuration.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
+    "bit": {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": FOUR, "num_groups": 4},
     "big_bird": {"attention_type": "original_full"},
     "blip-2": {"image_token_index": 90},
     "blt": {"encoder_hash_byte_group_vocab": 32},
@@ -65,6 +77,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "full_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
         }
     },
+    "convnext": {"hidden_sizes": [8, 12, 16, 16], "depths": FOUR},
+    "convnextv2": {"hidden_sizes": [8, 12, 16, 16], "depths": FOUR},
+    "cvt": {"embed_dim": [8, 12, 16], "depth": [1, 2, 3], "num_heads": [1, 2, 2], "drop_path_rate": [0.0, 0.0, 0.0]},
     "dbrx": {
         "attn_config": {"kv_n_heads": 1, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
@@ -73,6 +88,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "deepseek_ocr2_text": {"num_experts_per_tok": 2, "mlp_layer_types": MIXED, "num_hidden_layers": 3},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}},
+    "distilbert": {"dim": 16, "hidden_dim": 24},
+    "donut-swin": SWIN,
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 2, "num_experts_per_tok": 2},
     "dots3_note_audio_encoder": {"downsample_hidden_size": 4, "feature_size": 8},
     "dots3_note_text": {
@@ -85,6 +102,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "swa_v_head_dim": 8,
     },
     "dots3_note_vision_encoder": {"mlp_layer_types": MIXED, "num_hidden_layers": 3},
+    "encoder-decoder": {"pad_token_id": 0, "decoder_start_token_id": 1},
+    "esm": {"vocab_size": 96, "pad_token_id": 1, "mask_token_id": 4},
     "emu3": {"vocabulary_map": {"<image>": 90, "<|extra_200|>": 91, "<|visual token 000000|>": 92}},
     "emu3_vqgan": {**VQ, "codebook_size": 8, "temporal_downsample_factor": 2},
     "ernie4_5_vl_moe_text": {
@@ -109,6 +128,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "granitemoe_swa": {"shared_intermediate_size": 12},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     "granitemoeshared": {"shared_intermediate_size": 12},
+    "hiera": {
+        "image_size": [32, 32],
+        "patch_size": [7, 7],
+        "embed_dim": 8,
+        "depths": FOUR,
+        "num_heads": [1, 1, 2, 2],
+        "masked_unit_size": [8, 8],
+    },
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
     "hunyuan_vl_vision": {"max_image_size": 32, "min_image_size": 16, "max_vit_seq_len": 16},
     "inkling2_text": {"rel_extent": 16, "d_rel": 4},
@@ -122,9 +149,19 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "janus_vqgan": {**VQ, "latent_channels": 32, "num_embeddings": 8},
     "jetmoe": {"kv_channels": 8},
     "laguna": {"layer_types": THREE},
+    "led": {"attention_window": 12},
     "lfm2": {"intermediate_size": 36, "block_multiple_of": 2, "layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
+    "levit": {
+        "image_size": 64,
+        "patch_size": 16,
+        "hidden_sizes": [8, 12, 16],
+        "num_attention_heads": [2, 2, 2],
+        "depths": [1, 1, 1],
+        "key_dim": [4, 4, 4],
+    },
     "llama4_text": {"moe_layers": [1, 2]},
+    "longformer": {"attention_window": 12},
     "longcat_flash": {"head_dim": 4, "num_hidden_layers": 4},
     "mamba2": {"head_dim": 16, "n_groups": 1},
     "mellum": {"layer_types": THREE},
@@ -136,6 +173,21 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "patch_sizes": [4, 2],
         "hidden_sizes": [8, 16],
         "depths": [1, 1],
+    },
+    "neomme": {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0},
+        }
+    },
+    "perceiver": {
+        "num_latents": 8,
+        "d_latents": 16,
+        "num_self_attends_per_block": 2,
+        "max_position_embeddings": 16,
+        "image_size": 8,
+        "self_attention_widening_factor": 2,
+        "cross_attention_widening_factor": 2,
     },
     "perception_lm": {"vision_config": VISION},
     "phi4_multimodal_audio": {
@@ -151,6 +203,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "post_conv_out_channels": 16,
         "decoder_hidden_size": 16,
     },
+    "pvt": {**{k: v for k, v in PYRAMID.items() if k != "sr_ratios"}, "image_size": 64, "patch_sizes": [4, 2, 2, 2]},
+    "pvt_v2": {**PYRAMID, "image_size": 64},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 60, "vision_end_token_id": 61},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 60, "vision_end_token_id": 61},
     "qwen4_exp_text": INDEXER,
@@ -167,7 +221,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "lsh_attn_chunk_length": 8,
     },
     "sam_vision_model": SAM,
+    "segformer": {**PYRAMID, "decoder_hidden_size": 16},
+    "shieldgemma2": {"yes_token_index": 5, "no_token_index": 6},
+    "squeezebert": {"embedding_size": 16},
     "step3p5": {"sliding_window": 8, "layer_types": THREE},
+    "swin": SWIN,
+    "swinv2": SWIN,
+    "switch_transformers": {"num_experts": 2},
     "udop": {"decoder_start_token_id": 0},
     "unlimited_ocr_sam_vision_model": {**SAM, "downsample_channels": [8, 16]},
     "vision-encoder-decoder": {"pad_token_id": 0, "decoder_start_token_id": 1},
@@ -177,7 +237,19 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }
 
 # Values put into the finished configuration, past its checks.
-AFTER: dict[str, dict[str, Any]] = {"gemma3n": {"vision_config": VISION}}
+AFTER: dict[str, dict[str, Any]] = {
+    "gemma3n": {"vision_config": VISION},
+    "longt5": {"decoder_start_token_id": 0},
+    "pop2piano": {"decoder_start_token_id": 0},
+    "switch_transformers": {"decoder_start_token_id": 0},
+    "t5": {"decoder_start_token_id": 0},
+}
+
+# Values of the finished configuration that depend on the mapping, which names another class for the type.
+FOR_MAPPING: dict[tuple[str, str], dict[str, Any]] = {
+    ("masked-lm", "reformer"): {"is_decoder": False},
+    ("text-encoding", "t5gemma"): {"is_encoder_decoder": False},
+}
 
 # Text models that take three kinds of positions and fall back on sections of frequencies for larger heads.
 MROPE = {
@@ -203,6 +275,10 @@ REASONS: dict[str, dict[str, str]] = {
         "gemma4_unified_assistant": (
             "its forward takes hidden states, keys and values of the model that it assists, and gives no loss"
         ),
+    },
+    "image-classification": {
+        "dinat": "it needs the library natten",
+        "timm_wrapper": "it needs the library timm",
     },
     "image-text-to-text": {"diffusion_gemma": "its forward takes no labels and gives no loss"},
 }

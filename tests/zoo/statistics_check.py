@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from na_lora_lightning.core.activations import ActivationValues
 from na_lora_lightning.core.sites import GateSite
 from na_lora_lightning.core.statistics import GateObserver, ObserverOptions
+from zoo.tiny_models import loss_of
 from zoo.watching import evaluating, look, rows_of_experts
 
 SAME = 1e-4
@@ -34,7 +35,11 @@ class OutputSum:
 
 
 def statistics_problems(
-    root: nn.Module, inputs: Mapping[str, Any], sites: Sequence[GateSite], notes: list[str]
+    root: nn.Module,
+    inputs: Mapping[str, Any],
+    sites: Sequence[GateSite],
+    notes: list[str],
+    mixes_padding: bool = False,
 ) -> list[str]:
     """Compares the observer's sums of one forward pass with sums over rows that are known to be real.
 
@@ -43,6 +48,7 @@ def statistics_problems(
         inputs: Arguments of its forward, with padding where ``attention_mask`` says so.
         sites: Sites whose rows have been checked.
         notes: Takes remarks.
+        mixes_padding: Whether what stands in padded places reaches real tokens; then the mask says which are real.
     """
     observer = GateObserver(root, sites, ObserverOptions(max_tokens=None))
     observer.add("output", OutputSum())
@@ -59,7 +65,8 @@ def statistics_problems(
     for site, count, sums in zip(sites, tokens, statistics.sums[0].split(sizes), strict=True):
         seen = look(root, inputs, site)
         z = torch.cat(seen.pre_activations)
-        real = _real_rows(root, inputs, site, z)
+        mask = inputs.get("attention_mask") if mixes_padding else None
+        real = _real_rows(root, inputs, site, z) if mask is None else mask.flatten().bool()
         if real is None:
             untold += 1
             continue
@@ -91,9 +98,10 @@ def _real_rows(root: Any, inputs: Mapping[str, Any], site: GateSite, z: Tensor) 
     mask = inputs.get("attention_mask")
     padded = mask is not None and not bool(mask.all()) and "input_ids" in inputs
     real = _rows_without_padding(root, inputs, site, z) if padded else torch.ones(len(z), dtype=torch.bool)
-    if bool(real.all()) and root.config.is_encoder_decoder:
-        # What is padded in a decoder has no label.
-        return _rows_behind_loss(root, inputs, site)
+    if root.config.is_encoder_decoder and "labels" in inputs and bool((inputs["labels"] < 0).any()):
+        # What is padded in a decoder has no label, and what fills up an encoder's windows is seen by no decoder.
+        behind = _rows_behind_loss(root, inputs, site)
+        return None if behind is None else real & behind
     return None if padded and (bool(real.all()) or not bool(real.any())) else real
 
 
@@ -114,9 +122,10 @@ def _rows_behind_loss(root: nn.Module, inputs: Mapping[str, Any], site: GateSite
     handle = site.source.watch(seen.append)
     try:
         with evaluating(root):
-            loss = root(**inputs).loss
+            loss = loss_of(root(**inputs))
     finally:
         handle.remove()
     if not all(z.requires_grad for z in seen):
         return None
-    return torch.cat([(slope != 0).reshape(-1, slope.shape[-1]).any(1) for slope in torch.autograd.grad(loss, seen)])
+    slopes = torch.autograd.grad(loss, seen, allow_unused=True, materialize_grads=True)
+    return torch.cat([(slope != 0).reshape(-1, slope.shape[-1]).any(1) for slope in slopes])

@@ -15,11 +15,16 @@ LONGEST = 300
 TITLES = {
     "causal-lm": "Causal language models (`MODEL_FOR_CAUSAL_LM_MAPPING`)",
     "image-text-to-text": "Language side of image-text-to-text models (`MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING`)",
+    "seq2seq": "Encoder-decoders and others for text from text (`MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING`)",
+    "masked-lm": "Masked language models (`MODEL_FOR_MASKED_LM_MAPPING`)",
+    "text-encoding": "Text encoders (`MODEL_FOR_TEXT_ENCODING_MAPPING`)",
+    "image-classification": "Image classification (`MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING`)",
+    "speech": "Speech (`MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING`)",
 }
 HEAD = """\
 # Model zoo
 
-Every model type of two mappings of transformers, built tiny from its configuration, with LoRA on all linear layers
+Every model type of these mappings of transformers, built tiny from its configuration, with LoRA on all linear layers
 and stacked experts (of the language side). Made by `make zoo`; do not edit.
 
 - *Sites*: gates found. *Experts*: the feed-forward networks behind them with each expert by itself, where there are
@@ -80,6 +85,11 @@ def share_right(outcomes: Sequence[Outcome]) -> float:
     return sum(outcome.is_right for outcome in built) / len(built) if built else 1.0
 
 
+def with_blocks(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """The buildable ones that have feed-forward blocks of linear layers."""
+    return [o for o in buildable(outcomes) if o.verdict is None or not o.verdict.nothing_to_find]
+
+
 def summary(outcomes: Sequence[Outcome]) -> Table:
     """Counts by mapping, for the console."""
     table = Table("mapping", "types", "buildable", "fully right", "share", "refused", "red", "seconds")
@@ -99,12 +109,17 @@ def summary(outcomes: Sequence[Outcome]) -> Table:
     return table
 
 
-def document(outcomes: Sequence[Outcome]) -> str:
-    """The page of the documentation."""
+def document(outcomes: Sequence[Outcome], before: str = "") -> str:
+    """The page of the documentation; sections of other mappings stay as they were ``before``."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
     lines = [f"{HEAD}Python {platform.python_version()}, {versions}.\n"]
-    for mapping in dict.fromkeys(outcome.mapping for outcome in outcomes):
-        lines += _section(mapping, [outcome for outcome in outcomes if outcome.mapping == mapping])
+    kept = {part.split("\n", 1)[0]: f"## {part}" for part in before.split("\n## ")[1:]}
+    for mapping, title in TITLES.items():
+        own = [outcome for outcome in outcomes if outcome.mapping == mapping]
+        if own:
+            lines += _section(mapping, own)
+        elif title in kept:
+            lines += [kept[title].rstrip("\n"), ""]
     return "\n".join(lines)
 
 
@@ -113,11 +128,18 @@ def _section(mapping: str, outcomes: list[Outcome]) -> list[str]:
     refused = [outcome for outcome in outcomes if outcome.is_refused]
     missing = [outcome for outcome in outcomes if outcome.not_buildable is not None]
     red = [outcome for outcome in outcomes if outcome.is_red]
+    found = with_blocks(outcomes)
+    without = len(buildable(outcomes)) - len(found)
     lines = [
         f"## {TITLES[mapping]}\n",
         f"{len(outcomes)} types, {len(buildable(outcomes))} buildable, {right} of these fully right "
         f"({share_right(outcomes):.1%}), {len(refused)} refused for a reason, {len(red)} wrong or unexplained.\n",
     ]
+    if without:
+        lines.append(
+            f"{without} of the refused have no feed-forward block of linear layers, so that there is nothing to find; "
+            f"of the other {len(found)}, {share_right(found):.1%} are right.\n"
+        )
     for title, some in (("Refused", refused), ("Not buildable", missing), ("Wrong or unexplained", red)):
         if some:
             lines += [f"{title}:\n", *(f"- `{o.model_type}`: {_escaped(o.note).rstrip('.')}." for o in some), ""]

@@ -1,4 +1,4 @@
-"""A tiny, randomly initialised model of every type in two of transformers' mappings, from its configuration alone.
+"""A tiny, randomly initialised model of every type in transformers' mappings, from its configuration alone.
 
 ``build("causal-lm", "llama")`` gives the model with the arguments of a training step. From ``tests``,
 ``python -m zoo.tiny_models [mapping] [type ...]`` tries them all, forward and backward.
@@ -12,25 +12,26 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
+from transformers.models.auto import modeling_auto
 
-from zoo.inputs import make_inputs
-from zoo.overrides import REASONS
+from zoo.inputs import Mapping, make_inputs
+from zoo.overrides import FOR_MAPPING, REASONS
 from zoo.shrink import tiny_config
 
-Mapping = Literal["causal-lm", "image-text-to-text"]
 MAPPINGS: dict[str, Any] = {
-    "causal-lm": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    "image-text-to-text": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    "causal-lm": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "image-text-to-text": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    "seq2seq": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "masked-lm": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "text-encoding": modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
+    "image-classification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    "speech": modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
 }
 
 
@@ -44,9 +45,9 @@ class TinyModel:
 
     Args:
         model_type: Its name in the mapping.
-        mapping: Which of the two mappings.
+        mapping: Which of the mappings.
         model: The model, in training mode and in 32 bits.
-        inputs: Keyword arguments of a forward pass that gives a loss.
+        inputs: Keyword arguments of a forward pass that gives a loss, or the states that a loss is made of.
     """
 
     model_type: str
@@ -131,18 +132,27 @@ def build(mapping: Mapping, model_type: str, seed: int = 0, **values: Any) -> Ti
     with quiet():
         cls = model_class(mapping, model_type)
         config = config_for(cls, tiny_config(model_type, **values))
+        vars(config).update(FOR_MAPPING.get((mapping, model_type), {}))
         with torch.random.fork_rng(devices=[]), unset_memory_is_nan():
             torch.manual_seed(seed)
             model = cls._from_config(config)
     liven(model, seed)
-    inputs = make_inputs(model_type, cls, config, torch.Generator().manual_seed(seed + 1))
+    inputs = make_inputs(mapping, model_type, cls, config, torch.Generator().manual_seed(seed + 1))
     return TinyModel(model_type, mapping, model.float().train(), inputs)
+
+
+def loss_of(output: Any) -> Tensor:
+    """The loss of a model's output, or a sum of its first tensor in which each number has a weight of its own."""
+    loss: Tensor | None = getattr(output, "loss", None)
+    if loss is None:
+        states: Tensor = output[0]
+        loss = states.flatten() @ torch.linspace(-1.0, 1.0, states.numel())
+    return loss
 
 
 def check(tiny: TinyModel) -> None:
     """One training step without an update: the loss is finite, and gradients exist."""
-    loss = tiny.model(**tiny.inputs).loss
-    assert isinstance(loss, Tensor), "forward gives no loss"
+    loss = loss_of(tiny.model(**tiny.inputs))
     assert loss.isfinite(), "the loss is not finite"
     loss.backward()
     gradients = [parameter.grad for parameter in tiny.model.parameters() if parameter.grad is not None]

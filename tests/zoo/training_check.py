@@ -17,7 +17,7 @@ from na_lora_lightning.callbacks.gate_importance import GateImportanceCallback
 from na_lora_lightning.callbacks.step_scale import StepScaleCallback
 from na_lora_lightning.core.sites import GateMap, GateSite
 from na_lora_lightning.errors import ConfigurationError
-from zoo.tiny_models import quiet
+from zoo.tiny_models import loss_of, quiet
 from zoo.watching import lora_b
 
 KEEP = 0.5
@@ -36,7 +36,7 @@ class Fit(LightningModule):
         self.losses: list[float] = []
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        loss: Tensor = self.model.get_base_model()(**batch).loss
+        loss = loss_of(self.model.get_base_model()(**batch))
         self.losses.append(loss.item())
         return loss
 

@@ -12,7 +12,7 @@ from torch import nn
 from na_lora_lightning.core.branches import Part
 from na_lora_lightning.core.experts import expert_owners, stacked_parameters
 from na_lora_lightning.targets import lora_targets
-from zoo.expectations import LANGUAGE_SIDE
+from zoo.expectations import LANGUAGE_SIDE, NOT_CALLED
 from zoo.tiny_models import TinyModel
 
 # Parts of a path that lead away from the language side, wherever they stand.
@@ -21,6 +21,8 @@ FOREIGN = (
     "resampler|patch_embed"
 )
 
+# Mappings whose models are adapted as a whole, as are those for speech that are given sound.
+WHOLE = ("text-encoding", "image-classification")
 PARTS: tuple[Part, ...] = ("language",)
 
 
@@ -30,24 +32,34 @@ class LanguageSide:
 
     Attributes:
         prefixes: Names of modules that hold it.
+        foreign: Whether towers within them are left out.
+        not_called: A regular expression for modules that a training step does not call.
     """
 
     prefixes: tuple[str, ...]
+    foreign: bool = True
+    not_called: str = ""
 
     @property
     def others(self) -> str:
         """A regular expression that matches the names of all other modules."""
-        inside = "" if "" in self.prefixes else rf"(?!(?:{'|'.join(map(re.escape, self.prefixes))})(?:\.|$)).*|"
-        return f"{inside}.*(?:{FOREIGN}).*"
+        left_out = [rf".*(?:{FOREIGN}).*"] if self.foreign else []
+        if "" not in self.prefixes:
+            left_out.append(rf"(?!(?:{'|'.join(map(re.escape, self.prefixes))})(?:\.|$)).*")
+        return "|".join([*left_out, *([self.not_called] if self.not_called else [])]) or "(?!)"
 
     def __contains__(self, name: object) -> bool:
         return re.fullmatch(self.others, str(name)) is None
 
 
 def language_side(tiny: TinyModel) -> LanguageSide:
-    """The language side of a model."""
-    if tiny.mapping == "causal-lm":
-        return LanguageSide(("",))
+    """The part of a model that is adapted: its language side, or all of it where there is no text."""
+    not_called = NOT_CALLED.get(tiny.model_type, ("", ""))[0]
+    if tiny.mapping in WHOLE or (tiny.mapping == "speech" and "input_ids" not in tiny.inputs):
+        return LanguageSide(("",), foreign=False, not_called=not_called)
+    halves = tiny.mapping == "seq2seq" and tiny.model.config.is_encoder_decoder
+    if tiny.mapping in ("causal-lm", "masked-lm") or halves:
+        return LanguageSide(("",), not_called=not_called)
     if tiny.model_type in LANGUAGE_SIDE:
         return LanguageSide(LANGUAGE_SIDE[tiny.model_type])
     decoder = tiny.model.get_decoder()
