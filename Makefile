@@ -55,8 +55,9 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 		--target $(OLDEST)/transformers4 transformers==4.57.1 huggingface_hub==0.34.0
 	@touch $@
 
+ZOO ?= causal-lm image-text-to-text seq2seq masked-lm text-encoding
 zoo: install ## Check gates on a tiny model of every type of transformers, and write docs/model_zoo.md
-	cd tests && ../$(BIN)/python -m zoo.report --jobs 2 --output ../docs/model_zoo.md
+	cd tests && ../$(BIN)/python -m zoo.report --jobs 2 $(ZOO:%=--mapping %) --output ../docs/model_zoo.md
 
 faults: install ## Kill na-lora fit a hundred times, resume, compare bitwise, and write docs/faults.md
 	cd tests && ../$(BIN)/python -W ignore -m faults.campaign --kills 100 --output ../docs/faults.md

@@ -276,6 +276,7 @@ REASONS: dict[str, dict[str, str]] = {
             "its forward takes hidden states, keys and values of the model that it assists, and gives no loss"
         ),
     },
+    "seq2seq": {"voxtral_realtime": "it takes no text without sound, which is not made here yet"},
     "image-classification": {
         "dinat": "it needs the library natten",
         "timm_wrapper": "it needs the library timm",
