@@ -13,8 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressB
 from na_lora_lightning.callbacks.gate_callback import GateCallback
 
 _PLAIN = (bool, int, float, str, type(None))
-# Where a callback writes, and how much it says.
-_LEFT_OUT = ("dirpath", "filename", "verbose")
+# Where a callback writes, how much it says, and whether the run goes on at all.
+_LEFT_OUT = ("dirpath", "filename", "verbose", "starts_over")
 
 
 def describe_callbacks(trainer: Trainer) -> dict[str, dict[str, Any]]:

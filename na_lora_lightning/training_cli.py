@@ -8,11 +8,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, OnExceptionCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.utilities.enums import LightningEnum
 from typing_extensions import override
 
 from na_lora_lightning.callbacks.fit_summary import FitSummaryCallback
@@ -55,6 +57,9 @@ CALLBACKS: dict[str, type[Callback]] = {
     "checkpoint": RunCheckpoint,
 }
 _MECHANISMS = ("gate_importance", "step_scale")
+
+# Defaults of Lightning's that YAML knows nothing of, such as the interval of its Timer.
+yaml.SafeDumper.add_multi_representer(LightningEnum, lambda dumper, member: dumper.represent_str(str(member.value)))
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "gradient_clip_val": 1.0,

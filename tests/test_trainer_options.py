@@ -155,3 +155,29 @@ def test_a_metric_of_a_foreign_callback_is_awaited(fit: Fit, monkeypatch: pytest
     theirs = callback("their_callbacks.Theirs")
     assert fit(*theirs, *callback("EarlyStopping", monitor="theirs", patience="9"), "--trainer.max_epochs=1") == 0
     assert fit.steps == 4
+
+
+def test_a_default_that_is_no_plain_text_is_written_and_read_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit = Fit(tmp_path, capsys)
+    timer = ["--trainer.max_epochs=1", "--trainer.callbacks+=Timer", "--trainer.callbacks.duration=00:00:10:00"]
+    assert fit(*timer) == 0
+    (saved,) = tmp_path.glob("run/**/config.yaml")
+    (callback,) = yaml.safe_load(saved.read_text())["trainer"]["callbacks"]
+    assert callback["init_args"] == {"duration": "00:00:10:00", "interval": "step", "verbose": True}
+    assert main(["fit", "--config", str(saved)]) == 0
+    capsys.readouterr()
+    assert fit(*timer, "--print_config") == 0
+    assert "interval: step\n" in capsys.readouterr().out
+
+
+def test_going_on_with_a_run_that_began_with_last_names_its_epochs_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    fit = Fit(tmp_path, capsys)
+    assert fit("--ckpt_path=last", "--trainer.max_epochs=1") == 0
+    caplog.clear()
+    assert fit("--ckpt_path=last", "--trainer.max_epochs=2") == 0
+    changes = [record.getMessage() for record in caplog.records if "other options" in record.getMessage()]
+    assert changes == ["Training goes on with other options than the checkpoint's: trainer.max_epochs 1 → 2."]
