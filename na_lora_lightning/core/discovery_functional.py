@@ -26,6 +26,11 @@ _GATES = (
 )
 # and those that can also be something else.
 _PERHAPS = ("Threshold", "Clamp", "Maximum", "Where", "Exp", "Sin", "Atan", "Abs")
+# What mixes channels or tokens, as attention, state spaces and hyper-connections do, and feed-forward blocks do not.
+_MIXES = (
+    *("Bmm", "Mm", "Addmm", "Mv", "Dot", "Convolution", "MkldnnConvolution", "Conv", "Softmax", "ScaledDotProduct"),
+    *("Cumsum", "Cumprod", "Sort", "Topk", "Fft"),
+)
 
 
 @dataclass
@@ -98,7 +103,11 @@ def _gate_of(
     names = (producer.name,)
     between = f"the function between {producer.name} and {consumer.name}"
     met = blocks.inputs[id(consumer)]
-    surely = not met.stops and (met.custom or any(name.startswith(_GATES) for name in met.passed))
+    surely = (
+        not met.stops
+        and (met.custom or any(name.startswith(_GATES) for name in met.passed))
+        and not any(name.startswith(_MIXES) for name in met.passed)
+    )
     if isinstance(gate, str):
         return LeftOut(
             producer.name, "function", f"{between} {gate}", not_supported=surely and with_lora, producers=names
