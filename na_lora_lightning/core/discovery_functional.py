@@ -26,11 +26,8 @@ _GATES = (
 )
 # and those that can also be something else.
 _PERHAPS = ("Threshold", "Clamp", "Maximum", "Where", "Exp", "Sin", "Atan", "Abs")
-# What mixes channels or tokens, as attention, state spaces and hyper-connections do, and feed-forward blocks do not.
-_MIXES = (
-    *("Bmm", "Mm", "Addmm", "Mv", "Dot", "Convolution", "MkldnnConvolution", "Conv", "Softmax", "ScaledDotProduct"),
-    *("Cumsum", "Cumprod", "Sort", "Topk", "Fft"),
-)
+# Attention, state spaces and hyper-connections do this, and gates do not.
+_MIXED = "is not linear, and does not work channel by channel"
 
 
 @dataclass
@@ -103,15 +100,10 @@ def _gate_of(
     names = (producer.name,)
     between = f"the function between {producer.name} and {consumer.name}"
     met = blocks.inputs[id(consumer)]
-    surely = (
-        not met.stops
-        and (met.custom or any(name.startswith(_GATES) for name in met.passed))
-        and not any(name.startswith(_MIXES) for name in met.passed)
-    )
+    surely = not met.stops and (met.custom or any(name.startswith(_GATES) for name in met.passed))
     if isinstance(gate, str):
-        return LeftOut(
-            producer.name, "function", f"{between} {gate}", not_supported=surely and with_lora, producers=names
-        )
+        unsupported = surely and with_lora and gate != _MIXED
+        return LeftOut(producer.name, "function", f"{between} {gate}", not_supported=unsupported, producers=names)
     if gate.activation is None:
         what = "of no known form" if gate.is_self_gated else "not self-gated"
         unsupported = gate.is_self_gated and with_lora and surely
@@ -207,7 +199,7 @@ class _Code:
                 linear = is_linear_in(self._answer(None, to_the_end), like)
             except Exception as error:  # Whatever code that was written for one call raises in another.
                 return f"could not be called again on other values ({type(error).__name__}: {error})"
-        return None if linear else "is not linear, and does not work channel by channel"
+        return None if linear else _MIXED
 
     def _modules_on_the_way(self) -> list[nn.Module]:
         """Childless modules before the consumer, such as a norm, that are given what the layers make alone."""
