@@ -104,6 +104,11 @@ IGNORANT = "{% for message in messages %}{{ message.role }}{{ message.content }}
             TOOL_TEMPLATE,
             "has 'reasoning_content' in its messages, which the chat template leaves out; use",
         ),
+        (
+            {"messages": conversation("a", "b"), "functions": [TOOL["function"]]},
+            TOOL_TEMPLATE,
+            "has 'functions', an older name of 'tools' that chat templates do not know; rename",
+        ),
         ({**PAIR, "tools": "[1]"}, TOOL_TEMPLATE, "has 'tools' that are no list of functions; give"),
         ({**PAIR, "tools": "now"}, TOOL_TEMPLATE, r"has 'tools' that are no JSON \(.*\); correct"),
         (

@@ -70,6 +70,10 @@ def read_tools(record: dict[str, Any]) -> list[dict[str, Any]] | None:
             raise DataError(f"has 'tools' that are no JSON ({error}); correct or remove them.") from error
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise DataError("has 'tools' that are no list of functions; give the JSON schema of each.")
+    if not tools and record.get("messages") is not None and record.get("functions"):
+        raise DataError(
+            "has 'functions', an older name of 'tools' that chat templates do not know; rename them, or remove them."
+        )
     _require_characters(tools, "tools")
     return tools or None
 
