@@ -122,8 +122,7 @@ def _usable_length(config: PreTrainedConfig, wanted: int, surely: int) -> int:
     """Tries lengths on a model without weights; ``wanted`` if it takes that, or if it cannot be tried at all."""
     try:
         model = _probe(config)
-    except Exception:
-        # Models are of many kinds; what cannot be made without weights cannot be tried.
+    except Exception:  # Models are of many kinds; what cannot be made without weights cannot be tried.
         return wanted
     if not _has_table(model, max(surely, 1)) or not _takes(model, 2) or _takes(model, wanted):
         return wanted
@@ -157,8 +156,7 @@ def _probe(config: PreTrainedConfig) -> nn.Module:
         model = make(short)
         if _takes(model, 2):
             return model
-    except Exception:
-        # Some models need several blocks, of several kinds.
+    except Exception:  # Some models need several blocks, of several kinds.
         pass
     return make(config)
 
@@ -182,7 +180,6 @@ def _takes(model: nn.Module, length: int) -> bool:
     with torch.random.fork_rng(devices=[]):
         try:
             model(**inputs)
-        except Exception:
-            # Each kind of table ends in an error of its own.
+        except Exception:  # Each kind of table ends in an error of its own.
             return False
     return True

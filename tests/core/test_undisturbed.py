@@ -77,7 +77,7 @@ class Around(nn.Module):
         x = x + self.down(self.act(self.up(x)))
         try:
             between = self.module(self.first(x))
-        except Exception:
+        except Exception:  # Modules that take something else than one tensor are not looked at.
             return x
         return x + self.second(between) if isinstance(between, Tensor) and between.shape == x.shape else x
 
