@@ -40,12 +40,14 @@ gemma: install ## Fine-tune Gemma 3 270M (GeGLU) on the same riddles; Gemma's te
 digits: install ## Give SmolLM2 a vision tower, train it on real images, fine-tune all of it with NA-LoRA
 	$(BIN)/python examples/vlm_digits/run.py
 
+# A process for each core, at most four: each holds its own torch.
+IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 test: install ## Run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(IN_PARALLEL)
 
 test-oldest: $(OLDEST)/.installed ## Run a part of the tests on the oldest versions, in an environment of its own
-	$(OLDEST)/bin/python -m pytest $(OLDEST_TESTS)
-	PYTHONPATH=$(OLDEST)/transformers4 $(OLDEST)/bin/python -m pytest $(OLDEST_WAYS_IN)
+	$(OLDEST)/bin/python -m pytest $(IN_PARALLEL) $(OLDEST_TESTS)
+	PYTHONPATH=$(OLDEST)/transformers4 $(OLDEST)/bin/python -m pytest $(IN_PARALLEL) $(OLDEST_WAYS_IN)
 
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
