@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from na_lora_lightning.core.blocks import Ancestors, Blocks, ancestors
 from na_lora_lightning.core.functional import FunctionalGate, identify, is_linear_in
@@ -26,6 +28,8 @@ _GATES = (
 )
 # and those that can also be something else.
 _PERHAPS = ("Threshold", "Clamp", "Maximum", "Where", "Exp", "Sin", "Atan", "Abs")
+# A gate may be normalised before it is taken.
+_NORMS = (functional.layer_norm, torch.layer_norm, functional.rms_norm, torch.rms_norm, functional.normalize)
 # Attention, state spaces and hyper-connections do this, and gates do not.
 _MIXED = "is not linear, and does not work channel by channel"
 
@@ -144,6 +148,19 @@ class _ReachedError(Exception):
     """Ends a forward pass when the gated result is there."""
 
 
+class _LastNorm(TorchFunctionMode):
+    """Keeps what the last normalising function call was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: Any = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _NORMS:
+            self.given = first_argument(args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
 def _random_state(device: torch.device) -> Tensor:
     return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
 
@@ -190,7 +207,7 @@ class _Code:
             # A unit has to finish what it has begun.
             to_the_end = shards.has_unit_in(self._owner.module)
             try:
-                for place in (None, *self._modules_on_the_way()):
+                for place in self._places(to_the_end, like):
                     gate = identify(self._answer(place, to_the_end), like)
                     if self._is_random:
                         return "draws random numbers"
@@ -215,13 +232,22 @@ class _Code:
             )
         )
 
-    def _answer(self, place: nn.Module | None, to_the_end: bool) -> Callable[[Tensor], Tensor]:
+    def _places(self, to_the_end: bool, like: Tensor) -> Iterator[nn.Module | Literal["norm"] | None]:
+        """Where the gated result may be: with the consumer, or with a module or a function that normalises it."""
+        yield from (None, *self._modules_on_the_way())
+        with _LastNorm() as norm:
+            self._answer(None, to_the_end)(like)
+        if norm.given is not None:
+            yield "norm"
+
+    def _answer(self, place: nn.Module | Literal["norm"] | None, to_the_end: bool) -> Callable[[Tensor], Tensor]:
         """Maps an output of the layer to what ``place`` (or the consumer) takes; other layers put out ones."""
         depth = self._depth
         wanted: dict[nn.Module, dict[int, LinearCall]] = {}
         for call in self._producers:
             wanted.setdefault(call.module, {})[call.indices[depth]] = call
-        target, at = (self._consumer.module, self._consumer.indices[depth]) if place is None else (place, 0)
+        of_consumer = (self._consumer.module, self._consumer.indices[depth])
+        target, at = (place, 0) if isinstance(place, nn.Module) else of_consumer
 
         def answer(output: Tensor) -> Tensor:
             taken: list[Tensor] = []
@@ -243,13 +269,14 @@ class _Code:
                 nonlocal calls_of_target
                 calls_of_target += 1
                 if calls_of_target - 1 == at:
-                    taken.append(first_argument(args, kwargs))
+                    taken.append(norm.given if norm is not None else first_argument(args, kwargs))
                     assert random_state is not None
                     self._is_random |= not torch.equal(random_state, _random_state(output.device))
                     if not to_the_end:
                         raise _ReachedError
 
             with ExitStack() as stack:
+                norm = stack.enter_context(_LastNorm()) if place == "norm" else None
                 for module in wanted:
                     stack.callback(module.register_forward_hook(put).remove)
                 stack.callback(target.register_forward_pre_hook(take, with_kwargs=True).remove)
