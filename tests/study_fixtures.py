@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.study import tasks, vision_pretraining
 from benchmarks.study.pretraining import make_tokenizer
 from benchmarks.study.specification import Study, load_study
+from benchmarks.study.storage import Results
 
 
 @pytest.fixture(scope="session", name="base_model")
@@ -54,6 +55,12 @@ def picture_models_folder(base_model: Path, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(autouse=True, name="cached_pools")
 def pools_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "CACHE", tmp_path_factory.getbasetemp() / "pools")
+
+
+@pytest.fixture(name="results")
+def no_results(tmp_path: Path) -> Results:
+    """Results of a test's own, none at first."""
+    return Results(tmp_path / "packed", tmp_path / "cells")
 
 
 @pytest.fixture(name="make_study")

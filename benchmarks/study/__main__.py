@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.study.errors import StudyError
+from benchmarks.study.storage import CELLS, PACKED, Results
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -28,11 +29,14 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--output", type=Path, help="folder for report.md and figures")
     report.add_argument("--figures", action="store_true")
     again = commands.add_parser("reproduce", help="run a result's cell again and compare every number")
-    again.add_argument("result", type=Path)
+    again.add_argument("cell", help="its name, SETTING/ARM/rateR-seedS")
+    pack = commands.add_parser("pack", help="move cells that ran into the packed file of their setting")
     evidence = commands.add_parser("evidence", help="fill docs/evidence.md from results alone")
     evidence.add_argument("--check", action="store_true", help="change nothing; fail where it would change")
-    for command in (run, status, report, evidence):
-        command.add_argument("--results", type=Path, help="folder of results (default: results/ beside this file)")
+    for command in (run, status, report, again, pack, evidence):
+        command.add_argument("--results", type=Path, default=PACKED, help="folder of packed results (%(default)s)")
+    for command in (run, status, report, again, pack):
+        command.add_argument("--cells", type=Path, default=CELLS, help="folder that cells run into (%(default)s)")
     return parser
 
 
@@ -43,41 +47,43 @@ def _run(options: argparse.Namespace) -> int:
 
         pretrain_missing(options.models)
         return 0
-    if options.command == "reproduce":
-        from benchmarks.study.reproduce import reproduce
-
-        again = reproduce(options.result)
-        print("\n".join(again.lines()))
-        return 1 if again.other_results else 0
-    from benchmarks.study import result_files
-
     if options.command == "evidence":
         from benchmarks.study.evidence import DOCUMENT, write_evidence
 
-        same = write_evidence(options.results or result_files.RESULTS, check=options.check)
+        same = write_evidence(Results(options.results).all_packed(), check=options.check)
         print(f"{DOCUMENT.name} " + ("says what the results say" if same else "was behind the results"))
         return 1 if options.check and not same else 0
+    results = Results(options.results, options.cells)
+    if options.command == "pack":
+        for setting, count in results.pack().items():
+            print(f"{setting}: {count} cells")
+        return 0
+    if options.command == "reproduce":
+        from benchmarks.study.reproduce import reproduce
+
+        again = reproduce(options.cell, results)
+        print("\n".join(again.lines()))
+        return 1 if again.other_results else 0
     from benchmarks.study.specification import load_study
 
     study = load_study(options.study)
-    folder = options.results or result_files.RESULTS
     if options.command == "run":
         from benchmarks.study.runner import run_study
 
-        failed = run_study(study, folder, options.minutes, options.extend, log=lambda line: print(line, flush=True))
+        failed = run_study(study, results, options.minutes, options.extend, log=lambda line: print(line, flush=True))
         return 1 if failed else 0
     if options.command == "status":
         from benchmarks.study.runner import remaining
 
         cells = list(study.cells())
-        print(f"{len(cells) - len(remaining(cells, folder))} of {len(cells)} cells are done")
+        print(f"{len(cells) - len(remaining(cells, results))} of {len(cells)} cells are done")
         return 0
     from benchmarks.study.report import make_report
 
     wanted = {(setting.name, arm.name) for setting in study.settings for arm in study.arms}
     found = [
         result
-        for result in result_files.read_all(folder)
+        for result in results.all()
         if (config := result["run_info"]["train_config"])["seed"] in study.seeds
         and (config["setting"], config["arm_name"]) in wanted
     ]

@@ -8,8 +8,9 @@ the row that begins with ROW.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -25,7 +26,7 @@ _TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTA
 _NUMBER = re.compile(r"(<!--= ([\w-]+) \| ([^|]+?) \| (.+?) -->).*?(<!--/-->)", re.DOTALL)
 
 
-def make_tables(results: Path, specification: Path = SPECIFICATION) -> dict[str, Found]:
+def make_tables(results: Iterable[dict[str, Any]], specification: Path = SPECIFICATION) -> dict[str, Found]:
     """Head and rows of every table that the specification names.
 
     Raises:
@@ -76,11 +77,13 @@ def filled(text: str, tables: Mapping[str, Found]) -> str:
     return _NUMBER.sub(lambda match: match[1] + number(tables, match[2], match[3], match[4]) + match[5], text)
 
 
-def write_evidence(results: Path, document: Path = DOCUMENT, check: bool = False, figures: bool = True) -> bool:
+def write_evidence(
+    results: Iterable[dict[str, Any]], document: Path = DOCUMENT, check: bool = False, figures: bool = True
+) -> bool:
     """Fills the document, and draws its figures into ``figures/`` beside it.
 
     Args:
-        results: Folder of results.
+        results: All results.
         document: Markdown file.
         check: Change nothing.
         figures: Draw the figures too; they need matplotlib.
@@ -88,6 +91,7 @@ def write_evidence(results: Path, document: Path = DOCUMENT, check: bool = False
     Returns:
         Whether the document already said what the results say.
     """
+    results = list(results)
     before = document.read_text()
     after = filled(before, make_tables(results))
     if not check:

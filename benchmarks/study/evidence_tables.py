@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.study import result_files
 from benchmarks.study.comparison import Table, When, compare, score_of, verdicts
 from benchmarks.study.paired import bootstrap_interval, sign_test
 from benchmarks.study.report import VERDICT_HEAD, Rows, shown, verdict_rows
@@ -22,16 +21,15 @@ Results = list[dict[str, Any]]
 
 
 class Sources:
-    """Studies and their results, each read once.
+    """Studies and their results.
 
     Args:
-        results: Folder of results.
+        results: All results.
         studies: Folder of study files.
     """
 
-    def __init__(self, results: Path, studies: Path) -> None:
-        self._studies = studies
-        self._all = result_files.read_all(results)
+    def __init__(self, results: Iterable[dict[str, Any]], studies: Path) -> None:
+        self._all = list(results)
         self.study: Callable[[str], Study] = cache(lambda name: load_study(studies / f"{name}.yaml"))
 
     def results(self, name: str, seeds: bool = True) -> Results:

@@ -1,4 +1,4 @@
-"""Runs a cell again from its result file and compares every number that training decides.
+"""Runs a cell again from its result and compares every number that training decides.
 
 Bit by bit on the processor and packages of the result. Other processors have other kernels, which add in another order,
 so that elsewhere the same result has other last bits: losses then agree to some seven digits.
@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.study import result_files
 from benchmarks.study.errors import StudyError
+from benchmarks.study.result_files import make_result
 from benchmarks.study.specification import Cell
+from benchmarks.study.storage import Results
 from benchmarks.study.training import run_cell
 
 _TIMES = ("train time", "eval time", "tokens / sec")
@@ -27,7 +27,7 @@ _ROUNDING_OF_PROBES = 1e-3
 
 @dataclass(frozen=True)
 class Reproduction:
-    """How a cell that ran again compares with its result file.
+    """How a cell that ran again compares with its result.
 
     Attributes:
         other_bits: Every number that is not the same bit for bit, one line each.
@@ -103,32 +103,34 @@ def _machine(result: dict[str, Any], other: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def reproduce(file: Path) -> Reproduction:
-    """Runs the cell of a result file again.
+def reproduce(name: str, results: Results) -> Reproduction:
+    """Runs the cell of a name again.
 
     Returns:
-        How it compares.
+        How it compares with its result.
 
     Raises:
-        StudyError: The file is no result, or the base model or the task's text differ from those it was made with.
+        StudyError: It has no result, or the base model or the task's text differ from those it was made with.
     """
-    saved = result_files.read(file)
+    saved = results.get(name)
+    if saved is None:
+        raise StudyError(f"there is no result of a cell {name!r}; names are SETTING/ARM/rateR-seedS.")
     cell = Cell.from_config(saved["run_info"]["train_config"])
     if cell.fingerprint != saved["study_info"]["fingerprint"]:
         raise StudyError(
-            f"the package's defaults have changed since {file.name} was made, so its cell would be another; check out "
+            f"the package's defaults have changed since {name!r} was made, so its cell would be another; check out "
             f"the commit {saved['study_info']['project_commit']} to run it again."
         )
     torch.set_num_threads(1)
     ran = run_cell(cell)
-    again = result_files.make_result(cell, ran, 0.0)
+    again = make_result(cell, ran, 0.0)
     for what, then, now in (
         ("base model", saved["meta_info"]["model_info"], again["meta_info"]["model_info"]),
         ("text of the task", saved["meta_info"]["dataset_info"], again["meta_info"]["dataset_info"]),
     ):
         if then != now:
             raise StudyError(
-                f"the {what} is not the one that {file.name} was made with; use the versions that it names: "
+                f"the {what} is not the one that {name!r} was made with; use the versions that it names: "
                 f"{saved['meta_info']['package_info']}."
             )
     before, after = (decided(result["train_info"]["metrics"]) for result in (saved, again))

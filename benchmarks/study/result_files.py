@@ -1,4 +1,4 @@
-"""Result files: one JSON for each cell, in the schema of PEFT's method comparison.
+"""What a cell leaves: a result in the schema of PEFT's method comparison.
 
 ``run_info``, ``train_info`` and ``meta_info`` have that schema's keys (``accelerator_memory_*`` are resident memory on
 a CPU). ``study_info`` adds what this study needs: fingerprint, arm, digests of model and data, probes.
@@ -7,11 +7,8 @@ a CPU). ``study_info`` adds what this study needs: fingerprint, arm, digests of 
 from __future__ import annotations
 
 import datetime
-import json
 import math
-import os
 import platform
-import time
 from collections.abc import Iterator
 from functools import lru_cache
 from importlib.metadata import version
@@ -22,12 +19,9 @@ import numpy as np
 import torch
 
 from benchmarks.study import tasks
-from benchmarks.study.errors import StudyError
 from benchmarks.study.specification import Cell
 
-RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "transformers", "peft", "tokenizers", "numpy")
-_FINISHED = ("success", "diverged")
 
 
 @lru_cache
@@ -81,7 +75,7 @@ def without_infinities(value: Any) -> Any:
 
 
 def make_result(cell: Cell, ran: dict[str, Any], total_seconds: float) -> dict[str, Any]:
-    """The JSON of a cell.
+    """The result of a cell.
 
     Args:
         cell: The cell.
@@ -126,104 +120,3 @@ def make_result(cell: Cell, ran: dict[str, Any], total_seconds: float) -> dict[s
         },
     }
     return dict(without_infinities(result))
-
-
-def path_of(cell: Cell, folder: Path) -> Path:
-    """Where a cell's result is."""
-    # with_suffix would take what follows the point of a learning rate for a suffix.
-    return folder / f"{cell.name}.json"
-
-
-def is_done(cell: Cell, folder: Path) -> bool:
-    """Whether the cell has a result.
-
-    Raises:
-        StudyError: Its file holds another cell, because an option was changed since.
-    """
-    file = path_of(cell, folder)
-    if not file.is_file():
-        return False
-    saved = read(file)
-    if saved["study_info"]["fingerprint"] != cell.fingerprint:
-        raise StudyError(
-            f"{str(file)!r} was made with other options than the study now gives this cell; rename the arm or task, "
-            "or remove the file."
-        )
-    return True
-
-
-def write(result: dict[str, Any], file: Path) -> None:
-    """Writes a result whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_text(json.dumps(result, allow_nan=False) + "\n")
-    partial.replace(file)
-
-
-def read(file: Path) -> dict[str, Any]:
-    """Reads a result.
-
-    Raises:
-        StudyError: It is none.
-    """
-    try:
-        result = json.loads(file.read_text())
-        result["study_info"]["fingerprint"], result["run_info"], result["train_info"]["metrics"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StudyError(f"{str(file)!r} is no result of a cell ({error}); remove it or give another file.") from error
-    return dict(result)
-
-
-def read_all(folder: Path) -> list[dict[str, Any]]:
-    """All results below a folder that ended, in order of path."""
-    found = [read(file) for file in sorted(folder.rglob("*.json")) if not file.name.startswith(".")]
-    return [result for result in found if result["train_info"]["status"] in _FINISHED]
-
-
-class Claim:
-    """A cell that this process works on, so that another process leaves it alone.
-
-    Args:
-        file: The result's path.
-    """
-
-    def __init__(self, file: Path) -> None:
-        self._file = file.with_name(f".{file.name}.claim")
-
-    def take(self) -> bool:
-        """Whether the cell is now this process's; one that a dead process left behind is taken over."""
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        for _ in range(2):
-            try:
-                handle = os.open(self._file, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-            except FileExistsError:
-                if self._holder_lives():
-                    return False
-                self._file.unlink(missing_ok=True)
-                continue
-            with os.fdopen(handle, "w") as stream:
-                stream.write(str(os.getpid()))
-            return True
-        return False
-
-    def _holder_lives(self) -> bool:
-        try:
-            holder = int(self._file.read_text())
-            os.kill(holder, 0)
-        except FileNotFoundError:
-            return False
-        except ValueError:
-            # Made and not yet filled in, unless it has been so for long.
-            try:
-                return time.time() - self._file.stat().st_mtime < 60
-            except FileNotFoundError:
-                return False
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            return True
-        return True
-
-    def release(self) -> None:
-        """Gives the cell back."""
-        self._file.unlink(missing_ok=True)

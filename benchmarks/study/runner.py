@@ -7,30 +7,49 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
-from benchmarks.study import result_files
 from benchmarks.study.errors import StudyError
+from benchmarks.study.result_files import make_result
 from benchmarks.study.specification import Cell, Study, neighbour
+from benchmarks.study.storage import Results
 from benchmarks.study.training import run_cell
 
 
-def remaining(cells: Iterable[Cell], folder: Path) -> list[Cell]:
+def is_done(cell: Cell, results: Results) -> bool:
+    """Whether the cell has a result.
+
+    Raises:
+        StudyError: It is the result of another cell, because an option was changed since.
+    """
+    saved = results.get(cell.name)
+    if saved is None:
+        return False
+    if saved["study_info"]["fingerprint"] != cell.fingerprint:
+        raise StudyError(
+            f"the result of {cell.name!r} was made with other options than the study now gives this cell; rename the "
+            "arm or the task."
+        )
+    return True
+
+
+def remaining(cells: Iterable[Cell], results: Results) -> list[Cell]:
     """Cells without a result."""
-    return [cell for cell in cells if not result_files.is_done(cell, folder)]
+    return [cell for cell in cells if not is_done(cell, results)]
 
 
 def run_study(
-    study: Study, folder: Path, minutes: float | None = None, extend: int = 0, log: Callable[[str], None] = print
+    study: Study, results: Results, minutes: float | None = None, extend: int = 0, log: Callable[[str], None] = print
 ) -> int:
     """Runs what is left of a study; several processes may do so at once.
 
     Args:
         study: The study.
-        folder: Where results are.
+        results: Where results are.
         minutes: Starts no cell that would, taking as long as the longest so far, end after this many minutes.
         extend: How often an arm's grid of learning rates may grow where its best rate is at the edge.
         log: Takes one line for each cell.
@@ -45,59 +64,55 @@ def run_study(
     longest = 0.0
     for extension in range(extend + 1):
         if extension:
-            cells = extended(study, folder, extension)
-        left = remaining(cells, folder)
+            cells = extended(study, results, extension)
+        left = remaining(cells, results)
         log(f"{study.name}: {len(left)} of {len(cells)} cells to run" + (" (more rates)" if extension else ""))
         for number, cell in enumerate(left, start=1):
             if minutes is not None and time.monotonic() - started + longest > 60 * minutes:
                 log(f"time is up; {len(left) - number + 1} cells are left")
                 return failed
-            claim = result_files.Claim(result_files.path_of(cell, folder))
-            if not claim.take():
-                continue
-            try:
-                if result_files.is_done(cell, folder):
+            lock = results.path_of(cell.name).with_suffix(".lock")
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            # A cell that another process works on is left to it; a process that died holds no lock.
+            with suppress(Timeout), FileLock(lock, blocking=False):
+                if is_done(cell, results):
                     continue
                 begun = time.monotonic()
-                failed += not _run_and_write(cell, folder, log, f"[{number}/{len(left)}]")
+                failed += not _run_and_write(cell, results, log, f"[{number}/{len(left)}]")
                 longest = max(longest, time.monotonic() - begun)
-            finally:
-                claim.release()
     return failed
 
 
-def _run_and_write(cell: Cell, folder: Path, log: Callable[[str], None], prefix: str) -> bool:
+def _run_and_write(cell: Cell, results: Results, log: Callable[[str], None], prefix: str) -> bool:
     begun = time.perf_counter()
-    file = result_files.path_of(cell, folder)
-    failure = file.with_suffix(file.suffix + ".failed")
+    failure = results.path_of(cell.name).with_suffix(".failed")
     try:
         ran = run_cell(cell)
     except Exception as error:  # A failing arm must not end the study; its trace is kept and it is tried again.
         if isinstance(error, StudyError):
             raise
-        failure.parent.mkdir(parents=True, exist_ok=True)
         failure.write_text(json.dumps(cell.config()) + "\n" + traceback.format_exc())
         log(f"{prefix} {cell.name} FAILED: {type(error).__name__}: {str(error)[:200]}")
         return False
     failure.unlink(missing_ok=True)
     seconds = time.perf_counter() - begun
-    result = result_files.make_result(cell, ran, seconds)
-    result_files.write(result, file)
+    result = make_result(cell, ran, seconds)
+    results.write(result)
     last = result["train_info"]["metrics"][-1]
     log(f"{prefix} {cell.name} valid {last['valid loss']} test {last['test loss']} in {seconds:.1f} s")
     return True
 
 
-def extended(study: Study, folder: Path, most: int) -> list[Cell]:
+def extended(study: Study, results: Results, most: int) -> list[Cell]:
     """Cells of learning rates beyond the grid, for arms whose best rate so far is its lowest or highest.
 
     Args:
         study: The study.
-        folder: Where results are.
+        results: Where results are.
         most: Rates that may be added to a grid on each side.
     """
     losses: dict[tuple[str, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for result in result_files.read_all(folder):
+    for result in results.all():
         config = result["run_info"]["train_config"]
         if config["seed"] in study.seeds:
             losses[config["setting"], config["arm_name"]][config["rate"]].append(final_loss(result))

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import copy
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from study_fixtures import base_models_folder, pools_folder, study_maker  # noqa: F401
+from filelock import FileLock
+from study_fixtures import base_models_folder, no_results, pools_folder, study_maker  # noqa: F401
 from study_helpers import ARMS
 
-from benchmarks.study import result_files, training
+from benchmarks.study import training
 from benchmarks.study.arms import BuiltArm, build
 from benchmarks.study.errors import StudyError
 from benchmarks.study.hooks import ArmHook
 from benchmarks.study.reproduce import Reproduction, compare, decided, reproduce
 from benchmarks.study.runner import extended, remaining, run_study
 from benchmarks.study.specification import Cell, Study
+from benchmarks.study.storage import Results, read
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -160,44 +160,43 @@ class CountingHook(ArmHook):
         type(self).counted += 1
 
 
-def test_a_hook_is_found_by_its_path(make_study: Any, tmp_path: Path) -> None:
+def test_a_hook_is_found_by_its_path(make_study: Any) -> None:
     study = make_study(["lora"])
     arm = type(study.arms[0]).from_options("candidate", {"hook": f"{__name__}:CountingHook"})
     training.run_cell(Cell(study.settings[0], arm, 0.01, 0))
     assert CountingHook.counted == 6
 
 
-def test_a_study_resumes_cell_by_cell(make_study: Any, tmp_path: Path) -> None:
+def test_a_study_resumes_cell_by_cell(make_study: Any, results: Results) -> None:
     study = make_study(["lora", "mask"], seeds=[0, 1])
-    folder = tmp_path / "results"
     lines: list[str] = []
-    assert run_study(study, folder, minutes=0.0, log=lines.append) in (0,)
-    first = len(list(folder.rglob("*.json")))
+    assert run_study(study, results, minutes=0.0, log=lines.append) == 0
+    first = len(list(results.cells.rglob("*.json")))
     assert 0 <= first < 4
-    run_study(study, folder, log=lines.append)
-    stamps = {file: file.stat().st_mtime_ns for file in folder.rglob("*.json")}
+    run_study(study, results, log=lines.append)
+    stamps = {file: file.stat().st_mtime_ns for file in results.cells.rglob("*.json")}
     assert len(stamps) == 4
-    assert remaining(study.cells(), folder) == []
+    assert remaining(study.cells(), results) == []
     next(iter(stamps)).unlink()
-    run_study(study, folder, log=lines.append)
+    run_study(study, results, log=lines.append)
     kept = [file for file, stamp in stamps.items() if file.stat().st_mtime_ns == stamp]
     assert len(kept) == 3
-    assert not list(folder.rglob("*.claim"))
 
 
-def test_a_claimed_cell_is_left_to_the_other_process(make_study: Any, tmp_path: Path) -> None:
+def test_a_cell_that_another_process_works_on_is_left_to_it(make_study: Any, results: Results) -> None:
     study = make_study(["lora"])
-    file = result_files.path_of(next(study.cells()), tmp_path)
-    claim = result_files.Claim(file)
-    assert claim.take()
-    run_study(study, tmp_path, log=lambda line: None)
+    file = results.path_of(next(study.cells()).name)
+    file.parent.mkdir(parents=True)
+    with FileLock(file.with_suffix(".lock")):
+        run_study(study, results, log=lambda line: None)
     assert not file.exists()
-    claim._file.write_text("999999999")  # of a process that is no more
-    run_study(study, tmp_path, log=lambda line: None)
+    run_study(study, results, log=lambda line: None)
     assert file.exists()
 
 
-def test_a_failing_arm_does_not_end_the_study(make_study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_arm_does_not_end_the_study(
+    make_study: Any, results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
     study = make_study(["lora", "mask"])
     run = training.run_cell
 
@@ -207,25 +206,26 @@ def test_a_failing_arm_does_not_end_the_study(make_study: Any, tmp_path: Path, m
         return run(cell)
 
     monkeypatch.setattr("benchmarks.study.runner.run_cell", fail)
-    assert run_study(study, tmp_path, log=lambda line: None) == 1
-    assert [file.parent.name for file in tmp_path.rglob("rate*.json")] == ["mask"]
-    assert "broken" in next(tmp_path.rglob("*.failed")).read_text()
+    assert run_study(study, results, log=lambda line: None) == 1
+    assert [file.parent.name for file in results.cells.rglob("*.json")] == ["mask"]
+    assert "broken" in next(results.cells.rglob("*.failed")).read_text()
 
 
-def test_a_result_is_reproduced_bitwise_from_its_file(make_study: Any, tmp_path: Path) -> None:
+def test_a_result_is_reproduced_bitwise_from_the_name_of_its_cell(make_study: Any, results: Results) -> None:
     study = make_study(["mask"])
-    run_study(study, tmp_path, log=lambda line: None)
-    file = result_files.path_of(next(study.cells()), tmp_path)
-    assert reproduce(file).lines() == ["equal, bit by bit"]
-    original = json.loads(file.read_text())
+    run_study(study, results, log=lambda line: None)
+    name = next(study.cells()).name
+    original = read(results.path_of(name))
+    assert results.pack() == {"tiny.digits.r2-all-linear": 1}
+    assert reproduce(name, results).lines() == ["equal, bit by bit"]
 
     def changed(factor: float, processor: str | None = None) -> Reproduction:
         saved = copy.deepcopy(original)
         saved["train_info"]["metrics"][-1]["test loss"] *= factor
         if processor:
             saved["meta_info"]["system_info"]["processor"] = processor
-        file.write_text(json.dumps(saved))
-        return reproduce(file)
+        results.write(saved)
+        return reproduce(name, results)
 
     loss = original["train_info"]["metrics"][-1]["test loss"]
     step = original["train_info"]["metrics"][-1]["step"]
@@ -258,11 +258,11 @@ def test_numbers_are_compared_wherever_they_stand() -> None:
     assert results == bits[1:]
 
 
-def test_a_result_has_the_keys_of_the_method_comparison(make_study: Any, tmp_path: Path) -> None:
+def test_a_result_has_the_keys_of_the_method_comparison(make_study: Any, results: Results) -> None:
     study = make_study(["mask"])
     cell = next(study.cells())
-    run_study(study, tmp_path, log=lambda line: None)
-    result = result_files.read(result_files.path_of(cell, tmp_path))
+    run_study(study, results, log=lambda line: None)
+    (result,) = results.all()
     assert set(result) == {"run_info", "train_info", "meta_info", "study_info"}
     assert {"created_at", "total_time", "experiment_name", "train_config", "peft_config", "error_msg"} <= set(
         result["run_info"]
@@ -285,17 +285,17 @@ def test_a_result_has_the_keys_of_the_method_comparison(make_study: Any, tmp_pat
     assert Cell.from_config(result["run_info"]["train_config"]).fingerprint == cell.fingerprint
 
 
-def test_grids_grow_where_the_best_rate_is_at_an_edge(make_study: Any, tmp_path: Path) -> None:
+def test_grids_grow_where_the_best_rate_is_at_an_edge(make_study: Any, results: Results) -> None:
     study = make_study(["lora"], seeds=[0], rates=[0.001, 0.002])
-    run_study(study, tmp_path, log=lambda line: None)
-    rates = {cell.rate for cell in extended(study, tmp_path, 1)}
+    run_study(study, results, log=lambda line: None)
+    rates = {cell.rate for cell in extended(study, results, 1)}
     assert rates == {0.004}
-    run_study(study, tmp_path, extend=1, log=lambda line: None)
-    assert {cell.rate for cell in extended(study, tmp_path, 1)} == set()
+    run_study(study, results, extend=1, log=lambda line: None)
+    assert {cell.rate for cell in extended(study, results, 1)} == set()
 
 
-def test_changed_options_are_not_mixed_with_old_results(make_study: Any, tmp_path: Path) -> None:
-    run_study(make_study(["lora"]), tmp_path, log=lambda line: None)
+def test_changed_options_are_not_mixed_with_old_results(make_study: Any, results: Results) -> None:
+    run_study(make_study(["lora"]), results, log=lambda line: None)
     changed = make_study(["lora"], settings=[{"model": "tiny", "task": "digits", "rank": 2, "alpha": 8}])
     with pytest.raises(StudyError, match="was made with other options"):
-        remaining(changed.cells(), tmp_path)
+        remaining(changed.cells(), results)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,12 @@ import pytest
 import yaml
 from study_helpers import result
 
-from benchmarks.study import result_files
 from benchmarks.study.arms import PLAIN_READING, Arm
 from benchmarks.study.comparison import compare
 from benchmarks.study.errors import StudyError
 from benchmarks.study.evidence import filled, make_tables, write_evidence
 from benchmarks.study.specification import Cell
+from benchmarks.study.storage import Results
 from benchmarks.study.tradeoff import at_equal_forgetting
 from na_lora_lightning.core.importance import ImportanceOptions
 from na_lora_lightning.core.step_scale import StepScaleOptions
@@ -80,13 +79,9 @@ def test_rates_of_a_wider_but_shorter_study_do_not_take_seeds_away() -> None:
 
 
 @pytest.fixture
-def folders(tmp_path: Path) -> tuple[Path, Path]:
-    """Results, and a specification beside a study of them."""
-    results, studies = tmp_path / "results", tmp_path / "studies"
-    results.mkdir()
-    studies.mkdir()
-    for number, one in enumerate(curves(SETTING)):
-        (results / f"{number}.json").write_text(json.dumps(one))
+def specification(tmp_path: Path) -> Path:
+    """A specification beside a study."""
+    studies = tmp_path
     shipped = Path(__file__).parents[2] / "benchmarks" / "study"
     (studies / "tasks.yaml").write_text((shipped / "tasks.yaml").read_text())
     (studies / "arms.yaml").write_text("lora: {}\nhalf: {}\ngain: {}\n")
@@ -118,11 +113,11 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
         "cost": {"kind": "cost", "studies": ["small", "small"]},
     }
     (studies / "evidence.yaml").write_text(yaml.safe_dump({"tables": tables}))
-    return results, studies / "evidence.yaml"
+    return studies / "evidence.yaml"
 
 
-def test_every_kind_of_table(folders: tuple[Path, Path]) -> None:
-    tables = make_tables(*folders)
+def test_every_kind_of_table(specification: Path) -> None:
+    tables = make_tables(curves(SETTING), specification)
     assert tables["pooled"][1] == [["gain", "1", "-3.33", "-3.33 … -3.33", "2/2", "0.500", "0.500", "1.00"]]
     gain, half, base = tables["settings"][1]
     assert gain[1] == "-3.33 (-3.33 … -3.33) 2/2"
@@ -146,21 +141,20 @@ def test_every_kind_of_table(folders: tuple[Path, Path]) -> None:
 
 
 def test_arms_that_move_selection_further_for_a_lower_loss_are_correlated_by_minus_one(
-    folders: tuple[Path, Path],
+    specification: Path,
 ) -> None:
-    for file in folders[0].glob("*.json"):
-        one = json.loads(file.read_text())
+    results = curves(SETTING)
+    for one in results:
         arm = one["run_info"]["train_config"]["arm_name"]
         one["study_info"]["probes"][-1]["misalignment"] = [{"gain": 3.0, "lora": 2.0, "half": 1.0}[arm]]
         if arm == "half":
             one["train_info"]["metrics"][-1]["test loss"] += 0.5
-        file.write_text(json.dumps(one))
-    found = make_tables(*folders)["selection"][1]
+    found = make_tables(results, specification)["selection"][1]
     assert found == [["lora", "1.00"], ["gain", "1.50"], ["half", "0.50"], ["correlation with test loss", "-1.00"]]
 
 
-def test_a_document_is_filled_and_stays_as_it_is(folders: tuple[Path, Path]) -> None:
-    tables = make_tables(*folders)
+def test_a_document_is_filled_and_stays_as_it_is(specification: Path) -> None:
+    tables = make_tables(curves(SETTING), specification)
     number = "<!--= pooled | gain | test loss, % of baseline -->"
     text = f"A\n<!-- table: pooled -->\nold\n<!-- /table -->\nB {number}?<!--/-->."
     once = filled(text, tables)
@@ -179,15 +173,15 @@ def test_a_document_is_filled_and_stays_as_it_is(folders: tuple[Path, Path]) -> 
         ("<!--= pooled | half | time -->?<!--/-->", "has the columns .* and 0 such rows"),
     ],
 )
-def test_what_no_table_has_is_refused(folders: tuple[Path, Path], text: str, said: str) -> None:
+def test_what_no_table_has_is_refused(specification: Path, text: str, said: str) -> None:
     with pytest.raises(StudyError, match=said):
-        filled(text, make_tables(*folders))
+        filled(text, make_tables(curves(SETTING), specification))
 
 
-def test_a_kind_of_table_that_does_not_exist_is_refused(folders: tuple[Path, Path]) -> None:
-    folders[1].write_text("tables: {a: {kind: chart}}")
+def test_a_kind_of_table_that_does_not_exist_is_refused(specification: Path) -> None:
+    specification.write_text("tables: {a: {kind: chart}}")
     with pytest.raises(StudyError, match="the unknown kind 'chart'; choose one of pooled"):
-        make_tables(*folders)
+        make_tables(curves(SETTING), specification)
 
 
 def test_the_plain_reading_does_not_follow_the_packages_defaults() -> None:
@@ -206,8 +200,8 @@ def test_the_plain_reading_does_not_follow_the_packages_defaults() -> None:
 
 
 def test_committed_results_are_of_the_cells_that_they_name() -> None:
-    results = result_files.read_all(result_files.RESULTS)
-    assert len(results) > 250
+    results = Results().all_packed()
+    assert len(results) == 2749
     for one in results:
         cell = Cell.from_config(one["run_info"]["train_config"])
         assert cell.fingerprint == one["study_info"]["fingerprint"]
@@ -215,4 +209,4 @@ def test_committed_results_are_of_the_cells_that_they_name() -> None:
 
 
 def test_the_document_says_what_the_results_say() -> None:
-    assert write_evidence(result_files.RESULTS, check=True)
+    assert write_evidence(Results().all_packed(), check=True)

@@ -10,9 +10,15 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from study_fixtures import base_models_folder, picture_models_folder, pools_folder, study_maker  # noqa: F401
+from study_fixtures import (  # noqa: F401
+    base_models_folder,
+    no_results,
+    picture_models_folder,
+    pools_folder,
+    study_maker,
+)
 
-from benchmarks.study import corpus, result_files, tasks, training
+from benchmarks.study import corpus, tasks, training
 from benchmarks.study.arms import target_names
 from benchmarks.study.encoding import IGNORED, collate, encode, inputs_of
 from benchmarks.study.errors import StudyError
@@ -23,6 +29,7 @@ from benchmarks.study.pretraining import SHIPPED, make_tokenizer, mean_loss, rea
 from benchmarks.study.reproduce import decided, reproduce
 from benchmarks.study.runner import run_study
 from benchmarks.study.specification import Cell
+from benchmarks.study.storage import Results
 from benchmarks.study.vision_pretraining import make_processor
 from na_lora_lightning.core.discovery import discover_gates
 
@@ -212,24 +219,24 @@ def picture_study(make_study: Any, picture_model: Path, arms: list[str], **chang
 
 
 def test_cells_of_every_kind_train_all_parts_and_run_again_bitwise(
-    make_study: Any, picture_model: Path, tmp_path: Path
+    make_study: Any, picture_model: Path, results: Results
 ) -> None:
     study = picture_study(make_study, picture_model, ["lora", "mask", "dora", "keep_all", "no_gates"])
-    assert run_study(study, tmp_path, log=lambda line: None) == 0
-    results = {cell.arm.name: result_files.read(result_files.path_of(cell, tmp_path)) for cell in study.cells()}
-    metrics = {name: decided(result["train_info"]["metrics"]) for name, result in results.items()}
+    assert run_study(study, results, log=lambda line: None) == 0
+    found = {result["run_info"]["train_config"]["arm_name"]: result for result in results.all()}
+    metrics = {name: decided(result["train_info"]["metrics"]) for name, result in found.items()}
     assert metrics["keep_all"] == metrics["lora"] != metrics["mask"] != metrics["dora"]
     for name in ("lora", "mask", "dora"):
-        gates = results[name]["study_info"]["gates"]
+        gates = found[name]["study_info"]["gates"]
         assert [gate.split(".")[1] for gate in gates] == ["vision_tower"] * 3 + ["multi_modal_projector"] + [
             "language_model"
         ] * 2
-        first, *_, last = results[name]["study_info"]["probes"]
+        first, *_, last = found[name]["study_info"]["probes"]
         assert first["misalignment"] == [0.0] * 6
         assert min(last["misalignment"]) > 0
-    assert results["no_gates"]["study_info"]["gates"] == []
+    assert found["no_gates"]["study_info"]["gates"] == []
     for cell in list(study.cells())[:3]:
-        assert reproduce(result_files.path_of(cell, tmp_path)).other_bits == ()
+        assert reproduce(cell.name, results).other_bits == ()
 
 
 def test_a_cell_in_half_precision_casts_its_pixels(
@@ -284,7 +291,8 @@ def test_the_shipped_model_tells_digits_that_it_has_not_seen() -> None:
 
 
 def test_committed_results_of_text_are_still_results_of_their_cells() -> None:
-    saved = result_files.read(result_files.RESULTS / "llama-silu.names.r2-ffn" / "lora" / "rate0.008-seed0.json")
+    saved = Results().get("llama-silu.names.r2-ffn/lora/rate0.008-seed0")
+    assert saved is not None
     cell = Cell.from_config(saved["run_info"]["train_config"])
     assert cell.config() == saved["run_info"]["train_config"]
     assert cell.fingerprint == saved["study_info"]["fingerprint"]
