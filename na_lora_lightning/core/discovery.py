@@ -37,7 +37,7 @@ from na_lora_lightning.core.lora_layers import (
     weight_b,
 )
 from na_lora_lightning.core.pre_activations import ActivationInput
-from na_lora_lightning.core.probe_inputs import require_probe_inputs, what_to_give
+from na_lora_lightning.core.probe_inputs import axes_told_apart, require_probe_inputs, what_to_give
 from na_lora_lightning.core.row_probe import positional_rows, probe_rows, storage_rows
 from na_lora_lightning.core.sharding import Shards
 from na_lora_lightning.core.sites import FoundBy, GateMap, GateSite, LeftOut
@@ -131,7 +131,10 @@ def _discover(model: nn.Module, root: nn.Module, example_inputs: Mapping[str, An
 
 def _trace(model: nn.Module, root: nn.Module, example_inputs: Mapping[str, Any] | None) -> Trace:
     given = example_inputs is not None
-    attempts = [_on_device_of(root, example_inputs)] if example_inputs is not None else require_probe_inputs(root)
+    attempts = require_probe_inputs(root) if example_inputs is None else []
+    if example_inputs is not None:
+        whole = _on_device_of(root, example_inputs)
+        attempts = [*axes_told_apart(whole), whole]
     for attempt, inputs in enumerate(attempts):
         try:
             return trace_forward(root, inputs, model, None if given else partial(parts_to_call, root))
@@ -265,6 +268,7 @@ def _classify(call: ActivationCall, activation: Activation, blocks: Blocks) -> l
             output_layer=block.consumer.module,
             found_by=mapped[1],
             picked_from=origin_of(producer),
+            time_first=blocks.trace.is_time_first(call.pre_activation),
         )
         sites.append((call.index, site))
     if sites:

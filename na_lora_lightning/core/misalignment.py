@@ -146,7 +146,7 @@ class MisalignmentMeter:
             factor = 1.0 if adapter is None else scaling(site.lora_layer, adapter)
             with single_precision(kept.device):
                 # A product, and so a copy: AdaLoRA adds to the base layer's output in place.
-                part = selection.rows(kept, site.name).float() * factor
+                part = selection.rows(kept, site.name, site.time_first).float() * factor
             store[index] = store[index] + part if index in store else part
 
         return hook
@@ -172,7 +172,7 @@ class MisalignmentMeter:
                 return
             moved, weight = self._moved.pop(index)
             with torch.no_grad(), single_precision(args[0].device):
-                hidden = selection.rows(args[0], site.name).float()
+                hidden = selection.rows(args[0], site.name, site.time_first).float()
                 output = site.activation.evaluate(moved).output
                 silent = output == 0
                 other = torch.where(silent, 0.0, hidden / torch.where(silent, 1.0, output))

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from na_lora_lightning.core.branches import vocabulary_size
-from na_lora_lightning.core.token_selection import has_decoder
+from na_lora_lightning.core.token_selection import MASKS, has_decoder
 from na_lora_lightning.errors import DiscoveryError
 
 _TOKENS = 4
 _NAMES_IN_ERROR = 8
+_OF_TEXT = ("attention_mask", "decoder_attention_mask", "input_ids", "decoder_input_ids")
 
 
 def probe_inputs(root: nn.Module) -> list[dict[str, Any]]:
@@ -64,6 +65,22 @@ def what_to_give(root: nn.Module) -> str:
     names = ", ".join((needed or [p.name for p in parameters])[:_NAMES_IN_ERROR])
     which = f" ({'all' if needed else 'some'} of {names})" if names else ""
     return f"a dictionary of keyword arguments for one small forward pass{which}"
+
+
+def samples_of(inputs: Mapping[str, Any]) -> int | None:
+    """How many samples a batch has: as its masks say, or else its first tensor; None where it holds none."""
+    names = [*_OF_TEXT, *MASKS, *inputs]
+    tensors = [inputs[name] for name in names if isinstance(inputs.get(name), Tensor) and inputs[name].ndim > 1]
+    return len(tensors[0]) if tensors else None
+
+
+def axes_told_apart(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Without its last sample, a batch of as many samples as tokens, whose axes look alike; nothing for others."""
+    samples = samples_of(inputs)
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim}
+    if samples in (None, 1) or not any(value.shape[:2] == (samples, samples) for value in tensors.values()):
+        return []
+    return [{**inputs, **{name: value[:-1] for name, value in tensors.items() if len(value) == samples}}]
 
 
 def _parameters(root: nn.Module) -> Mapping[str, inspect.Parameter]:

@@ -47,6 +47,7 @@ class GateSite:
             called without a mask of its own.
         picked_from: The module that was given the tokens of which the site sees those that were picked for it, where
             it is in one expert of several.
+        time_first: Whether the pre-activation is ``[length, batch, channels]``.
     """
 
     name: str
@@ -65,6 +66,7 @@ class GateSite:
     branch: nn.Module | None = None
     shares_mask: bool = False
     picked_from: nn.Module | None = None
+    time_first: bool = False
 
     @property
     def channels(self) -> int:

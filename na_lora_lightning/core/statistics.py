@@ -310,7 +310,7 @@ class GateObserver(ForwardPasses):
         assert self._tokens is not None
         site = self.sites[index]
         if site.experts is None:
-            looked_at = selection.rows(pre_activation, site.name).float()
+            looked_at = selection.rows(pre_activation, site.name, site.time_first).float()
             weight = selection.weights(pre_activation)[None]
         else:
             routed = self._routed[site.experts.owner]

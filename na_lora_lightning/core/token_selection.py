@@ -93,12 +93,13 @@ class TokenSelection:
         assert mask is not None, "it was checked before"
         return mask.reshape(-1)
 
-    def rows(self, values: Tensor, name: str) -> Tensor:
+    def rows(self, values: Tensor, name: str, time_first: bool = False) -> Tensor:
         """The looked-at tokens of ``values``.
 
         Args:
             values: ``[batch, length, channels]`` or ``[tokens, channels]``.
             name: Site, for the message.
+            time_first: Whether they are ``[length, batch, channels]``.
 
         Returns:
             ``[looked-at tokens, channels]`` in the dtype of ``values``, without a graph; a padded token is replaced
@@ -107,6 +108,8 @@ class TokenSelection:
         Raises:
             DataError: The padding mask cannot be matched to the shape.
         """
+        if time_first and self._mask is not None and values.ndim == 3 and values.shape[1] == len(self._mask):
+            values = values.transpose(0, 1)
         self._check(tuple(values.shape[:-1]), name)
         flat = values.detach().reshape(-1, values.shape[-1])
         positions, _ = self._choose(flat.shape[0], flat.device)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from na_lora_lightning.core.experts import RoutedCall, expert_owners, routed_call, stacked_parameters
 from na_lora_lightning.core.lora_layers import is_linear, is_lora_layer
 from na_lora_lightning.core.pre_activations import GATE_METHOD, wrap_gate_method
+from na_lora_lightning.core.probe_inputs import samples_of
 from na_lora_lightning.core.sharding import Shards
 
 
@@ -117,6 +118,7 @@ class Trace:
         experts_calls: Calls of stacked experts.
         module_calls: Calls of modules that have children.
         call_counts: Number of calls of each childless module.
+        samples: Of the batch; None where it cannot be told.
     """
 
     shards: Shards
@@ -125,6 +127,12 @@ class Trace:
     experts_calls: list[ExpertsCall] = field(default_factory=list)
     module_calls: list[ModuleCall] = field(default_factory=list)
     call_counts: Counter[nn.Module] = field(default_factory=Counter)
+    samples: int | None = None
+
+    def is_time_first(self, values: Tensor | None) -> bool:
+        """Whether ``values`` of a layer are ``[length, batch, channels]``."""
+        batch = values.shape[:2] if values is not None and values.ndim == 3 else None
+        return batch is not None and batch[1] == self.samples != batch[0]
 
     def linear_of_leaf(self) -> dict[int, LinearCall]:
         """Maps ``id`` of a leaf to its linear call."""
@@ -263,6 +271,7 @@ def trace_forward(
     """
     shards = Shards(model or root)
     recorder = _Recorder(shards)
+    recorder.trace.samples = samples_of(inputs)
     owners = {owner: (name, wrappers) for name, owner, wrappers in expert_owners(root)}
     wrapping = {wrapper for _, wrappers in owners.values() for _, wrapper in wrappers}
     with ExitStack() as stack:

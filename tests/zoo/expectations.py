@@ -57,14 +57,12 @@ LANGUAGE_SIDE: dict[str, tuple[str, ...]] = {
 PADDING: dict[str, str] = {
     "blt": "some of its layers see patches of bytes",
     "cpmant": "it puts prompt tokens before the text",
-    "fsmt": "its layers see time before batch",
     "funnel": "its later blocks see pooled tokens",
     "git": "it puts the image before the text",
     "pegasus_x": "its encoder sees global tokens beside the text",
     "perceiver": "its layers see latents",
     "pi0": "its second transformer sees a state and actions",
     "prophetnet": "its layers see the predicted streams beside the text",
-    "xlnet": "its layers see time before batch",
 }
 
 # Types in which what stands in padded places reaches real tokens, so that the mask itself says which are real.
