@@ -40,6 +40,7 @@ from na_lora_lightning.core.optimizers import (
 from na_lora_lightning.core.precision import single_precision
 from na_lora_lightning.core.saved_options import Changes, changed_options, in_words, saved_options
 from na_lora_lightning.core.sharding import Shards, is_sharded
+from na_lora_lightning.core.silent_sites import SilenceCheck
 from na_lora_lightning.core.sites import GateMap
 from na_lora_lightning.core.statistics import GateObserver, Layout, ObserverOptions, StepStatistics
 from na_lora_lightning.core.step_scale import RegimeCollector, StepScale, StepScaleOptions
@@ -109,10 +110,10 @@ class GateController:
         self._optimizer: Optimizer | None = None
         self._stepped = False
         self._calls = StepCalls()
-        self._every_site_fired = False
         self._aside = Aside()
         parameters = {id(rows.parameter): rows.parameter for site in gates.sites for rows in site.parameters()}
         self.gradients = GradientWatch(list(parameters.values()), self._aside.drop)
+        self._silence = SilenceCheck(self.observer, self.gradients)
         self.observer.before_pass = self._before_pass
 
     def _correct_too(self, entries: Iterable[LoRARows]) -> None:
@@ -409,14 +410,12 @@ class GateController:
             self._forget()
             return
         self._aside.give_back([*self.observer.buffers, self.meter.sums])
-        self.gradients.stepped()
         statistics = self.observer.finish_step(self._reduce)
         self.misalignment = self.meter.finish_step(self._reduce)
+        self._silence.check(next(iter(statistics.values())).tokens)
+        self.gradients.stepped()
         self.steps += 1
         self._stepped = True
-        if not self._every_site_fired:
-            self._every_site_fired = True
-            self.observer.require_fired(next(iter(statistics.values())).tokens)
         if self.importance is not None:
             self.importance.update(statistics[_IMPORTANCE])
         if self.step_scale is not None:

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from na_lora_lightning.core.sharding import local_part
 from na_lora_lightning.errors import UpdateError
 
 # A GradScaler halves its scale each time, and has come from 2^65 down to 2^-34 by then.
@@ -61,6 +62,7 @@ class GradientWatch:
 
     def __init__(self, parameters: Sequence[Tensor], dropped: Callable[[], None]) -> None:
         self._parameters = list(parameters)
+        self._places = {id(parameter): index for index, parameter in enumerate(self._parameters)}
         self._dropped = dropped
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         # Each parameter's gradient and its version after it was last accumulated; until the next step at most.
@@ -90,6 +92,17 @@ class GradientWatch:
         """Forgets the gradients so far: they were used in a step, or are known to be thrown away."""
         self._left.clear()
         self._has_new = self._undecided = False
+
+    def is_reached(self, parameter: Tensor) -> bool:
+        """Whether a backward pass reached a parameter since the last step; where none is seen at all, it may have."""
+        return not self.backward_passes or self._places[id(parameter)] in self._left
+
+    def is_moved(self, parameter: Tensor) -> bool:
+        """The same, by something else than zeros; synchronises."""
+        if not self.backward_passes:
+            return True
+        left = self._left.get(self._places[id(parameter)])
+        return left is not None and bool(local_part(left[0]).any())
 
     def stepped(self) -> None:
         """The optimizer used the gradients."""

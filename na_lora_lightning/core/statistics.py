@@ -23,7 +23,7 @@ from na_lora_lightning.core.pre_activations import Handle
 from na_lora_lightning.core.precision import single_precision
 from na_lora_lightning.core.sites import GateSite
 from na_lora_lightning.core.token_selection import TokenSelection
-from na_lora_lightning.errors import ConfigurationError, DiscoveryError
+from na_lora_lightning.errors import ConfigurationError
 
 _CPU_CHUNK_ELEMENTS = 64 * 1536
 
@@ -38,8 +38,8 @@ class ObserverOptions:
         max_tokens: Tokens looked at per site and forward pass at most, evenly spread and shifted from pass to
             pass; None looks at all. A bound on the cost.
         exclude_prompt: Leave out positions that predict no target, which needs labels in the forward call.
-        allow_silent_sites: Go on when a site never fires in the first step (a fused or replaced feed-forward
-            block), leaving its rows unmasked.
+        allow_silent_sites: Go on when a site does not fire in the first step that trains its rows (a fused or
+            replaced feed-forward block), leaving them unmasked.
     """
 
     max_tokens: int | None = 128
@@ -260,26 +260,11 @@ class GateObserver(ForwardPasses):
         broken, self.nonfinite = self.nonfinite.tolist(), None
         return [site.name for site, own in zip(self.sites, self._networks_of_site, strict=True) if any(broken[own])]
 
-    def require_fired(self, tokens: Tensor) -> None:
-        """Checks that every site fired; synchronises, so for the first step alone.
-
-        Raises:
-            DiscoveryError: A site saw no token.
-        """
+    def silent_sites(self, tokens: Tensor) -> set[int]:
+        """Sites that saw no token in a step, by what :meth:`finish_step` says of it; synchronises."""
         # What was left out for values that are not finite was seen.
         seen = (tokens if self.nonfinite is None else tokens + self.nonfinite).tolist()
-        silent = [
-            site.name
-            for site, own in zip(self.sites, self._networks_of_site, strict=True)
-            # No token may be picked for an expert.
-            if not any(seen[own]) and site.picked_from is None
-        ]
-        if silent and not self.options.allow_silent_sites:
-            raise DiscoveryError(
-                f"the gates {', '.join(silent[:4])}{' …' if len(silent) > 4 else ''} saw no token in the first "
-                "training step, probably because a fused or patched feed-forward block bypasses the activation module; "
-                "turn the patch off, or set allow_silent_sites=True to train those gates unmasked."
-            )
+        return {index for index, own in enumerate(self._networks_of_site) if not any(seen[own])}
 
     def _pass_begins(self) -> None:
         self._calls.clear()

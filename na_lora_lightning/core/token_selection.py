@@ -48,9 +48,9 @@ class TokenSelection:
                 spread = torch.arange(self._sample, device=device) * tokens // self._sample
                 positions = (spread + self._offset) % tokens
             # Those that are looked at stand for all of their pass, so that long passes of a step weigh more than short.
-            if self._mask is None:
+            if self._mask is None or not tokens:
                 looked_at = tokens if positions is None else positions.numel()
-                weights = torch.full((looked_at,), tokens / looked_at, device=device)
+                weights = torch.full((looked_at,), tokens / max(looked_at, 1), device=device)
             else:
                 mask = self._mask_of(tokens)
                 assert mask is not None, "it was checked before"
@@ -141,7 +141,11 @@ class TokenSelection:
         return (torch.arange(tokens, device=device) if positions is None else positions), weights
 
     def _check(self, leading: tuple[int, ...], name: str) -> None:
-        if self._mask is None or leading in (tuple(self._mask.shape), (self._mask.numel(),), (len(self._mask), 1)):
+        if (
+            self._mask is None
+            or 0 in leading
+            or leading in (tuple(self._mask.shape), (self._mask.numel(),), (len(self._mask), 1))
+        ):
             return
         if leading[0] == len(self._mask) or len(leading) == 1:
             tokens = torch.Size(leading).numel()
