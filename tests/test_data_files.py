@@ -96,9 +96,17 @@ def test_text_stays_text_to_the_letter(kind: str, texts: list[str], tmp_path: Pa
     assert load(path) == records
 
 
-def test_dates_are_trained_on_as_they_are_written(tmp_path: Path) -> None:
-    texts = ["2020-01-01", "2021-02-03T04:05:06Z"]
-    source = write_jsonl(tmp_path / "data.jsonl", [{"messages": conversation("when", text)} for text in texts])
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+@pytest.mark.parametrize("has_messages", [True, False])
+def test_dates_are_trained_on_as_they_are_written(has_messages: bool, suffix: str, tmp_path: Path) -> None:
+    # Readers guess a type where all texts of a field look like it, those of the user too.
+    texts = ["2020-01-01T00:00:00Z", "2021-02-03T04:05:06Z"]
+    records = [
+        {"messages": conversation(text, text)} if has_messages else {"prompt": text, "completion": text}
+        for text in texts
+    ]
+    lines = [json.dumps(record) for record in records]
+    source = str(write(tmp_path / f"data.{suffix}", f"[{','.join(lines)}]" if suffix == "json" else "\n".join(lines)))
     datamodule = InstructionDataModule(
         saved_tokenizer(tmp_path / "t"), train=source, shuffle=False, group_by_length=False
     )
