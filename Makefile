@@ -78,7 +78,7 @@ study: $(VENV)/.study ## Run what is left of the study on a CPU: each missing ce
 		$(BIN)/python -W ignore -m benchmarks.study run benchmarks/study/$$name.yaml || exit 1; done
 	$(BIN)/python -m benchmarks.study pack
 
-evidence: $(VENV)/.study ## Fill the tables, numbers and figures of docs/evidence.md from the study's results
+evidence: $(VENV)/.study ## Write docs/evidence.md, docs/evidence_tables.md and their figures from the study's results
 	$(BIN)/python -m benchmarks.study evidence
 
 $(VENV)/.study: $(VENV)/.installed

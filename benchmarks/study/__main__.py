@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     again = commands.add_parser("reproduce", help="run a result's cell again and compare every number")
     again.add_argument("cell", help="its name, SETTING/ARM/rateR-seedS")
     pack = commands.add_parser("pack", help="move cells that ran into the packed file of their setting")
-    evidence = commands.add_parser("evidence", help="fill docs/evidence.md from results alone")
+    evidence = commands.add_parser("evidence", help="write the pages of evidence from packed results alone")
     evidence.add_argument("--check", action="store_true", help="change nothing; fail where it would change")
     for command in (run, status, report, again, pack, evidence):
         command.add_argument("--results", type=Path, default=PACKED, help="folder of packed results (%(default)s)")
@@ -48,10 +48,10 @@ def _run(options: argparse.Namespace) -> int:
         pretrain_missing(options.models)
         return 0
     if options.command == "evidence":
-        from benchmarks.study.evidence import DOCUMENT, write_evidence
+        from benchmarks.study.evidence import write_evidence
 
         same = write_evidence(Results(options.results).all_packed(), check=options.check)
-        print(f"{DOCUMENT.name} " + ("says what the results say" if same else "was behind the results"))
+        print("the pages " + ("say what the results say" if same else "were behind the results"))
         return 1 if options.check and not same else 0
     results = Results(options.results, options.cells)
     if options.command == "pack":
@@ -64,7 +64,7 @@ def _run(options: argparse.Namespace) -> int:
         again = reproduce(options.cell, results)
         print("\n".join(again.lines()))
         return 1 if again.other_results else 0
-    from benchmarks.study.specification import load_study
+    from benchmarks.study.specification import load_study, results_of
 
     study = load_study(options.study)
     if options.command == "run":
@@ -80,13 +80,7 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     from benchmarks.study.report import make_report
 
-    wanted = {(setting.name, arm.name) for setting in study.settings for arm in study.arms}
-    found = [
-        result
-        for result in results.all()
-        if (config := result["run_info"]["train_config"])["seed"] in study.seeds
-        and (config["setting"], config["arm_name"]) in wanted
-    ]
+    found = results_of(study, results.all())
     baseline = options.baseline or study.baseline
     make_report(found, baseline, options.at, options.output, study.name, options.figures, options.interpolate)
     return 0

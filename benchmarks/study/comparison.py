@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any, Literal
 
+import numpy as np
+
 from benchmarks.study.paired import bootstrap_interval, holm, sign_test
 
 When = Literal["last", "best"]
@@ -166,33 +168,25 @@ def _best(by_rate: Mapping[float, Mapping[int, Score]], interpolate: bool) -> Ar
     near = slice(index - 1, index + 2)
     if at_edge or not interpolate or not all(map(math.isfinite, valid[near])):
         return ArmInSetting(rates[index], rates[index], at_edge, scores, {})
-    places = [math.log(rate) for rate in rates[near]]
+    places = np.log(rates[near])
     bottom = _bottom(places, valid[near])
     for seed, score in scores.items():
         near_scores = [by_rate[rate][seed] for rate in rates[near]]
-        between = {name: _between(places, [getattr(one, name) for one in near_scores], bottom) for name in _CURVES}
+        curves = {name: [getattr(one, name) for one in near_scores] for name in _CURVES}
+        between = {name: float(parabola(places, own, bottom)) for name, own in curves.items() if None not in own}
         scores[seed] = replace(score, **between)
     return ArmInSetting(rates[index], math.exp(bottom), at_edge, scores, {})
 
 
-def _between(places: Sequence[float], values: Sequence[Any], at: float) -> Any:
-    """:func:`parabola`, or None where a value was not measured."""
-    return None if None in values else parabola(places, values, at)
+def parabola(x: np.ndarray, y: Sequence[float], at: np.ndarray | float) -> Any:
+    """Values at ``at`` of the parabola through three points."""
+    return np.polyval(np.polyfit(x - x[1], y, 2), at - x[1])
 
 
-def parabola(x: Sequence[float], y: Sequence[float], at: float) -> float:
-    """Value at ``at`` of the parabola through three points."""
-    weights = [
-        math.prod((at - x[other]) / (x[own] - x[other]) for other in range(3) if other != own) for own in range(3)
-    ]
-    return sum(weight * value for weight, value in zip(weights, y, strict=True))
-
-
-def _bottom(x: Sequence[float], y: Sequence[float]) -> float:
+def _bottom(x: np.ndarray, y: Sequence[float]) -> float:
     """Where the parabola through three points, the middle one the lowest, has its minimum."""
-    left, right = (y[0] - y[1]) / (x[0] - x[1]), (y[2] - y[1]) / (x[2] - x[1])
-    curvature = (right - left) / (x[2] - x[0])
-    return x[1] if curvature <= 0 else (x[0] + x[1]) / 2 - left / (2 * curvature)
+    curvature, slope, _ = np.polyfit(x - x[1], y, 2)
+    return float(x[1] if curvature <= 0 else x[1] - slope / (2 * curvature))
 
 
 def verdicts(table: Table, baseline: str) -> dict[str, Verdict]:

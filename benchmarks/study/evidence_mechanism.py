@@ -10,8 +10,8 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
-from benchmarks.study.comparison import Table, score_of
-from benchmarks.study.evidence_tables import Found, Sources
+from benchmarks.study.comparison import score_of
+from benchmarks.study.evidence_tables import BASELINE, Found, Sources
 from benchmarks.study.mechanism import mechanisms
 from benchmarks.study.report import MECHANISM_HEAD, mechanism_rows, shown
 
@@ -19,15 +19,14 @@ from benchmarks.study.report import MECHANISM_HEAD, mechanism_rows, shown
 _MOVES_FROM_ELSEWHERE = "pissa"
 
 
-def mechanism(sources: Sources, study: str, baseline: str = "lora", arms: Sequence[str] | None = None) -> Found:
+def mechanism(sources: Sources, study: str) -> Found:
     """What an arm does to selection, forgetting and test loss at equal learning rates and seeds."""
-    found = mechanisms(sources.results(study), baseline)
-    kept = {arm: one for arm, one in found.items() if arms is None or arm in arms}
-    return MECHANISM_HEAD, mechanism_rows(kept)
+    return MECHANISM_HEAD, mechanism_rows(mechanisms(sources.results(study), BASELINE))
 
 
-def _at_best_rates(sources: Sources, study: str, table: Table) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _at_best_rates(sources: Sources, study: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Setting, arm and result of the cells at their arm's best learning rate of the grid."""
+    table = sources.table(study)
     for result in sources.results(study):
         config = result["run_info"]["train_config"]
         own = table[config["setting"]].get(config["arm_name"])
@@ -35,10 +34,10 @@ def _at_best_rates(sources: Sources, study: str, table: Table) -> Iterator[tuple
             yield config["setting"], config["arm_name"], result
 
 
-def layers(sources: Sources, study: str, arm: str = "lora") -> Found:
+def layers(sources: Sources, study: str, arm: str = BASELINE) -> Found:
     """Selection misalignment of an arm at its best learning rate by layer: mean |Δρ|, and the selection's share."""
     measured: dict[str, list[tuple[list[float], list[float]]]] = defaultdict(list)
-    for setting, name, result in _at_best_rates(sources, study, sources.table(study)):
+    for setting, name, result in _at_best_rates(sources, study):
         last = result["study_info"]["probes"][-1]
         if name == arm and "share" in last:
             measured[setting].append((last["misalignment"], last["share"]))
@@ -60,26 +59,26 @@ def _correlation(first: Sequence[float], second: Sequence[float]) -> float:
     return math.nan if constant else float(spearmanr(first, second).statistic)
 
 
-def selection(sources: Sources, study: str, baseline: str = "lora") -> Found:
+def selection(sources: Sources, study: str) -> Found:
     """Selection misalignment of each arm at its own best learning rate, divided by the baseline's at its own.
 
     The last row is Spearman's correlation over arms of this with the test loss. PiSSA is left out.
     """
-    table = sources.table(study, baseline)
+    table = sources.table(study)
     measured: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for setting, arm, result in _at_best_rates(sources, study, table):
+    for setting, arm, result in _at_best_rates(sources, study):
         moved = score_of(result, "last").misalignment if result["train_info"]["status"] == "success" else None
         if moved is not None:
             measured[setting, arm].append(moved)
     ratios = {
         setting: {
-            arm: mean(measured[setting, arm]) / mean(measured[setting, baseline])
+            arm: mean(measured[setting, arm]) / mean(measured[setting, BASELINE])
             for arm in own
             if arm != _MOVES_FROM_ELSEWHERE and measured[setting, arm]
         }
         for setting, own in table.items()
     }
-    arms = sorted({arm for own in ratios.values() for arm in own}, key=lambda arm: (arm != baseline, arm))
+    arms = sorted({arm for own in ratios.values() for arm in own}, key=lambda arm: (arm != BASELINE, arm))
     rows = [[arm, *(shown(own[arm], 2) if arm in own else "–" for own in ratios.values())] for arm in arms]
     with_loss = [
         _correlation(list(own.values()), [table[setting][arm].average("test") for arm in own])
@@ -105,17 +104,17 @@ def correlations(sources: Sources, study: str) -> Found:
                 cells[config["setting"], config["rate"], config["seed"]][config["arm_name"]] = score
     rows = []
     for setting in sorted({key[0] for key in cells}):
-        plain = [own["lora"] for key, own in cells.items() if key[0] == setting and "lora" in own]
+        plain = [own[BASELINE] for key, own in cells.items() if key[0] == setting and BASELINE in own]
         moved = [
             (
-                score.misalignment - own["lora"].misalignment,
-                score.forgetting - own["lora"].forgetting,
-                score.test - own["lora"].test,
+                score.misalignment - own[BASELINE].misalignment,
+                score.forgetting - own[BASELINE].forgetting,
+                score.test - own[BASELINE].test,
             )
             for key, own in cells.items()
-            if key[0] == setting and "lora" in own
+            if key[0] == setting and BASELINE in own
             for arm, score in own.items()
-            if arm not in ("lora", _MOVES_FROM_ELSEWHERE)
+            if arm not in (BASELINE, _MOVES_FROM_ELSEWHERE)
         ]
         across = [
             _correlation([one.misalignment for one in plain], [getattr(one, name) for one in plain])

@@ -10,12 +10,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.study.comparison import Table, When, compare, score_of, verdicts
+from benchmarks.study.comparison import Table, compare, score_of, verdicts
 from benchmarks.study.paired import bootstrap_interval, sign_test
 from benchmarks.study.report import VERDICT_HEAD, Rows, shown, verdict_rows
-from benchmarks.study.specification import Study, load_study
+from benchmarks.study.specification import Study, load_study, results_of
 from benchmarks.study.tradeoff import at_equal_forgetting
 
+BASELINE = "lora"
 Found = tuple[list[str], Rows]
 Results = list[dict[str, Any]]
 
@@ -31,30 +32,17 @@ class Sources:
     def __init__(self, results: Iterable[dict[str, Any]], studies: Path) -> None:
         self._all = list(results)
         self.study: Callable[[str], Study] = cache(lambda name: load_study(studies / f"{name}.yaml"))
-
-    def results(self, name: str, seeds: bool = True) -> Results:
-        """Results of a study's settings and arms, of its seeds alone unless told not to."""
-        study = self.study(name)
-        wanted = {(setting.name, arm.name) for setting in study.settings for arm in study.arms}
-        return [
-            result
-            for result in self._all
-            if (config := result["run_info"]["train_config"]) is not None
-            and (config["setting"], config["arm_name"]) in wanted
-            and (config["seed"] in study.seeds or not seeds)
-        ]
-
-    def table(self, name: str, baseline: str = "lora", at: When = "last") -> Table:
-        """A study's arms at their best learning rates, interpolated."""
-        return compare(self.results(name), baseline, at, interpolate=True)
+        self.results: Callable[[str], Results] = cache(lambda name: results_of(self.study(name), self._all))
+        # A study's arms at their best learning rates, interpolated.
+        self.table: Callable[[str], Table] = cache(lambda name: compare(self.results(name), BASELINE, interpolate=True))
 
 
 def _percent(differences: Mapping[int, float], level: float) -> list[float]:
     return [100.0 * value / level for value in differences.values()]
 
 
-def _level(arms: Mapping[str, Any], baseline: str, seeds: Sequence[int]) -> float:
-    return mean(arms[baseline].scores[seed].test for seed in seeds)
+def _level(arms: Mapping[str, Any], seeds: Sequence[int]) -> float:
+    return mean(arms[BASELINE].scores[seed].test for seed in seeds)
 
 
 def _interval(strata: Sequence[Sequence[float]]) -> str:
@@ -62,51 +50,37 @@ def _interval(strata: Sequence[Sequence[float]]) -> str:
     return f"{shown(lower, 2, sign=True)} … {shown(upper, 2, sign=True)}"
 
 
-def pooled(
-    sources: Sources,
-    study: str,
-    baseline: str = "lora",
-    arms: Sequence[str] | None = None,
-    without: Sequence[str] = (),
-    at: When = "last",
-) -> Found:
-    """One row for each arm, over all settings; ``without`` leaves settings out. Holm adjusts for the arms shown."""
-    table = {
-        name: {arm: one for arm, one in own.items() if arms is None or arm in (*arms, baseline)}
-        for name, own in sources.table(study, baseline, at).items()
-        if name not in without
-    }
-    return VERDICT_HEAD, verdict_rows(verdicts(table, baseline))
+def pooled(sources: Sources, study: str) -> Found:
+    """One row for each arm, over all settings."""
+    return VERDICT_HEAD, verdict_rows(verdicts(sources.table(study), BASELINE))
 
 
-def by_setting(sources: Sources, study: str, baseline: str = "lora", arms: Sequence[str] | None = None) -> Found:
+def by_setting(sources: Sources, study: str) -> Found:
     """Per arm and setting: difference of test losses in percent of the baseline's, its interval, pairs that are better.
 
     The last row is the baseline's own test loss and number of seeds.
     """
-    table = sources.table(study, baseline)
+    table = sources.table(study)
     rows = []
-    for arm in verdicts(table, baseline):
-        if arms is not None and arm not in arms:
-            continue
+    for arm in verdicts(table, BASELINE):
         row = [arm]
         for own in table.values():
             differences = own[arm].differences if arm in own else {}
             if not differences or not all(map(math.isfinite, differences.values())):
                 row.append("–")
                 continue
-            values = _percent(differences, _level(own, baseline, list(differences)))
+            values = _percent(differences, _level(own, list(differences)))
             better, pairs, _ = sign_test(values)
-            edge = "!" if own[arm].at_edge or own[baseline].at_edge else ""
+            edge = "!" if own[arm].at_edge or own[BASELINE].at_edge else ""
             spread = f" ({_interval([values])}) {better}/{pairs}" if len(values) > 1 else ""
             row.append(f"{shown(mean(values), 2, sign=True)}{edge}{spread}")
         rows.append(row)
     rows.append(
         [
-            f"{baseline}, nats",
+            f"{BASELINE}, nats",
             *(
                 f"{shown(one.average('test'))} at {one.bottom:.2g}, {len(one.scores)} seeds"
-                for one in (own[baseline] for own in table.values())
+                for one in (own[BASELINE] for own in table.values())
             ),
         ]
     )
@@ -116,26 +90,24 @@ def by_setting(sources: Sources, study: str, baseline: str = "lora", arms: Seque
 def pairs(sources: Sources, study: str, pairs: Sequence[Sequence[str]]) -> Found:
     """Arms against each other: each of ``pairs`` is an arm and the one that it is compared with."""
     rows = []
-    for arm, against in pairs:
-        found = verdicts(sources.table(study, against), against).get(arm)
-        if found is None:
-            continue
-        rows.append([f"{arm} against {against}", *verdict_rows({arm: found})[0][1:6]])
+    for pair in pairs:
+        arm, against = pair
+        own = [result for result in sources.results(study) if result["run_info"]["train_config"]["arm_name"] in pair]
+        (row,) = verdict_rows(verdicts(compare(own, against, interpolate=True), against))
+        rows.append([f"{arm} against {against}", *row[1:6]])
     return ["pair", "settings", "difference, %", "95 % interval", "better", "p"], rows
 
 
-def equal_forgetting(sources: Sources, study: str, baseline: str = "lora", arms: Sequence[str] | None = None) -> Found:
+def equal_forgetting(sources: Sources, study: str) -> Found:
     """Forgetting at the best learning rate, and the test loss against the baseline's where that forgets as much."""
-    table = sources.table(study, baseline)
-    found = at_equal_forgetting(sources.results(study), table, baseline)
+    table = sources.table(study)
+    found = at_equal_forgetting(sources.results(study), table, BASELINE)
     rows = []
-    for arm in arms or sorted({arm for _, arm in found}):
+    for arm in sorted({arm for _, arm in found}):
         own = {setting: found[setting, arm] for setting in table if (setting, arm) in found}
-        if not own:
-            continue
-        strata = [_percent(values, _level(table[setting], baseline, list(values))) for setting, values in own.items()]
+        strata = [_percent(values, _level(table[setting], list(values))) for setting, values in own.items()]
         forgotten = [
-            table[setting][arm].scores[seed].forgetting - table[setting][baseline].scores[seed].forgetting
+            table[setting][arm].scores[seed].forgetting - table[setting][BASELINE].scores[seed].forgetting
             for setting, values in own.items()
             for seed in values
         ]
@@ -155,9 +127,7 @@ def equal_forgetting(sources: Sources, study: str, baseline: str = "lora", arms:
     return [*head, "95 % interval", "better", "p"], rows
 
 
-def one_rate(
-    sources: Sources, study: str, setting: str, rates: Sequence[float], baseline: str = "lora", arms: Sequence[str] = ()
-) -> Found:
+def one_rate(sources: Sources, study: str, setting: str, rates: Sequence[float], arms: Sequence[str]) -> Found:
     """Test loss against the baseline's at the same learning rate, for some rates: what an untuned comparison says."""
     losses: dict[tuple[str, float], dict[int, float]] = defaultdict(dict)
     for result in sources.results(study):
@@ -168,23 +138,22 @@ def one_rate(
     for arm in arms:
         row = [arm]
         for rate in rates:
-            base, own = losses[baseline, rate], losses[arm, rate]
+            base, own = losses[BASELINE, rate], losses[arm, rate]
             values = [100.0 * (own[seed] / base[seed] - 1.0) for seed in sorted(own.keys() & base.keys())]
             better, pairs, _ = sign_test(values)
             row.append(f"{shown(mean(values), 2, sign=True)} {better}/{pairs}" if values else "–")
         rows.append(row)
-    bases = [shown(mean(own.values())) if (own := losses[baseline, rate]) else "–" for rate in rates]
-    return ["arm", *(f"{rate:g}" for rate in rates)], [*rows, [f"{baseline}, nats", *bases]]
+    bases = [shown(mean(own.values())) if (own := losses[BASELINE, rate]) else "–" for rate in rates]
+    return ["arm", *(f"{rate:g}" for rate in rates)], [*rows, [f"{BASELINE}, nats", *bases]]
 
 
-def exact(sources: Sources, study: str, arms: Sequence[str] | None = None, settings: Sequence[str] = ()) -> Found:
+def exact(sources: Sources, study: str, settings: Sequence[str]) -> Found:
     """Percent of test answers without a wrong token, at the rate of the lowest validation loss, mean over seeds."""
-    table = {name: own for name, own in compare(sources.results(study), "lora").items() if name in settings}
-    names = dict.fromkeys(arm for own in table.values() for arm in sorted(own, key=lambda arm: (arm != "lora", arm)))
+    table = {name: own for name, own in compare(sources.results(study), BASELINE).items() if name in settings}
+    names = dict.fromkeys(arm for own in table.values() for arm in sorted(own, key=lambda arm: (arm != BASELINE, arm)))
     rows = [
         [arm, *(shown(100 * own[arm].average("accuracy"), 1) if arm in own else "–" for own in table.values())]
         for arm in names
-        if arms is None or arm in arms
     ]
     return ["arm", *table], rows
 
@@ -196,7 +165,7 @@ def cost(sources: Sources, studies: Sequence[str]) -> Found:
     for name in studies:
         new = {
             result["run_info"]["experiment_name"]: result["train_info"]["metrics"][-1]
-            for result in sources.results(name, seeds=True)
+            for result in sources.results(name)
             if result["run_info"]["experiment_name"] not in counted
         }
         counted |= set(new)

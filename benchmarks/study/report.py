@@ -133,7 +133,7 @@ def setting_rows(table: Table, setting: str, baseline: str) -> Rows:
 def markdown_table(head: Sequence[str], rows: Rows) -> str:
     """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
 
 
 Sections = dict[str, tuple[list[str], Rows]]

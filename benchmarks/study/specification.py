@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,6 +144,17 @@ class Study:
                 for arm in self.arms:
                     for rate in setting.rates:
                         yield Cell(setting, arm, _rounded(rate * arm.rate_factor), seed)
+
+
+def results_of(study: Study, results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The results of a study's settings, arms and seeds, those of rates beyond its grid too."""
+    wanted = {(setting.name, arm.name) for setting in study.settings for arm in study.arms}
+    return [
+        result
+        for result in results
+        if ((config := result["run_info"]["train_config"])["setting"], config["arm_name"]) in wanted
+        and config["seed"] in study.seeds
+    ]
 
 
 def _rounded(rate: float) -> float:

@@ -64,10 +64,10 @@ def _expected(curve: Mapping[float, Score], best: float, forgetting: float) -> f
     near = rates[index - 1 : index + 2] if index else []
     if len(near) < 3 or not math.isfinite(forgetting):
         return None
-    places = np.log(near).tolist()
+    places = np.log(near)
     fine = np.linspace(places[0], places[-1], _POINTS)
-    level = np.array([parabola(places, [curve[rate].forgetting for rate in near], at) for at in fine])
+    level = parabola(places, [curve[rate].forgetting for rate in near], fine)
     if not level.min() <= forgetting <= level.max() or not (np.diff(level) > 0).all():
         return None
     at = float(np.interp(forgetting, level, fine))
-    return parabola(places, [curve[rate].test for rate in near], at)
+    return float(parabola(places, [curve[rate].test for rate in near], at))

@@ -1,4 +1,4 @@
-"""The document of evidence: tables and numbers filled from results, the trade of fit against forgetting."""
+"""The pages of evidence: tables and numbers made from results, the trade of fit against forgetting."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from study_helpers import result
 from benchmarks.study.arms import PLAIN_READING, Arm
 from benchmarks.study.comparison import compare
 from benchmarks.study.errors import StudyError
-from benchmarks.study.evidence import filled, make_tables, write_evidence
+from benchmarks.study.evidence import DOCUMENTS, EvidenceTable, make_pages, make_tables, write_evidence
+from benchmarks.study.evidence_tables import Sources
 from benchmarks.study.specification import Cell
 from benchmarks.study.storage import Results
 from benchmarks.study.tradeoff import at_equal_forgetting
@@ -94,12 +95,12 @@ def specification(tmp_path: Path) -> Path:
     }
     (studies / "small.yaml").write_text(yaml.safe_dump(study))
     tables = {
-        "pooled": {"kind": "pooled", "study": "small", "arms": ["gain"]},
+        "pooled": {"kind": "pooled", "study": "small"},
         "settings": {"kind": "by_setting", "study": "small"},
         "pairs": {"kind": "pairs", "study": "small", "pairs": [["gain", "half"]]},
         "mechanism": {"kind": "mechanism", "study": "small"},
         "forgetting": {"kind": "equal_forgetting", "study": "small"},
-        "one rate": {
+        "one_rate": {
             "kind": "one_rate",
             "study": "small",
             "setting": SETTING,
@@ -116,28 +117,32 @@ def specification(tmp_path: Path) -> Path:
     return studies / "evidence.yaml"
 
 
+def made(specification: Path, results: list[dict[str, Any]] | None = None) -> dict[str, EvidenceTable]:
+    return make_tables(Sources(results or curves(SETTING), specification.parent), specification)
+
+
 def test_every_kind_of_table(specification: Path) -> None:
-    tables = make_tables(curves(SETTING), specification)
-    assert tables["pooled"][1] == [["gain", "1", "-3.33", "-3.33 … -3.33", "2/2", "0.500", "0.500", "1.00"]]
-    gain, half, base = tables["settings"][1]
+    tables = made(specification)
+    assert tables["pooled"].rows[0] == ["gain", "1", "-3.33", "-3.33 … -3.33", "2/2", "0.500", "1.000", "1.00"]
+    gain, half, base = tables["settings"].rows
     assert gain[1] == "-3.33 (-3.33 … -3.33) 2/2"
     assert half[1].startswith("+0.00 (")
     assert base == ["lora, nats", "3.0000 at 2.4, 2 seeds"]
-    assert tables["pairs"][1] == [["gain against half", "1", "-3.33", "-3.33 … -3.33", "2/2", "0.500"]]
-    assert [row[0] for row in tables["mechanism"][1]] == ["lora", "gain", "half"]
-    assert tables["forgetting"][1][0][:4] == ["gain", "1", "+0.000", "-3.33"]
+    assert tables["pairs"].rows == [["gain against half", "1", "-3.33", "-3.33 … -3.33", "2/2", "0.500"]]
+    assert [row[0] for row in tables["mechanism"].rows] == ["lora", "gain", "half"]
+    assert tables["forgetting"].rows[0][:4] == ["gain", "1", "+0.000", "-3.33"]
     # x of LoRA is 0 and 1, that of the others 0.25 less.
-    half, gain, base = tables["one rate"][1]
+    half, gain, base = tables["one_rate"].rows
     assert half == ["half", "+6.12 0/2", "-8.77 2/2", "–"]
     assert gain[1:] == ["+2.86 0/2", "-11.58 2/2", "–"]
     assert base == ["lora, nats", "3.0625", "3.5625", "–"]
     # LoRA's best rate of the grid is 2: x = 0.
-    assert tables["layers"][1] == [[SETTING, "2.0000 (25 %)", "3.0000 (50 %)"]]
+    assert tables["layers"].rows == [[SETTING, "2.0000 (25 %)", "3.0000 (50 %)"]]
     # At its best rate of the grid, 2, ``half`` is at x = −0.25: (1.75 + 2.75) ÷ (2 + 3).
-    assert tables["selection"][1][:3] == [["lora", "1.00"], ["gain", "0.90"], ["half", "0.90"]]
-    assert tables["correlations"][1][0][:3] == [SETTING, "6", "+1.00"]
-    assert tables["exact"] == (["arm", SETTING], [[arm, "50.0"] for arm in ("lora", "gain", "half")])
-    assert tables["cost"][1] == [["small", "3", "18", "18.00"], ["small", "3", "0", "0.00"]]
+    assert tables["selection"].rows[:3] == [["lora", "1.00"], ["gain", "0.90"], ["half", "0.90"]]
+    assert tables["correlations"].rows[0][:3] == [SETTING, "6", "+1.00"]
+    assert tables["exact"] == EvidenceTable(["arm", SETTING], [[arm, "50.0"] for arm in ("lora", "gain", "half")])
+    assert tables["cost"].rows == [["small", "3", "18", "18.00"], ["small", "3", "0", "0.00"]]
 
 
 def test_arms_that_move_selection_further_for_a_lower_loss_are_correlated_by_minus_one(
@@ -149,39 +154,37 @@ def test_arms_that_move_selection_further_for_a_lower_loss_are_correlated_by_min
         one["study_info"]["probes"][-1]["misalignment"] = [{"gain": 3.0, "lora": 2.0, "half": 1.0}[arm]]
         if arm == "half":
             one["train_info"]["metrics"][-1]["test loss"] += 0.5
-    found = make_tables(results, specification)["selection"][1]
+    found = made(specification, results)["selection"].rows
     assert found == [["lora", "1.00"], ["gain", "1.50"], ["half", "0.50"], ["correlation with test loss", "-1.00"]]
 
 
-def test_a_document_is_filled_and_stays_as_it_is(specification: Path) -> None:
-    tables = make_tables(curves(SETTING), specification)
-    number = "<!--= pooled | gain | test loss, % of baseline -->"
-    text = f"A\n<!-- table: pooled -->\nold\n<!-- /table -->\nB {number}?<!--/-->."
-    once = filled(text, tables)
-    assert "| gain | 1 | -3.33 |" in once
-    assert "old" not in once
-    assert once.endswith(f"{number}-3.33<!--/-->.")
-    assert filled(once, tables) == once
+def test_a_page_holds_whole_tables_and_single_cells(specification: Path, tmp_path: Path) -> None:
+    templates = tmp_path / "pages"
+    templates.mkdir()
+    (templates / "page.md").write_text('{{ pooled }}\n\nIt is {{ pooled.gain["test loss, % of baseline"] }} %.\n')
+    (page,) = make_pages(made(specification), templates).items()
+    table, rest = page[1].split("\n\n")
+    assert page[0] == "page.md"
+    assert table.splitlines()[2] == "| gain | 1 | -3.33 | -3.33 … -3.33 | 2/2 | 0.500 | 1.000 | 1.00 |"
+    assert rest == "It is -3.33 %.\n"
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("<!-- table: absent -->\n<!-- /table -->", "asks for the table 'absent'"),
-        ("<!--= absent | a | b -->?<!--/-->", "asks for the table 'absent'"),
-        ("<!--= pooled | gain | b -->?<!--/-->", "asks for 'b' of 'gain' in the table 'pooled'"),
-        ("<!--= pooled | half | time -->?<!--/-->", "has the columns .* and 0 such rows"),
-    ],
-)
-def test_what_no_table_has_is_refused(specification: Path, text: str, said: str) -> None:
-    with pytest.raises(StudyError, match=said):
-        filled(text, make_tables(curves(SETTING), specification))
+def test_what_would_end_a_cell_is_escaped() -> None:
+    head, line, row = str(EvidenceTable(["arm", "|Δρ|"], [["lora", "a|b"]])).splitlines()
+    assert (head, line, row) == (r"| arm | \|Δρ\| |", "| --- | --- |", r"| lora | a\|b |")
+
+
+@pytest.mark.parametrize("asked", ["absent", "absent.gain", "pooled.absent", "pooled.gain.absent"])
+def test_what_no_table_has_is_refused(specification: Path, tmp_path: Path, asked: str) -> None:
+    (tmp_path / "page.md").write_text(f"{{{{ {asked} }}}}")
+    with pytest.raises(StudyError, match=r"page\.md asks for what no table of evidence\.yaml has: .*'absent'"):
+        make_pages(made(specification), tmp_path)
 
 
 def test_a_kind_of_table_that_does_not_exist_is_refused(specification: Path) -> None:
     specification.write_text("tables: {a: {kind: chart}}")
     with pytest.raises(StudyError, match="the unknown kind 'chart'; choose one of pooled"):
-        make_tables(curves(SETTING), specification)
+        made(specification)
 
 
 def test_the_plain_reading_does_not_follow_the_packages_defaults() -> None:
@@ -208,5 +211,10 @@ def test_committed_results_are_of_the_cells_that_they_name() -> None:
         assert cell.name == one["run_info"]["experiment_name"]
 
 
-def test_the_document_says_what_the_results_say() -> None:
+def test_the_pages_say_what_the_results_say() -> None:
     assert write_evidence(Results().all_packed(), check=True)
+    answers = (DOCUMENTS / "evidence.md").read_text()
+    assert len(answers.splitlines()) <= 50
+    for page in (answers, (DOCUMENTS / "evidence_tables.md").read_text()):
+        assert "<!--" not in page
+        assert "{" not in page
