@@ -40,6 +40,7 @@ from na_lora_lightning.core.pre_activations import ActivationInput
 from na_lora_lightning.core.probe_inputs import axes_told_apart, require_probe_inputs, what_to_give
 from na_lora_lightning.core.row_probe import positional_rows, probe_rows, storage_rows
 from na_lora_lightning.core.sharding import Shards
+from na_lora_lightning.core.siblings import sites_of_siblings
 from na_lora_lightning.core.sites import FoundBy, GateMap, GateSite, LeftOut
 from na_lora_lightning.core.token_selection import has_decoder
 from na_lora_lightning.core.tracing import ActivationCall, LinearCall, Trace, trace_forward
@@ -122,8 +123,11 @@ def _discover(model: nn.Module, root: nn.Module, example_inputs: Mapping[str, An
         found.sites += extra.sites
         found.left_out += extra.left_out
     _excuse_vectors(found, blocks)
-    _order(found, root)
     called = {call.module for call in trace.linear_calls}
+    siblings = sites_of_siblings(root, found.sites, called)
+    found.sites += siblings
+    called |= {site.lora_layer for site in siblings}
+    _order(found, root)
     found.left_out += unreached(root, called.union(*({w for _, w in call.wrappers} for call in trace.experts_calls)))
     _assign_branches(found, root)
     return found

@@ -56,20 +56,35 @@ def places(rows: Tensor, among: Tensor) -> Tensor | None:
 
 def tokens_given(args: tuple[Any, ...], kwargs: Mapping[str, Any], features: int) -> Tensor | None:
     """The first argument of a module's call that holds ``features`` of each token, as ``[tokens, features]``."""
+    given = _given(args, kwargs, features)
+    return None if given is None else given.reshape(-1, features)
+
+
+def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any], features: int) -> Tensor | None:
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1 and value.shape[-1] == features:
-            return value.reshape(-1, features)
+            return value
     return None
 
 
 def origin_of(call: LinearCall) -> nn.Module | None:
     """The module that was given the tokens of which a layer's input was picked; None where nothing was picked."""
     rows = call.source.reshape(-1, call.source.shape[-1])
-    if not any(name.startswith(_PICKING) for name in ancestors(call.source.grad_fn).passed):
+    if not _is_picked(call.source):
         return None
     for around in reversed(call.within):
-        given = tokens_given(around.args, around.kwargs, rows.shape[-1])
-        # Inside an expert all are given the same rows.
-        if given is not None and len(given) != len(rows) and places(rows, given) is not None:
+        given = _given(around.args, around.kwargs, rows.shape[-1])
+        if given is None:
+            continue
+        tokens = given.reshape(-1, rows.shape[-1])
+        # Inside an expert all are given the same rows, and an expert may be given all tokens.
+        comes_before = len(tokens) != len(rows) or _is_picked(call.source, given)
+        if comes_before and places(rows, tokens) is not None:
             return around.module
     return None
+
+
+def _is_picked(rows: Tensor, among: Tensor | None = None) -> bool:
+    """Whether rows were picked: among those of another tensor, or anywhere."""
+    met = ancestors(rows.grad_fn, stop_at=() if among is None else (among.grad_fn,))
+    return any(name.startswith(_PICKING) for name in met.passed) and (among is None or bool(met.stops))

@@ -66,6 +66,7 @@ def unreached(root: nn.Module, called: set[nn.Module]) -> list[LeftOut]:
         if not with_lora and (not in_part or len(layers) < 2):
             continue
         makers = [child for child in layers if not _only_takes(layers, child)]
+        seen = len(found)
         for child_name, child in module.named_children():
             if child_name in layers or isinstance(child, _DropoutNd) or any(True for _ in child.children()):
                 continue
@@ -80,6 +81,11 @@ def unreached(root: nn.Module, called: set[nn.Module]) -> list[LeftOut]:
                 reason = f"{', '.join(producers)} has no LoRA"
                 entry = LeftOut(full_name, activation.name, reason, gate_without_lora=True, producers=producers)
             found.setdefault(full_name, entry)
+        widening = [child for child in with_lora if _sizes(layers[child])[0] != _sizes(layers[child])[1]]
+        if len(found) == seen and set(widening) & set(makers) and len(makers) < len(layers):
+            # Its activation may be a function.
+            maker = f"{name}.{next(child for child in makers if child in widening)}"
+            found.setdefault(maker, LeftOut(maker, "unknown", _REASON, producers=(maker,)))
     return list(found.values())
 
 

@@ -212,16 +212,16 @@ class ForEachExpert(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.experts = nn.ModuleList([PlainBlock() for _ in range(3)])
+        self.experts = nn.ModuleList([PlainBlock(nn.ReLU()), PlainBlock(nn.SiLU()), PlainBlock(nn.GELU())])
 
     def forward(self, x: torch.Tensor, expert: int) -> torch.Tensor:
         return self.experts[expert](x)
 
 
 class PlainBlock(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, activation: nn.Module) -> None:
         super().__init__()
-        self.up_proj, self.act, self.down_proj = nn.Linear(8, 12), nn.SiLU(), nn.Linear(12, 8)
+        self.up_proj, self.act, self.down_proj = nn.Linear(8, 12), activation, nn.Linear(12, 8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act(self.up_proj(x)))
