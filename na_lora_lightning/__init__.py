@@ -10,38 +10,38 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "NALoRALightningModule": "na_lora_lightning.module",
+    "NALoRALightningModule": "na_lora_lightning.modules.language",
     "InstructionDataModule": "na_lora_lightning.data",
     "VisionInstructionDataModule": "na_lora_lightning.data",
     "GateImportanceCallback": "na_lora_lightning.callbacks.gate_importance",
     "StepScaleCallback": "na_lora_lightning.callbacks.step_scale",
-    "FitSummaryCallback": "na_lora_lightning.callbacks.fit_summary",
-    "RunCheckpoint": "na_lora_lightning.callbacks.run_checkpoint",
-    "ResumableCurves": "na_lora_lightning.callbacks.run_checkpoint",
-    "AtomicCheckpointIO": "na_lora_lightning.checkpointing",
+    "FitSummaryCallback": "na_lora_lightning.modules.fit_summary",
+    "RunCheckpoint": "na_lora_lightning.checkpoints.callbacks",
+    "ResumableCurves": "na_lora_lightning.checkpoints.callbacks",
+    "AtomicCheckpointIO": "na_lora_lightning.checkpoints.files",
     "nonlinearity_aware": "na_lora_lightning.plain_pytorch",
     "NALoRATrainerCallback": "na_lora_lightning.transformers_callback",
-    "discover_gates": "na_lora_lightning.core.discovery",
-    "lora_targets": "na_lora_lightning.targets",
-    "DualEncoderLightningModule": "na_lora_lightning.dual_encoder",
-    "LabelledImageDataModule": "na_lora_lightning.data.labelled_images",
+    "discover_gates": "na_lora_lightning.core.discovery.gates",
+    "lora_targets": "na_lora_lightning.models.targets",
+    "DualEncoderLightningModule": "na_lora_lightning.modules.dual_encoder",
+    "LabelledImageDataModule": "na_lora_lightning.data.classes.datamodule",
 }
 
 __all__ = [*_EXPORTS, "__version__"]
 
 if TYPE_CHECKING:
-    from na_lora_lightning.callbacks.fit_summary import FitSummaryCallback
     from na_lora_lightning.callbacks.gate_importance import GateImportanceCallback
-    from na_lora_lightning.callbacks.run_checkpoint import ResumableCurves, RunCheckpoint
     from na_lora_lightning.callbacks.step_scale import StepScaleCallback
-    from na_lora_lightning.checkpointing import AtomicCheckpointIO
-    from na_lora_lightning.core.discovery import discover_gates
+    from na_lora_lightning.checkpoints.callbacks import ResumableCurves, RunCheckpoint
+    from na_lora_lightning.checkpoints.files import AtomicCheckpointIO
+    from na_lora_lightning.core.discovery.gates import discover_gates
     from na_lora_lightning.data import InstructionDataModule, VisionInstructionDataModule
-    from na_lora_lightning.data.labelled_images import LabelledImageDataModule
-    from na_lora_lightning.dual_encoder import DualEncoderLightningModule
-    from na_lora_lightning.module import NALoRALightningModule
+    from na_lora_lightning.data.classes.datamodule import LabelledImageDataModule
+    from na_lora_lightning.models.targets import lora_targets
+    from na_lora_lightning.modules.dual_encoder import DualEncoderLightningModule
+    from na_lora_lightning.modules.fit_summary import FitSummaryCallback
+    from na_lora_lightning.modules.language import NALoRALightningModule
     from na_lora_lightning.plain_pytorch import nonlinearity_aware
-    from na_lora_lightning.targets import lora_targets
     from na_lora_lightning.transformers_callback import NALoRATrainerCallback
 
 

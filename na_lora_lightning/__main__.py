@@ -2,7 +2,7 @@
 
 import sys
 
-from na_lora_lightning.cli import main
+from na_lora_lightning.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

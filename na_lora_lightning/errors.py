@@ -39,3 +39,9 @@ class CheckpointError(NALoRAError):
 
 class NonFiniteError(NALoRAError):
     """A loss, activation or weight is NaN or infinite, so training cannot go on."""
+
+
+def one_line(error: BaseException) -> str:
+    """The first sentence or line of an error's message, to be put inside another sentence."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return first.split(". ")[0].rstrip(".:")

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from na_lora_lightning.core.controller import GateController
-from na_lora_lightning.core.discovery import discover_gates
-from na_lora_lightning.core.importance import ImportanceOptions
+from na_lora_lightning.core.discovery.gates import discover_gates
 from na_lora_lightning.core.lora_layers import require_lora
-from na_lora_lightning.core.optimizers import stepping_optimizer
-from na_lora_lightning.core.statistics import ObserverOptions
-from na_lora_lightning.core.step_scale import StepScaleOptions
+from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
+from na_lora_lightning.core.mechanisms.step_scale import StepScaleOptions
+from na_lora_lightning.core.observation.observer import ObserverOptions
+from na_lora_lightning.core.stepping.optimizers import stepping_optimizer
 from na_lora_lightning.errors import ConfigurationError, UpdateError
 
 # By class name, so that nothing has to be imported or installed to recognise them.

@@ -20,11 +20,11 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from na_lora_lightning.core.controller import GateController
-from na_lora_lightning.core.importance import ImportanceOptions
-from na_lora_lightning.core.metrics import as_floats, gate_metrics
-from na_lora_lightning.core.optimizers import stepping_optimizer
-from na_lora_lightning.core.statistics import ObserverOptions
-from na_lora_lightning.core.step_scale import StepScaleOptions
+from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
+from na_lora_lightning.core.mechanisms.metrics import as_floats, gate_metrics
+from na_lora_lightning.core.mechanisms.step_scale import StepScaleOptions
+from na_lora_lightning.core.observation.observer import ObserverOptions
+from na_lora_lightning.core.stepping.optimizers import stepping_optimizer
 from na_lora_lightning.errors import CheckpointError, ConfigurationError, UpdateError
 from na_lora_lightning.plain_pytorch import attached_controller
 

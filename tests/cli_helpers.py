@@ -10,7 +10,7 @@ import torch
 import yaml
 from module_helpers import saved_model, write_records
 
-from na_lora_lightning.cli import main
+from na_lora_lightning.cli.main import main
 
 
 class Fit:

@@ -26,8 +26,8 @@ from transformers import (
 )
 
 from na_lora_lightning.arguments import AdapterArguments, LoRAArguments, ScheduleArguments
-from na_lora_lightning.data.labelled_images import LabelledImageDataModule
-from na_lora_lightning.dual_encoder import DualEncoderLightningModule
+from na_lora_lightning.data.classes.datamodule import LabelledImageDataModule
+from na_lora_lightning.modules.dual_encoder import DualEncoderLightningModule
 
 SIDE, PATCH, LENGTH = 16, 8, 36
 LETTERS = "abcdefghijklmnopqrstuvwxyz."

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from vision_helpers import IMAGE_TOKEN, picture, tiny_vlm_model, tiny_vlm_processor, tiny_vlm_tokenizer
 
 from na_lora_lightning import GateImportanceCallback
-from na_lora_lightning.targets import lora_targets
+from na_lora_lightning.models.targets import lora_targets
 
 # The processor of Qwen2-VL takes no other tokenizer before transformers 5.
 VISION_KINDS = (

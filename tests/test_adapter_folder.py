@@ -19,14 +19,14 @@ from test_data_helpers import CHAT_TEMPLATE, byte_tokenizer, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback
-from na_lora_lightning.adapter_folder import exchange, find_base, hub_name, portable_base
-from na_lora_lightning.adapters import write_adapter_folder
 from na_lora_lightning.arguments import AdapterArguments, LoRAArguments, ScheduleArguments
-from na_lora_lightning.callbacks.fit_summary import FitSummaryCallback
+from na_lora_lightning.checkpoints.adapter_folder import exchange, find_base, hub_name, portable_base
+from na_lora_lightning.checkpoints.adapter_state import write_adapter_folder
+from na_lora_lightning.cli.merge import MergeArguments, merge_adapter
 from na_lora_lightning.data import InstructionDataModule
 from na_lora_lightning.errors import ConfigurationError
-from na_lora_lightning.merging import MergeArguments, merge_adapter
-from na_lora_lightning.module import NALoRALightningModule
+from na_lora_lightning.modules.fit_summary import FitSummaryCallback
+from na_lora_lightning.modules.language import NALoRALightningModule
 
 
 def make_module(base: str, **adapter: Any) -> NALoRALightningModule:
@@ -183,7 +183,7 @@ def test_an_adapter_takes_the_place_of_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool
 ) -> None:
     if not can_exchange:
-        monkeypatch.setattr("na_lora_lightning.adapters.exchange", lambda first, second: False)
+        monkeypatch.setattr("na_lora_lightning.checkpoints.adapter_state.exchange", lambda first, second: False)
     module = make_module(saved_model(tmp_path / "base"))
     module.configure_model()
     folder = tmp_path / "adapter"

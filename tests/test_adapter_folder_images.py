@@ -13,11 +13,11 @@ from transformers import GenerationConfig
 from vision_helpers import END_OF_ANSWER, tiny_vlm, write_vision_records
 
 from na_lora_lightning.arguments import AdapterArguments, EvaluationArguments, LoRAArguments
+from na_lora_lightning.cli.merge import MergeArguments, merge_adapter
 from na_lora_lightning.data import VisionInstructionDataModule
-from na_lora_lightning.data.labelled_images import LabelledImageDataModule
+from na_lora_lightning.data.classes.datamodule import LabelledImageDataModule
 from na_lora_lightning.data.processors import load_processor
-from na_lora_lightning.merging import MergeArguments, merge_adapter
-from na_lora_lightning.module import NALoRALightningModule
+from na_lora_lightning.modules.language import NALoRALightningModule
 
 
 def require_no_place(folder: Path, place: Path) -> None:

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback
-from na_lora_lightning.adapters import write_adapter_folder
 from na_lora_lightning.arguments import AdapterArguments, LoRAArguments, ScheduleArguments
+from na_lora_lightning.checkpoints.adapter_state import write_adapter_folder
 from na_lora_lightning.errors import ConfigurationError
-from na_lora_lightning.module import NALoRALightningModule
+from na_lora_lightning.modules.language import NALoRALightningModule
 
 VARIANTS = {
     "plain": {},

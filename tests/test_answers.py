@@ -13,11 +13,11 @@ from module_helpers import quiet_trainer
 from test_data_helpers import byte_tokenizer, write_jsonl
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from na_lora_lightning.answers import answer_text, as_list, end_mark, stop_at
 from na_lora_lightning.arguments import AdapterArguments, EvaluationArguments, LoRAArguments, ScheduleArguments
+from na_lora_lightning.cli.merge import MergeArguments, merge_adapter
 from na_lora_lightning.data import InstructionDataModule
-from na_lora_lightning.merging import MergeArguments, merge_adapter
-from na_lora_lightning.module import NALoRALightningModule
+from na_lora_lightning.data.answers import answer_text, as_list, end_mark, stop_at
+from na_lora_lightning.modules.language import NALoRALightningModule
 
 RECORDS = [{"prompt": question * 8, "completion": answer} for question, answer in zip("abcd", "wxyz", strict=True)]
 # As with Qwen 3, whose last turn begins with what nobody said.

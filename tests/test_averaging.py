@@ -26,9 +26,9 @@ from transformers import AutoModelForCausalLM
 from na_lora_lightning.arguments import LoRAArguments, ScheduleArguments
 from na_lora_lightning.callbacks.gate_importance import GateImportanceCallback
 from na_lora_lightning.callbacks.step_scale import StepScaleCallback
+from na_lora_lightning.cli.merge import MergeArguments, merge_adapter
 from na_lora_lightning.errors import ConfigurationError
-from na_lora_lightning.merging import MergeArguments, merge_adapter
-from na_lora_lightning.module import NALoRALightningModule
+from na_lora_lightning.modules.language import NALoRALightningModule
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides"),

@@ -12,7 +12,7 @@ import yaml
 from module_helpers import saved_model, tiny_tokenizer, write_records
 from transformers import MambaConfig, MambaForCausalLM
 
-from na_lora_lightning.cli import main
+from na_lora_lightning.cli.main import main
 
 
 def model_without_gates(folder: Path) -> str:

@@ -11,9 +11,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_models import ForeignModule, loader, lora_state, make_trainer
 
-from na_lora_lightning import checkpointing
-from na_lora_lightning.callbacks.run_checkpoint import RunCheckpoint
-from na_lora_lightning.checkpointing import (
+from na_lora_lightning.checkpoints import files as checkpointing
+from na_lora_lightning.checkpoints.callbacks import RunCheckpoint
+from na_lora_lightning.checkpoints.files import (
     AtomicCheckpointIO,
     CheckpointNotWrittenWarning,
     damage,

@@ -14,12 +14,12 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from module_helpers import saved_model, write_records
 
 from na_lora_lightning import __version__
-from na_lora_lightning.callbacks.fit_summary import FitSummaryCallback
 from na_lora_lightning.callbacks.gate_importance import GateImportanceCallback
 from na_lora_lightning.callbacks.step_scale import StepScaleCallback
-from na_lora_lightning.cli import main
-from na_lora_lightning.cli_errors import explain
-from na_lora_lightning.training_cli import NALoRACLI
+from na_lora_lightning.cli.errors import explain
+from na_lora_lightning.cli.main import main
+from na_lora_lightning.cli.training import NALoRACLI
+from na_lora_lightning.modules.fit_summary import FitSummaryCallback
 
 
 class Workplace:
@@ -96,7 +96,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_help_needs_no_heavy_import() -> None:
     code = (
-        "import sys; from na_lora_lightning.cli import main; assert main(['--help']) == 0;"
+        "import sys; from na_lora_lightning.cli.main import main; assert main(['--help']) == 0;"
         "assert not {'torch', 'lightning', 'transformers', 'peft', 'datasets'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

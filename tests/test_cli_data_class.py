@@ -13,7 +13,7 @@ import yaml
 from test_data_helpers import private_dataset_cache  # noqa: F401
 from vision_helpers import vlm_folders, write_vision_records  # noqa: F401
 
-from na_lora_lightning.cli import main
+from na_lora_lightning.cli.main import main
 from na_lora_lightning.data import InstructionDataModule
 
 # The machine of the tests may have one processor.

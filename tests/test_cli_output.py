@@ -10,8 +10,8 @@ from typing import TextIO
 import pytest
 from module_helpers import saved_model
 
-from na_lora_lightning.cli import main
-from na_lora_lightning.cli_output import unread_output_is_dropped
+from na_lora_lightning.cli.main import main
+from na_lora_lightning.cli.output import unread_output_is_dropped
 
 
 def pipe_without_reader() -> TextIO:

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from na_lora_lightning.core.controller import GateController
-from na_lora_lightning.core.discovery import discover_gates
-from na_lora_lightning.core.importance import ImportanceOptions
-from na_lora_lightning.core.statistics import ObserverOptions
-from na_lora_lightning.core.step_scale import StepScaleOptions
-from na_lora_lightning.lora_inputs import keep_inputs_uncast
-from na_lora_lightning.losses import StepAverage, TokenSums
+from na_lora_lightning.core.discovery.gates import discover_gates
+from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
+from na_lora_lightning.core.mechanisms.step_scale import StepScaleOptions
+from na_lora_lightning.core.observation.observer import ObserverOptions
+from na_lora_lightning.models.lora_inputs import keep_inputs_uncast
+from na_lora_lightning.modules.losses import StepAverage, TokenSums
 
 Parameters = Iterable[nn.Parameter]
 

@@ -21,7 +21,7 @@ from test_data_helpers import (  # noqa: F401
 )
 
 from na_lora_lightning.data import InstructionDataModule
-from na_lora_lightning.data.sources import load_records
+from na_lora_lightning.data.files.sources import load_records
 from na_lora_lightning.errors import DataError
 
 # Each looks like something else than text to some reader.

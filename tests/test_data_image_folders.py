@@ -9,10 +9,10 @@ import pytest
 from test_data_helpers import private_dataset_cache, write_jsonl  # noqa: F401
 from vision_helpers import write_pictures
 
-from na_lora_lightning.data.image_classes import LabelledImages
+from na_lora_lightning.data.classes.image_classes import LabelledImages
+from na_lora_lightning.data.files.sources import load_records
 from na_lora_lightning.data.image_reading import ImageReader
 from na_lora_lightning.data.record_images import RecordImages, folder_of
-from na_lora_lightning.data.sources import load_records
 
 
 @pytest.mark.parametrize("name", ["pictures", "pic[1]", "a:b"])

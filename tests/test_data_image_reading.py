@@ -17,9 +17,9 @@ from PIL import Image
 from test_data_helpers import private_dataset_cache, write_jsonl  # noqa: F401
 from vision_helpers import picture, write_pictures
 
+from na_lora_lightning.data.files.sources import load_records
 from na_lora_lightning.data.image_reading import ImageReader
 from na_lora_lightning.data.record_images import RecordImages, folder_of
-from na_lora_lightning.data.sources import load_records
 from na_lora_lightning.errors import DataError, ImageError
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from test_data_helpers import private_dataset_cache, write_jsonl  # noqa: F401
 
+from na_lora_lightning.data.files.sources import load_records, separate_split
 from na_lora_lightning.data.record_images import folder_of
-from na_lora_lightning.data.sources import load_records, separate_split
 from na_lora_lightning.errors import DataError
 
 NAMES = [

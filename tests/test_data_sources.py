@@ -11,8 +11,8 @@ from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetNotFoundError
 from test_data_helpers import numbered_records, private_dataset_cache, write_jsonl  # noqa: F401
 
-from na_lora_lightning.data import sources
-from na_lora_lightning.data.sources import load_records
+from na_lora_lightning.data.files import sources
+from na_lora_lightning.data.files.sources import load_records
 from na_lora_lightning.errors import DataError
 
 RECORDS = numbered_records(10)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from test_data_helpers import END_OF_TURN, byte_tokenizer, conversation
 
-from na_lora_lightning.data.encoding import RecordEncoder
-from na_lora_lightning.data.vision_records import read_vision_conversation
+from na_lora_lightning.data.images.records import read_vision_conversation
+from na_lora_lightning.data.text.encoding import RecordEncoder
 from na_lora_lightning.errors import DataError
 
 # Like Qwen 2.5.

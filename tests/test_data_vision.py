@@ -30,8 +30,8 @@ from vision_helpers import (  # noqa: F401
 
 from na_lora_lightning.arguments import EvaluationArguments
 from na_lora_lightning.data import SplitSummary, VisionInstructionDataModule
-from na_lora_lightning.evaluation import generate_answers, prompt_inputs
-from na_lora_lightning.losses import model_inputs
+from na_lora_lightning.modules.evaluation import generate_answers, prompt_inputs
+from na_lora_lightning.modules.losses import model_inputs
 
 Vlm = Callable[[str], str]
 # How many tokens an image of 40×30 pixels takes in each model.

@@ -26,7 +26,7 @@ from na_lora_lightning import NALoRALightningModule
 from na_lora_lightning.arguments import EvaluationArguments, LoRAArguments
 from na_lora_lightning.data import LeftOutRecordsWarning, VisionInstructionDataModule
 from na_lora_lightning.errors import ConfigurationError, DataError, ImageError
-from na_lora_lightning.evaluation import Evaluator
+from na_lora_lightning.modules.evaluation import Evaluator
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used"),

@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from vision_helpers import picture, target_texts, tiny_vlm_processor, vlm_folders  # noqa: F401
 
 from na_lora_lightning.data import VisionInstructionDataModule
-from na_lora_lightning.data.vision_encoding import NUMBER_OF_IMAGES, VisionRecordEncoder
+from na_lora_lightning.data.images.encoding import NUMBER_OF_IMAGES, VisionRecordEncoder
 from na_lora_lightning.errors import DataError
 
 Vlm = Callable[[str], str]

@@ -32,12 +32,12 @@ from transformers import AutoModel, CLIPModel
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback, discover_gates
 from na_lora_lightning.arguments import AdapterArguments, LoRAArguments
 from na_lora_lightning.core.controller import GateController
-from na_lora_lightning.core.importance import ImportanceOptions
-from na_lora_lightning.core.statistics import ObserverOptions
-from na_lora_lightning.data.labelled_images import LabelledImageDataModule
-from na_lora_lightning.dual_encoder import DualEncoderLightningModule
-from na_lora_lightning.dual_encoder_model import class_prompts, encode_prompts
+from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
+from na_lora_lightning.core.observation.observer import ObserverOptions
+from na_lora_lightning.data.classes.datamodule import LabelledImageDataModule
 from na_lora_lightning.errors import ConfigurationError
+from na_lora_lightning.models.dual_encoder import class_prompts, encode_prompts
+from na_lora_lightning.modules.dual_encoder import DualEncoderLightningModule
 
 NAMES = list(SHAPES)
 PATCHES = (SIDE // PATCH) ** 2

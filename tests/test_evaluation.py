@@ -9,7 +9,10 @@ import torch
 from module_helpers import END, saved_model, some_batches, tiny_tokenizer
 
 from na_lora_lightning.arguments import EvaluationArguments, LoRAArguments
-from na_lora_lightning.evaluation import (
+from na_lora_lightning.models.loading import load_base_model
+from na_lora_lightning.models.lora import add_lora
+from na_lora_lightning.models.source import BaseModelSource
+from na_lora_lightning.modules.evaluation import (
     EvaluatedAnswer,
     EvaluationMetrics,
     Evaluator,
@@ -17,8 +20,7 @@ from na_lora_lightning.evaluation import (
     is_exact_match,
     prompt_inputs,
 )
-from na_lora_lightning.losses import TokenSums
-from na_lora_lightning.model_loading import BaseModelSource, add_lora, load_base_model
+from na_lora_lightning.modules.losses import TokenSums
 
 LAST_NUMBER = r"-?\d+(?:\.\d+)?"
 

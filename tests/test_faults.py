@@ -15,13 +15,14 @@ import torch
 from faults.runs import SETTINGS, Setting, Workplace, differences, fit, last_run, remains
 from module_helpers import Batches, quiet_trainer, some_batches
 
-from na_lora_lightning import GateImportanceCallback, StepScaleCallback, adapters
+from na_lora_lightning import GateImportanceCallback, StepScaleCallback
 from na_lora_lightning.arguments import AdapterArguments, LoRAArguments
-from na_lora_lightning.callbacks.run_checkpoint import RunCheckpoint
-from na_lora_lightning.core.statistics import ObserverOptions
+from na_lora_lightning.checkpoints import adapter_state as adapters
+from na_lora_lightning.checkpoints.callbacks import RunCheckpoint
+from na_lora_lightning.checkpoints.last_run import require_writable
+from na_lora_lightning.core.observation.observer import ObserverOptions
 from na_lora_lightning.errors import ConfigurationError
-from na_lora_lightning.module import NALoRALightningModule, NoTargetTokensWarning
-from na_lora_lightning.resuming import require_writable
+from na_lora_lightning.modules.language import NALoRALightningModule, NoTargetTokensWarning
 
 PLAIN = Setting("plain", ())
 

@@ -12,12 +12,13 @@ from transformers import LlamaConfig
 from zoo.tiny_models import build
 
 from na_lora_lightning.arguments import LoRAArguments
-from na_lora_lightning.cli import main
-from na_lora_lightning.core.discovery import discover_gates
+from na_lora_lightning.cli.inspect import inspect_model
+from na_lora_lightning.cli.main import main
+from na_lora_lightning.core.discovery.gates import discover_gates
 from na_lora_lightning.core.experts import expert_owners
 from na_lora_lightning.core.sites import GateMap
-from na_lora_lightning.inspection import inspect_model
-from na_lora_lightning.model_loading import BaseModelSource, add_lora
+from na_lora_lightning.models.lora import add_lora
+from na_lora_lightning.models.source import BaseModelSource
 
 
 def test_json_lists_every_site_with_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from na_lora_lightning.losses import StepAverage, TokenSums, target_positions
+from na_lora_lightning.modules.losses import StepAverage, TokenSums, target_positions
 
 
 def squared_error_sums(weight: nn.Parameter, values: list[float]) -> TokenSums:

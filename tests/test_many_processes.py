@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback
-from na_lora_lightning.adapters import OtherProcessesWarning, random_state_of_process
 from na_lora_lightning.arguments import AdapterArguments, EvaluationArguments, LoRAArguments, ScheduleArguments
-from na_lora_lightning.cli import main
+from na_lora_lightning.checkpoints.random_state import OtherProcessesWarning, random_state_of_process
+from na_lora_lightning.cli.main import main
 from na_lora_lightning.data import InstructionDataModule
-from na_lora_lightning.dual_encoder import DualEncoderLightningModule
 from na_lora_lightning.errors import ConfigurationError
-from na_lora_lightning.module import NALoRALightningModule
+from na_lora_lightning.modules.dual_encoder import DualEncoderLightningModule
+from na_lora_lightning.modules.language import NALoRALightningModule
 
 SHARDED = partial(ModelParallelStrategy, 2, 1, save_distributed_checkpoint=False)
 

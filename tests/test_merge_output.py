@@ -17,10 +17,10 @@ from test_merging import logits
 from test_ties import tied_llama
 from transformers import AutoModelForCausalLM
 
-from na_lora_lightning.cli import main
+from na_lora_lightning.cli.main import main
+from na_lora_lightning.cli.merge import MergeArguments, merge_adapter
+from na_lora_lightning.cli.merge_output import written_whole
 from na_lora_lightning.errors import CheckpointError, ConfigurationError
-from na_lora_lightning.merge_output import written_whole
-from na_lora_lightning.merging import MergeArguments, merge_adapter
 
 
 def an_adapter(base: str, folder: Path, config: PeftConfig | None = None) -> PeftModel:

@@ -13,10 +13,10 @@ from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from na_lora_lightning.arguments import LoRAArguments, ScheduleArguments
-from na_lora_lightning.cli import main
+from na_lora_lightning.cli.main import main
+from na_lora_lightning.cli.merge import MergeArguments, merge_adapter
 from na_lora_lightning.errors import ConfigurationError
-from na_lora_lightning.merging import MergeArguments, merge_adapter
-from na_lora_lightning.module import NALoRALightningModule
+from na_lora_lightning.modules.language import NALoRALightningModule
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:

@@ -13,10 +13,10 @@ from zoo.tiny_models import build
 
 from na_lora_lightning.arguments import EvaluationArguments, LoRAArguments
 from na_lora_lightning.data import InstructionDataModule
-from na_lora_lightning.data.extent import LongRecordsWarning, require_bound
+from na_lora_lightning.data.text.extent import LongRecordsWarning, require_bound
 from na_lora_lightning.errors import ConfigurationError, DataError
-from na_lora_lightning.model_limits import ModelLimits
-from na_lora_lightning.module import NALoRALightningModule
+from na_lora_lightning.models.limits import ModelLimits
+from na_lora_lightning.modules.language import NALoRALightningModule
 
 
 def data(folder: Path, model: str, prompt: int, completion: int, split: str = "train", **options: Any) -> Any:

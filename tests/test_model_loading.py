@@ -14,14 +14,9 @@ from zoo.tiny_models import build
 
 from na_lora_lightning.arguments import LoRAArguments
 from na_lora_lightning.errors import ConfigurationError
-from na_lora_lightning.model_loading import (
-    BaseModelSource,
-    add_lora,
-    enable_gradient_checkpointing,
-    load_base_model,
-    require_model,
-    resolve_dtype,
-)
+from na_lora_lightning.models.loading import enable_gradient_checkpointing, load_base_model
+from na_lora_lightning.models.lora import add_lora
+from na_lora_lightning.models.source import BaseModelSource, require_model, resolve_dtype
 
 CPU = torch.device("cpu")
 

@@ -27,11 +27,11 @@ from na_lora_lightning.arguments import (
     LossArguments,
     ScheduleArguments,
 )
-from na_lora_lightning.callbacks import throughput
 from na_lora_lightning.data import InstructionDataModule
 from na_lora_lightning.errors import ConfigurationError
-from na_lora_lightning.losses import accepts_logits_to_keep, token_sums
-from na_lora_lightning.module import NALoRALightningModule, NoTargetTokensWarning
+from na_lora_lightning.modules import throughput
+from na_lora_lightning.modules.language import NALoRALightningModule, NoTargetTokensWarning
+from na_lora_lightning.modules.losses import accepts_logits_to_keep, token_sums
 
 FAST = LoRAArguments(r=2, alpha=4)
 CONSTANT = ScheduleArguments(name="constant", warmup_fraction=0.0)

@@ -15,10 +15,10 @@ from cli_helpers import Fit
 from torch import nn
 from torch.optim import Optimizer
 
-from na_lora_lightning.cli import main
+from na_lora_lightning.cli.main import main
 from na_lora_lightning.errors import ConfigurationError
-from na_lora_lightning.module import NALoRALightningModule
-from na_lora_lightning.optimization import describe_optimizer, make_optimizer, optimizer_factory, takes_model
+from na_lora_lightning.modules.language import NALoRALightningModule
+from na_lora_lightning.modules.optimization import describe_optimizer, make_optimizer, optimizer_factory, takes_model
 
 LORA_PLUS = partial(
     peft.optimizers.create_loraplus_optimizer, optimizer_cls=torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from na_lora_lightning.paths import is_within, same_path
+from na_lora_lightning.checkpoints.paths import is_within, same_path
 
 
 @pytest.fixture

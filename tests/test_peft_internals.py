@@ -13,8 +13,9 @@ from peft.tuners import tuners_utils
 from peft.tuners.tuners_utils import BaseTuner
 
 from na_lora_lightning.core.controller import GateController
-from na_lora_lightning.core.discovery import discover_gates, entrance_of, root_of
-from na_lora_lightning.core.importance import ImportanceOptions
+from na_lora_lightning.core.discovery.gates import discover_gates
+from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
+from na_lora_lightning.core.model_entry import entrance_of, root_of
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.peft_internals import converted_config, is_refused, is_target, with_all_linear
 

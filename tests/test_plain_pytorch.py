@@ -21,9 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback, nonlinearity_aware
 from na_lora_lightning.core.controller import GateController
-from na_lora_lightning.core.importance import ImportanceOptions
-from na_lora_lightning.core.statistics import ObserverOptions
-from na_lora_lightning.core.step_scale import StepScaleOptions
+from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
+from na_lora_lightning.core.mechanisms.step_scale import StepScaleOptions
+from na_lora_lightning.core.observation.observer import ObserverOptions
 from na_lora_lightning.errors import ConfigurationError, DiscoveryError, UpdateError
 
 IMPORTANCE = ImportanceOptions(keep_fraction=0.5, warmup_steps=2, refresh_every=2)

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback
 from na_lora_lightning.core.controller import GateController
-from na_lora_lightning.core.discovery import discover_gates
-from na_lora_lightning.core.importance import ImportanceOptions
-from na_lora_lightning.core.statistics import ObserverOptions
-from na_lora_lightning.core.step_scale import StepScaleOptions
-from na_lora_lightning.lora_inputs import CastingLinear, keep_inputs_uncast
+from na_lora_lightning.core.discovery.gates import discover_gates
+from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
+from na_lora_lightning.core.mechanisms.step_scale import StepScaleOptions
+from na_lora_lightning.core.observation.observer import ObserverOptions
+from na_lora_lightning.models.lora_inputs import CastingLinear, keep_inputs_uncast
 
 ALL_TOKENS = ObserverOptions(max_tokens=None)
 PRECISIONS = ["32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed"]

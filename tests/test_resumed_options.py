@@ -17,11 +17,11 @@ from module_helpers import quiet_trainer, saved_model, write_records
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback
 from na_lora_lightning.arguments import AdapterArguments, LoRAArguments, LossArguments, ScheduleArguments
-from na_lora_lightning.callbacks.run_checkpoint import RunCheckpoint
+from na_lora_lightning.checkpoints.callbacks import RunCheckpoint
 from na_lora_lightning.data import InstructionDataModule
 from na_lora_lightning.errors import ConfigurationError
-from na_lora_lightning.module import NALoRALightningModule
-from na_lora_lightning.resumed_options import OPTIONS_KEY, ResumedOptions
+from na_lora_lightning.modules.language import NALoRALightningModule
+from na_lora_lightning.modules.resumed_options import OPTIONS_KEY, ResumedOptions
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
 CONSTANT = ScheduleArguments(name="constant", warmup_fraction=0.0)

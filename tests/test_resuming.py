@@ -13,15 +13,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from module_helpers import quiet_trainer
 
-from na_lora_lightning.checkpointing import RUN_KEY
-from na_lora_lightning.errors import CheckpointError
-from na_lora_lightning.resuming import (
+from na_lora_lightning.checkpoints.files import RUN_KEY
+from na_lora_lightning.checkpoints.last_run import (
     DamagedCheckpointWarning,
     continue_last_run,
     last_checkpoint,
     require_training_state,
 )
-from na_lora_lightning.run_record import RunRecord
+from na_lora_lightning.checkpoints.run_record import RunRecord
+from na_lora_lightning.errors import CheckpointError
 
 
 def checkpoint(path: Path, age: int = 0) -> Path:

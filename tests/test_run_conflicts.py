@@ -14,11 +14,11 @@ from faults.traps import TRAPS
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from module_helpers import Batches, quiet_trainer, saved_model, some_batches
 
-from na_lora_lightning import adapter_module
 from na_lora_lightning.arguments import AdapterArguments, LoRAArguments
+from na_lora_lightning.checkpoints.run_record import hold_adapter, hold_folder, read_record
 from na_lora_lightning.errors import ConfigurationError
-from na_lora_lightning.module import NALoRALightningModule
-from na_lora_lightning.run_record import hold_adapter, hold_folder, read_record
+from na_lora_lightning.modules import adapter as adapter_module
+from na_lora_lightning.modules.language import NALoRALightningModule
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="a fit runs in a forked process")
 

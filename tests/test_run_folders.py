@@ -11,7 +11,7 @@ from faults.runs import SETTINGS, Remains, Setting, Workplace, differences, fit,
 from faults.traps import TRAPS
 from safetensors.torch import load_file
 
-from na_lora_lightning.run_record import read_record
+from na_lora_lightning.checkpoints.run_record import read_record
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="a fit is killed in a forked process")
 

@@ -10,8 +10,9 @@ from zoo.tiny_models import build
 
 from na_lora_lightning.arguments import LoRAArguments
 from na_lora_lightning.errors import ConfigurationError
-from na_lora_lightning.model_loading import BaseModelSource, add_lora
-from na_lora_lightning.target_names import UnmatchedNameWarning
+from na_lora_lightning.models.lora import add_lora
+from na_lora_lightning.models.source import BaseModelSource
+from na_lora_lightning.models.target_names import UnmatchedNameWarning
 
 
 def add(model: Any, **options: Any) -> Any:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from zoo.tiny_models import build
 
 from na_lora_lightning.core.experts import expert_owners
-from na_lora_lightning.targets import LoRATargets, expert_parameters, lora_targets, mark_transposed_experts
+from na_lora_lightning.models.targets import LoRATargets, expert_parameters, lora_targets, mark_transposed_experts
 
 
 def config_of(targets: LoRATargets, **options: Any) -> LoraConfig:

@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, T5Config, T5For
 from zoo.tiny_models import build
 
 from na_lora_lightning.arguments import LoRAArguments
+from na_lora_lightning.cli.merge import MergeArguments, merge_adapter, merge_into_base
 from na_lora_lightning.errors import ConfigurationError
-from na_lora_lightning.merging import MergeArguments, merge_adapter, merge_into_base
-from na_lora_lightning.model_loading import BaseModelSource, add_lora
-from na_lora_lightning.ties import require_untiable, tied_adapted_weights, untie_adapted_weights
+from na_lora_lightning.models.lora import add_lora
+from na_lora_lightning.models.source import BaseModelSource
+from na_lora_lightning.models.ties import require_untiable, tied_adapted_weights, untie_adapted_weights
 
 
 def tied_llama(folder: Path, dtype: torch.dtype = torch.float32) -> str:

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from cli_helpers import Fit
 
-from na_lora_lightning.cli import main
+from na_lora_lightning.cli.main import main
+from na_lora_lightning.cli.trainer_options import require_possible, with_end
 from na_lora_lightning.errors import ConfigurationError
-from na_lora_lightning.trainer_options import require_possible, with_end
 
 
 @pytest.mark.parametrize(

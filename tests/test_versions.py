@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from na_lora_lightning import versions
-from na_lora_lightning.cli import main
+from na_lora_lightning.cli.main import main
 from na_lora_lightning.errors import ConfigurationError
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +67,8 @@ def test_new_transformers_is_not(installed: str, monkeypatch: pytest.MonkeyPatch
 def test_the_modules_of_the_command_line_refuse_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch import device
 
-    from na_lora_lightning.model_loading import BaseModelSource, load_base_model
+    from na_lora_lightning.models.loading import load_base_model
+    from na_lora_lightning.models.source import BaseModelSource
 
     monkeypatch.setattr(versions, "version", lambda name: "4.57.1")
     with pytest.raises(ConfigurationError, match=re.escape(SENTENCE.format("4.57.1"))):

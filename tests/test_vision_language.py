@@ -24,12 +24,12 @@ from vision_helpers import picture, tiny_vlm_processor, vlm_folders, write_visio
 
 from na_lora_lightning import GateImportanceCallback, NALoRALightningModule, StepScaleCallback
 from na_lora_lightning.arguments import LoRAArguments
-from na_lora_lightning.cli import main
+from na_lora_lightning.cli.main import main
 from na_lora_lightning.core.controller import GateController
-from na_lora_lightning.core.discovery import discover_gates
-from na_lora_lightning.core.importance import ImportanceOptions
-from na_lora_lightning.core.statistics import ObserverOptions
-from na_lora_lightning.core.step_scale import StepScaleOptions
+from na_lora_lightning.core.discovery.gates import discover_gates
+from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
+from na_lora_lightning.core.mechanisms.step_scale import StepScaleOptions
+from na_lora_lightning.core.observation.observer import ObserverOptions
 from na_lora_lightning.data import VisionInstructionDataModule
 from na_lora_lightning.errors import DiscoveryError
 

@@ -16,11 +16,13 @@ from zoo.tables import Outcome, document, share_right
 from zoo.tiny_models import Mapping, build
 
 from na_lora_lightning.callbacks import gate_callback
-from na_lora_lightning.core import experts, passes, update
+from na_lora_lightning.core import experts
 from na_lora_lightning.core.activations import KNOWN_ACTIVATIONS
-from na_lora_lightning.core.discovery import discover_gates
+from na_lora_lightning.core.discovery.gates import discover_gates
+from na_lora_lightning.core.observation import passes
 from na_lora_lightning.core.pre_activations import GateMethod, LayerOutput
 from na_lora_lightning.core.sites import GateMap, GateSite
+from na_lora_lightning.core.stepping import rows as update
 
 Mutation = Callable[[GateMap], None]
 

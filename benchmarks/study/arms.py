@@ -25,12 +25,12 @@ from transformers import PreTrainedModel
 from benchmarks.study.errors import StudyError
 from benchmarks.study.hooks import HOOKS, ArmHook
 from na_lora_lightning.core.controller import GateController
-from na_lora_lightning.core.discovery import discover_gates
-from na_lora_lightning.core.importance import ImportanceOptions
+from na_lora_lightning.core.discovery.gates import discover_gates
 from na_lora_lightning.core.lora_layers import is_linear, is_lora_layer
+from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
+from na_lora_lightning.core.mechanisms.step_scale import StepScaleOptions
+from na_lora_lightning.core.observation.observer import ObserverOptions
 from na_lora_lightning.core.sites import GateMap
-from na_lora_lightning.core.statistics import ObserverOptions
-from na_lora_lightning.core.step_scale import StepScaleOptions
 
 ALL_LINEAR, FEED_FORWARD = "all-linear", "ffn"
 # What an arm means where it names no option: the plain reading of the method. The package's own defaults follow from

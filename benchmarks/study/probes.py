@@ -13,12 +13,12 @@ from torch import Tensor
 
 from benchmarks.study.arms import BuiltArm
 from benchmarks.study.encoding import inputs_of
-from na_lora_lightning.core.discovery import root_of
-from na_lora_lightning.core.importance import Criterion, ResponsivenessCollector
 from na_lora_lightning.core.lora_layers import lora_b
-from na_lora_lightning.core.misalignment import MisalignmentMeter, share_of_selection
+from na_lora_lightning.core.mechanisms.importance import Criterion, ResponsivenessCollector
+from na_lora_lightning.core.model_entry import root_of
+from na_lora_lightning.core.observation.misalignment import MisalignmentMeter, share_of_selection
+from na_lora_lightning.core.observation.observer import GateObserver, ObserverOptions
 from na_lora_lightning.core.sites import GateSite
-from na_lora_lightning.core.statistics import GateObserver, ObserverOptions
 
 CRITERIA: dict[str, Criterion] = {"output": "output_derivative", "selection": "selection_derivative"}
 GROUPS = 10

@@ -32,7 +32,7 @@ from benchmarks.study.pretraining import FOLDER, take_shipped, token_stream, wei
 from benchmarks.study.probes import GateProbe
 from benchmarks.study.specification import Cell
 from na_lora_lightning.arguments import ScheduleArguments
-from na_lora_lightning.optimization import make_schedule
+from na_lora_lightning.modules.optimization import make_schedule
 
 _PROBE_EXAMPLES = 16
 _HELD_OUT_WINDOWS, _HELD_OUT_LENGTH = 32, 128

@@ -14,28 +14,29 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from na_lora_lightning.callbacks import monitor
-from na_lora_lightning.callbacks.closures import require_whole_closure
 from na_lora_lightning.callbacks.model_search import explain_missing_parameters, find_peft_model
-from na_lora_lightning.callbacks.precisions import in_training_dtype, probing_precision
 from na_lora_lightning.callbacks.shared_settings import require_same_settings
-from na_lora_lightning.callbacks.strategies import (
+from na_lora_lightning.callbacks.supported import (
+    in_training_dtype,
     is_true_in_any_process,
+    probing_precision,
     reduce_over_processes,
     require_reachable_rows,
     require_supported_strategy,
+    require_whole_closure,
 )
-from na_lora_lightning.callbacks.trainer_progress import is_step_to_log, logged_step, planned_steps, require_progress
 from na_lora_lightning.callbacks.tuner_sweeps import Sweep, batches_shown, follow_sweeps, leave_sweeps
 from na_lora_lightning.core.controller import GateController
-from na_lora_lightning.core.discovery import discover_gates
-from na_lora_lightning.core.importance import TemporalImportance
+from na_lora_lightning.core.discovery.gates import discover_gates
 from na_lora_lightning.core.in_force import say
-from na_lora_lightning.core.metrics import misalignment_metrics
-from na_lora_lightning.core.optimizers import stepping_optimizer
-from na_lora_lightning.core.saved_options import changed_options, in_words, saved_options
-from na_lora_lightning.core.statistics import ObserverOptions
-from na_lora_lightning.core.step_scale import StepScale
+from na_lora_lightning.core.mechanisms.importance import TemporalImportance
+from na_lora_lightning.core.mechanisms.metrics import misalignment_metrics
+from na_lora_lightning.core.mechanisms.saved_options import changed_options, in_words, saved_options
+from na_lora_lightning.core.mechanisms.step_scale import StepScale
+from na_lora_lightning.core.observation.observer import ObserverOptions
+from na_lora_lightning.core.stepping.optimizers import stepping_optimizer
 from na_lora_lightning.errors import ConfigurationError, UpdateError
+from na_lora_lightning.lightning_internals import is_step_to_log, logged_step, planned_steps, require_progress
 
 # Both callbacks of a fit join the controller of their LightningModule, in whichever order they come.
 _controllers: WeakKeyDictionary[LightningModule, tuple[GateController, GateCallback]] = WeakKeyDictionary()

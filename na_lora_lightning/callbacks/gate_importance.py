@@ -11,15 +11,15 @@ from lightning.pytorch import Trainer
 from na_lora_lightning.callbacks import monitor
 from na_lora_lightning.callbacks.gate_callback import GateCallback
 from na_lora_lightning.core.controller import GateController
-from na_lora_lightning.core.importance import (
+from na_lora_lightning.core.mechanisms.importance import (
     Criterion,
     ImportanceOptions,
     ImportanceVariant,
     Scope,
     TemporalImportance,
 )
-from na_lora_lightning.core.metrics import by_layer_and_activation, importance_metrics, step_scale_metrics
-from na_lora_lightning.core.statistics import ObserverOptions
+from na_lora_lightning.core.mechanisms.metrics import by_layer_and_activation, importance_metrics, step_scale_metrics
+from na_lora_lightning.core.observation.observer import ObserverOptions
 from na_lora_lightning.errors import ConfigurationError
 
 
@@ -50,7 +50,7 @@ class GateImportanceCallback(GateCallback):
         warmup_steps: Optimizer steps before the first mask.
         refresh_every: Optimizer steps between two masks.
         variant: Rarer choices and controls, see
-            :class:`~na_lora_lightning.core.importance.ImportanceVariant`.
+            :class:`~na_lora_lightning.core.mechanisms.importance.ImportanceVariant`.
         observer: What the statistics look at.
         histogram_every_n_steps: Optimizer steps between two histograms of channel responsiveness, 0 for none.
         allow_unmasked_gates: Accept that some gates have no LoRA instead of stopping with their names.

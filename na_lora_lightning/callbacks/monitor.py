@@ -8,8 +8,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from na_lora_lightning.core.importance import TemporalImportance
-from na_lora_lightning.core.metrics import as_floats
+from na_lora_lightning.core.mechanisms.importance import TemporalImportance
+from na_lora_lightning.core.mechanisms.metrics import as_floats
 
 
 def write(trainer: Trainer, metrics: Mapping[str, Tensor], step: int) -> None:

@@ -10,9 +10,9 @@ from lightning.pytorch import Trainer
 from na_lora_lightning.callbacks import monitor
 from na_lora_lightning.callbacks.gate_callback import GateCallback
 from na_lora_lightning.core.controller import GateController
-from na_lora_lightning.core.metrics import by_layer_and_activation, step_scale_metrics
-from na_lora_lightning.core.statistics import ObserverOptions
-from na_lora_lightning.core.step_scale import Granularity, StepScale, StepScaleOptions
+from na_lora_lightning.core.mechanisms.metrics import by_layer_and_activation, step_scale_metrics
+from na_lora_lightning.core.mechanisms.step_scale import Granularity, StepScale, StepScaleOptions
+from na_lora_lightning.core.observation.observer import ObserverOptions
 
 
 class StepScaleCallback(GateCallback):

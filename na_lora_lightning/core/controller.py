@@ -23,28 +23,30 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from na_lora_lightning.core.compilation import forget_graphs
-from na_lora_lightning.core.discovery import entrance_of, root_of
-from na_lora_lightning.core.gradient_watch import Aside, GradientWatch
-from na_lora_lightning.core.importance import ImportanceOptions, ResponsivenessCollector, TemporalImportance
 from na_lora_lightning.core.in_force import describe, say, warn_after, warn_before
+from na_lora_lightning.core.layout import Layout
 from na_lora_lightning.core.lora_layers import LoRARows, is_on_parameter, is_product_of_modules
-from na_lora_lightning.core.metrics import as_floats, gate_metrics
-from na_lora_lightning.core.misalignment import MisalignmentMeter
-from na_lora_lightning.core.optimizers import (
+from na_lora_lightning.core.mechanisms.importance import ImportanceOptions, ResponsivenessCollector, TemporalImportance
+from na_lora_lightning.core.mechanisms.metrics import as_floats, gate_metrics
+from na_lora_lightning.core.mechanisms.saved_options import Changes, changed_options, in_words, saved_options
+from na_lora_lightning.core.mechanisms.step_scale import RegimeCollector, StepScale, StepScaleOptions
+from na_lora_lightning.core.model_entry import entrance_of, root_of
+from na_lora_lightning.core.observation.misalignment import MisalignmentMeter
+from na_lora_lightning.core.observation.observer import GateObserver, ObserverOptions, StepStatistics
+from na_lora_lightning.core.precision import single_precision
+from na_lora_lightning.core.sharding import Shards, is_sharded
+from na_lora_lightning.core.silent_sites import SilenceCheck
+from na_lora_lightning.core.sites import GateMap
+from na_lora_lightning.core.stepping.gradient_mask import GradientMask
+from na_lora_lightning.core.stepping.optimizers import (
     StepCalls,
     only_first_evaluation,
     require_reachable,
     skips_by_itself,
     stepping_optimizer,
 )
-from na_lora_lightning.core.precision import single_precision
-from na_lora_lightning.core.saved_options import Changes, changed_options, in_words, saved_options
-from na_lora_lightning.core.sharding import Shards, is_sharded
-from na_lora_lightning.core.silent_sites import SilenceCheck
-from na_lora_lightning.core.sites import GateMap
-from na_lora_lightning.core.statistics import GateObserver, Layout, ObserverOptions, StepStatistics
-from na_lora_lightning.core.step_scale import RegimeCollector, StepScale, StepScaleOptions
-from na_lora_lightning.core.update import GradientMask, RowUpdate
+from na_lora_lightning.core.stepping.rows import RowUpdate
+from na_lora_lightning.core.stepping.skipped_steps import Aside, GradientWatch
 from na_lora_lightning.errors import ConfigurationError, UpdateError
 
 _IMPORTANCE, _STEP_SCALE, _WATCHED = "importance", "step_scale", "watched"
@@ -58,7 +60,7 @@ class GateController:
 
     Args:
         model: The PEFT model (or a module that holds LoRA layers), on its final device.
-        gates: What :func:`~na_lora_lightning.core.discovery.discover_gates` found in it.
+        gates: What :func:`~na_lora_lightning.core.discovery.gates.discover_gates` found in it.
         observer_options: What the observer looks at.
         reduce: Adds a tensor over all processes in place; None for one process.
 

@@ -10,13 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from na_lora_lightning.core.blocks import ancestors
-from na_lora_lightning.core.tracing import LinearCall
+from na_lora_lightning.core.discovery.blocks import _PICKING, ancestors
 
-# What autograd calls picking.
-_PICKING = ("Index", "Gather", "Take", "MaskedSelect")
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -64,23 +61,6 @@ def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any], features: int) -> T
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1 and value.shape[-1] == features:
             return value
-    return None
-
-
-def origin_of(call: LinearCall) -> nn.Module | None:
-    """The module that was given the tokens of which a layer's input was picked; None where nothing was picked."""
-    rows = call.source.reshape(-1, call.source.shape[-1])
-    if not _is_picked(call.source):
-        return None
-    for around in reversed(call.within):
-        given = _given(around.args, around.kwargs, rows.shape[-1])
-        if given is None:
-            continue
-        tokens = given.reshape(-1, rows.shape[-1])
-        # Inside an expert all are given the same rows, and an expert may be given all tokens.
-        comes_before = len(tokens) != len(rows) or _is_picked(call.source, given)
-        if comes_before and places(rows, tokens) is not None:
-            return around.module
     return None
 
 

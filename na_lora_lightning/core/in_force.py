@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from na_lora_lightning.core.importance import ImportanceOptions, TemporalImportance
+from na_lora_lightning.core.mechanisms.importance import ImportanceOptions, TemporalImportance
+from na_lora_lightning.core.mechanisms.step_scale import StepScale, has_partition
 from na_lora_lightning.core.sites import GateMap, GateSite
-from na_lora_lightning.core.step_scale import StepScale, has_partition
 from na_lora_lightning.errors import PlainLoRAWarning
 
 if TYPE_CHECKING:

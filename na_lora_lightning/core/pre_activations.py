@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from na_lora_lightning.core.channels import ChannelSlice
 from na_lora_lightning.core.compilation import outside_of_graphs
 
 Watcher = Callable[[Tensor], None]
@@ -62,26 +63,6 @@ class ActivationInput(PreActivationSource):
                 watcher(args[0])
 
         return self.module.register_forward_pre_hook(outside_of_graphs(hook))
-
-
-@dataclass(frozen=True)
-class ChannelSlice:
-    """How a pre-activation is made from what a layer puts out: z = clamp(output[..., features]).
-
-    Attributes:
-        features: Output feature of each channel, ``[channels]``, int64 on the CPU.
-        lowest: Lower end of the clamp, or None.
-        highest: Upper end of the clamp, or None.
-    """
-
-    features: Tensor
-    lowest: float | None = None
-    highest: float | None = None
-
-    def __call__(self, output: Tensor) -> Tensor:
-        """z, ``[..., channels]``, from ``[..., features]``."""
-        z = take_features(output, self.features)
-        return z if self.lowest is None and self.highest is None else z.clamp(self.lowest, self.highest)
 
 
 @dataclass(frozen=True)
@@ -153,18 +134,3 @@ def wrap_gate_method(module: nn.Module, seen: Callable[[Tensor, Tensor], None]) 
     # In the instance's dictionary it hides the method of the class.
     module.__dict__[GATE_METHOD] = watched
     return _WrappedGateMethod(module, previous)
-
-
-def as_slice(index: Tensor) -> slice | None:
-    """The index ``[n]`` as a slice where it is evenly spaced and ascending, else None."""
-    first, last = int(index[0]), int(index[-1])
-    step = 1 if index.numel() == 1 else (last - first) // (index.numel() - 1)
-    if step < 1 or not torch.equal(index, torch.arange(first, last + 1, step)):
-        return None
-    return slice(first, last + 1, step)
-
-
-def take_features(values: Tensor, features: Tensor) -> Tensor:
-    """``values[..., features]``, as a view where the features are evenly spaced."""
-    evenly = as_slice(features)
-    return values[..., evenly] if evenly is not None else values[..., features.to(values.device)]

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from na_lora_lightning.core.gradient_watch import GradientWatch
-from na_lora_lightning.core.statistics import GateObserver
+from na_lora_lightning.core.observation.observer import GateObserver
+from na_lora_lightning.core.stepping.skipped_steps import GradientWatch
 from na_lora_lightning.errors import DiscoveryError
 
 

@@ -10,10 +10,11 @@ from typing import Literal
 from torch import Tensor, nn
 
 from na_lora_lightning.core.activations import Activation
-from na_lora_lightning.core.branches import Part
+from na_lora_lightning.core.channels import as_slice
 from na_lora_lightning.core.experts import Experts
 from na_lora_lightning.core.lora_layers import LoRARows, active_adapters, lora_rows, trained_a
-from na_lora_lightning.core.pre_activations import PreActivationSource, as_slice
+from na_lora_lightning.core.model_parts import Part
+from na_lora_lightning.core.pre_activations import PreActivationSource
 from na_lora_lightning.errors import DiscoveryError
 
 _NAMES_IN_ERROR = 4

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from na_lora_lightning.errors import ConfigurationError
-from na_lora_lightning.losses import IGNORED_LABEL
+from na_lora_lightning.labels import IGNORED_LABEL
 
 
 @dataclass(frozen=True)

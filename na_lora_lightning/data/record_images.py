@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from PIL import Image
 
+from na_lora_lightning.data.files.sources import local_path, separate_split
 from na_lora_lightning.data.image_reading import ImageReader, content_of
-from na_lora_lightning.data.sources import local_path, separate_split
 from na_lora_lightning.errors import DataError, ImageError
 
 IMAGE_COLUMNS = ("images", "image")

@@ -6,11 +6,9 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
-from na_lora_lightning import answers
-
 
 @cache
 def code_revision() -> str:
     """A hash of the source of this package of data modules; results of other code must not be reused."""
-    sources = [Path(answers.__file__), *sorted(Path(__file__).parent.glob("*.py"))]
+    sources = sorted(Path(__file__).parent.rglob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()

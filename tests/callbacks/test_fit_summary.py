@@ -13,9 +13,9 @@ from module_helpers import Batches, quiet_trainer, saved_model, some_batches
 from rich.console import Console
 
 from na_lora_lightning.arguments import EvaluationArguments, LoRAArguments, ScheduleArguments
-from na_lora_lightning.callbacks.fit_summary import FitSummaryCallback
 from na_lora_lightning.errors import ConfigurationError
-from na_lora_lightning.module import NALoRALightningModule
+from na_lora_lightning.modules.fit_summary import FitSummaryCallback
+from na_lora_lightning.modules.language import NALoRALightningModule
 
 
 def make_module(base: str, generate: bool = True) -> NALoRALightningModule:
@@ -166,8 +166,8 @@ def test_the_curve_begins_at_the_base_model(base: str, tmp_path: Path, monkeypat
 
 
 def test_long_and_marked_up_texts_are_printed_as_they_are(tmp_path: Path) -> None:
-    from na_lora_lightning.callbacks.fit_summary import _answer_text
-    from na_lora_lightning.evaluation import EvaluatedAnswer
+    from na_lora_lightning.modules.evaluation import EvaluatedAnswer
+    from na_lora_lightning.modules.fit_summary import _answer_text
 
     answer = EvaluatedAnswer(prompt="x" * 300 + "end?", reference="[bold]r[/bold]", answer="a\nb", correct=True)
     plain = _answer_text(None, answer).plain

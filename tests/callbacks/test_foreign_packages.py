@@ -130,7 +130,7 @@ def test_refusals(tmp_path: Path, package: Any) -> None:
 
 
 def test_a_strategy_of_the_other_package_is_refused_by_name() -> None:
-    from na_lora_lightning.callbacks.strategies import require_supported_strategy
+    from na_lora_lightning.callbacks.supported import require_supported_strategy
 
     class Sharded:
         strategy = other.strategies.FSDPStrategy.__new__(other.strategies.FSDPStrategy)

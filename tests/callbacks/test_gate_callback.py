@@ -26,7 +26,7 @@ from torch import nn
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback
 from na_lora_lightning.callbacks.gate_callback import find_peft_model
-from na_lora_lightning.core.statistics import ObserverOptions
+from na_lora_lightning.core.observation.observer import ObserverOptions
 from na_lora_lightning.errors import ConfigurationError, DiscoveryError, UpdateError
 
 KINDS = pytest.mark.parametrize("kind", ["llama", "gpt2", *VISION_KINDS])

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning_models import ForeignModule, assert_equal_states, loader, lora_state, make_trainer
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback
-from na_lora_lightning.callbacks import trainer_progress
+from na_lora_lightning import lightning_internals as trainer_progress
 from na_lora_lightning.errors import ConfigurationError
 
 

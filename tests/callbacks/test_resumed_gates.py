@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning_models import ForeignModule, RowWatch, loader, make_trainer
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback
-from na_lora_lightning.core.statistics import ObserverOptions
+from na_lora_lightning.core.observation.observer import ObserverOptions
 from na_lora_lightning.errors import ConfigurationError
 
 

@@ -28,9 +28,9 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback
-from na_lora_lightning.callbacks.strategies import require_supported_strategy
-from na_lora_lightning.core.importance import ImportanceVariant
-from na_lora_lightning.core.statistics import ObserverOptions
+from na_lora_lightning.callbacks.supported import require_supported_strategy
+from na_lora_lightning.core.mechanisms.importance import ImportanceVariant
+from na_lora_lightning.core.observation.observer import ObserverOptions
 from na_lora_lightning.errors import ConfigurationError, UpdateError
 
 pytestmark = [

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from na_lora_lightning import GateImportanceCallback, NALoRALightningModule, StepScaleCallback
 from na_lora_lightning.core.controller import GateController
-from na_lora_lightning.core.statistics import ObserverOptions
+from na_lora_lightning.core.observation.observer import ObserverOptions
 from na_lora_lightning.errors import DiscoveryError, UpdateError
 
 pytestmark = [

@@ -11,14 +11,14 @@ from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from zoo.tiny_models import build
 
-from na_lora_lightning.core.branches import branch_name, is_multimodal, language_model_name, part_of
 from na_lora_lightning.core.controller import GateController
-from na_lora_lightning.core.discovery import discover_gates
-from na_lora_lightning.core.importance import ImportanceOptions
-from na_lora_lightning.core.statistics import ObserverOptions
-from na_lora_lightning.core.token_selection import mask_of_branch, token_mask_of_call
+from na_lora_lightning.core.discovery.gates import discover_gates
+from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
+from na_lora_lightning.core.model_parts import branch_name, is_multimodal, language_model_name, part_of
+from na_lora_lightning.core.observation.observer import ObserverOptions
+from na_lora_lightning.core.observation.tokens import mask_of_branch, token_mask_of_call
 from na_lora_lightning.errors import DiscoveryError
-from na_lora_lightning.targets import lora_targets
+from na_lora_lightning.models.targets import lora_targets
 
 PATCHES, IMAGE_TOKEN = 16, 60
 

@@ -24,9 +24,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from na_lora_lightning.core.discovery import discover_gates, root_of
-from na_lora_lightning.core.probe_inputs import require_probe_inputs
-from na_lora_lightning.core.row_probe import probe_rows, storage_rows
+from na_lora_lightning.core.discovery.gates import discover_gates
+from na_lora_lightning.core.discovery.probe_inputs import require_probe_inputs
+from na_lora_lightning.core.discovery.row_probe import probe_rows, storage_rows
+from na_lora_lightning.core.model_entry import root_of
 from na_lora_lightning.errors import DiscoveryError
 
 TARGETS = ["experts.gate_up_proj", "experts.down_proj"]

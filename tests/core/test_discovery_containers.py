@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
 
-from na_lora_lightning.core.discovery import discover_gates
+from na_lora_lightning.core.discovery.gates import discover_gates
 from na_lora_lightning.core.sites import GateMap, GateSite
 from na_lora_lightning.errors import DiscoveryError
 

@@ -10,7 +10,7 @@ from conftest import random_batch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from na_lora_lightning.core.discovery import discover_gates
+from na_lora_lightning.core.discovery.gates import discover_gates
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64,

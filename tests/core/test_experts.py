@@ -13,15 +13,15 @@ from transformers import Llama4ForCausalLM, Llama4TextConfig
 from zoo.tiny_models import build
 
 from na_lora_lightning.core.controller import GateController
-from na_lora_lightning.core.discovery import discover_gates
+from na_lora_lightning.core.discovery.gates import discover_gates
 from na_lora_lightning.core.experts import expert_owners, stacked_parameters
-from na_lora_lightning.core.importance import ImportanceOptions
+from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
+from na_lora_lightning.core.mechanisms.step_scale import StepScaleOptions
+from na_lora_lightning.core.observation.observer import ObserverOptions
 from na_lora_lightning.core.pre_activations import GateMethod
 from na_lora_lightning.core.sites import GateSite
-from na_lora_lightning.core.statistics import ObserverOptions
-from na_lora_lightning.core.step_scale import StepScaleOptions
 from na_lora_lightning.errors import ConfigurationError, DataError
-from na_lora_lightning.targets import lora_targets
+from na_lora_lightning.models.targets import lora_targets
 
 TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
 

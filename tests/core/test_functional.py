@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from na_lora_lightning.core.activations import ElementwiseActivation
-from na_lora_lightning.core.functional import identify
+from na_lora_lightning.core.discovery.functional_probe import identify
 
 LIKE = torch.zeros(3, 12)
 

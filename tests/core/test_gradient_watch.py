@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from na_lora_lightning.core.gradient_watch import Aside, GradientWatch
+from na_lora_lightning.core.stepping.skipped_steps import Aside, GradientWatch
 from na_lora_lightning.errors import UpdateError
 
 

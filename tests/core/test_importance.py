@@ -11,16 +11,17 @@ from conftest import LLAMA_TARGETS, PLAIN_IMPORTANCE, tiny_llama, with_lora
 from hypothesis import given
 from hypothesis import strategies as st
 
-from na_lora_lightning.core.discovery import discover_gates
-from na_lora_lightning.core.importance import (
+from na_lora_lightning.core.discovery.gates import discover_gates
+from na_lora_lightning.core.layout import Layout
+from na_lora_lightning.core.mechanisms.importance import (
     ImportanceOptions,
     TemporalImportance,
     kept_count,
-    moving_average,
     row_weights,
     top_k_mask,
 )
-from na_lora_lightning.core.statistics import Layout, StepStatistics
+from na_lora_lightning.core.mechanisms.mechanism import moving_average
+from na_lora_lightning.core.observation.observer import StepStatistics
 from na_lora_lightning.errors import ConfigurationError
 
 CPU = torch.device("cpu")

@@ -27,11 +27,11 @@ from torch import Tensor
 
 from na_lora_lightning import nonlinearity_aware
 from na_lora_lightning.core.controller import GateController
-from na_lora_lightning.core.discovery import discover_gates
-from na_lora_lightning.core.importance import ImportanceOptions
+from na_lora_lightning.core.discovery.gates import discover_gates
 from na_lora_lightning.core.in_force import describe, say
-from na_lora_lightning.core.statistics import ObserverOptions
-from na_lora_lightning.core.step_scale import StepScaleOptions
+from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
+from na_lora_lightning.core.mechanisms.step_scale import StepScaleOptions
+from na_lora_lightning.core.observation.observer import ObserverOptions
 from na_lora_lightning.errors import PlainLoRAWarning
 
 GATES = "2 silu gates, 48 channels"

@@ -12,8 +12,8 @@ from peft import PeftModel
 from torch import Tensor
 
 from na_lora_lightning.core.controller import GateController
-from na_lora_lightning.core.discovery import discover_gates
-from na_lora_lightning.core.step_scale import StepScaleOptions
+from na_lora_lightning.core.discovery.gates import discover_gates
+from na_lora_lightning.core.mechanisms.step_scale import StepScaleOptions
 from na_lora_lightning.errors import ConfigurationError, UpdateError
 
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from method_oracle import Oracle, two_blocks
 
 from na_lora_lightning.core.controller import GateController
-from na_lora_lightning.core.discovery import discover_gates
-from na_lora_lightning.core.importance import Criterion, ImportanceOptions
-from na_lora_lightning.core.statistics import ObserverOptions
-from na_lora_lightning.core.step_scale import Granularity, StepScaleOptions
+from na_lora_lightning.core.discovery.gates import discover_gates
+from na_lora_lightning.core.mechanisms.importance import Criterion, ImportanceOptions
+from na_lora_lightning.core.mechanisms.step_scale import Granularity, StepScaleOptions
+from na_lora_lightning.core.observation.observer import ObserverOptions
 
 ALL_TOKENS = ObserverOptions(max_tokens=None)
 

@@ -31,7 +31,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from na_lora_lightning.core.discovery import discover_gates
+from na_lora_lightning.core.discovery.gates import discover_gates
 from na_lora_lightning.errors import DiscoveryError
 
 VIT: dict[str, Any] = {**SMALL, "image_size": 16, "patch_size": 8}

@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from na_lora_lightning.core.controller import GateController
-from na_lora_lightning.core.discovery import discover_gates
-from na_lora_lightning.core.importance import ImportanceOptions
+from na_lora_lightning.core.discovery.gates import discover_gates
+from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
 
 
 def quantisation(name: str) -> Any:

@@ -30,16 +30,17 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from na_lora_lightning.core.activations import KNOWN_ACTIVATIONS
 from na_lora_lightning.core.controller import GateController
-from na_lora_lightning.core.discovery import discover_gates
+from na_lora_lightning.core.discovery.gates import discover_gates
 from na_lora_lightning.core.experts import Experts
-from na_lora_lightning.core.importance import ImportanceOptions
+from na_lora_lightning.core.layout import Layout
 from na_lora_lightning.core.lora_layers import is_lora_layer
+from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
+from na_lora_lightning.core.mechanisms.step_scale import StepScaleOptions
+from na_lora_lightning.core.observation.observer import ObserverOptions
 from na_lora_lightning.core.pre_activations import ActivationInput
 from na_lora_lightning.core.sharding import local_rows
 from na_lora_lightning.core.sites import GateSite
-from na_lora_lightning.core.statistics import Layout, ObserverOptions
-from na_lora_lightning.core.step_scale import StepScaleOptions
-from na_lora_lightning.core.update import RowUpdate
+from na_lora_lightning.core.stepping.rows import RowUpdate
 from na_lora_lightning.errors import UpdateError
 
 # ---- rows of shards, as each of several processes sees them ----

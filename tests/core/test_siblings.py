@@ -13,8 +13,8 @@ from torch.nn import functional
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
 from na_lora_lightning import nonlinearity_aware
-from na_lora_lightning.core.discovery import discover_gates
-from na_lora_lightning.core.importance import ImportanceOptions
+from na_lora_lightning.core.discovery.gates import discover_gates
+from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
 from na_lora_lightning.core.sites import GateMap
 from na_lora_lightning.errors import DiscoveryError
 

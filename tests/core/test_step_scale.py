@@ -10,16 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from na_lora_lightning.core.activations import GELU, KNOWN_ACTIVATIONS, SILU, Activation
-from na_lora_lightning.core.discovery import discover_gates
-from na_lora_lightning.core.sites import GateSite
-from na_lora_lightning.core.statistics import Layout, StepStatistics
-from na_lora_lightning.core.step_scale import (
+from na_lora_lightning.core.discovery.gates import discover_gates
+from na_lora_lightning.core.layout import Layout
+from na_lora_lightning.core.mechanisms.step_scale import (
     RegimeCollector,
     StepScale,
     StepScaleOptions,
     is_meaningful,
     scale_of_shares,
 )
+from na_lora_lightning.core.observation.observer import StepStatistics
+from na_lora_lightning.core.sites import GateSite
 from na_lora_lightning.errors import ConfigurationError
 
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 
-from na_lora_lightning.core.discovery import discover_gates
+from na_lora_lightning.core.discovery.gates import discover_gates
 from na_lora_lightning.errors import DiscoveryError
 
 WIDTH = 8

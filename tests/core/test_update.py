@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from na_lora_lightning.core.update import blend_rows
+from na_lora_lightning.core.stepping.rows import blend_rows
 
 
 @given(

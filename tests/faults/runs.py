@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 # Imported here so that every forked run starts warm.
-import na_lora_lightning.training_cli
-from na_lora_lightning.checkpointing import newest_first
-from na_lora_lightning.cli import main
+import na_lora_lightning.cli.training
+from na_lora_lightning.checkpoints.files import newest_first
+from na_lora_lightning.cli.main import main
 
 torch.set_num_threads(1)
 

@@ -21,9 +21,9 @@ from module_helpers import Batches, quiet_trainer, saved_model, some_batches
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback
 from na_lora_lightning.arguments import AdapterArguments, LoRAArguments, ScheduleArguments
-from na_lora_lightning.callbacks.run_checkpoint import ResumableCurves, RunCheckpoint
-from na_lora_lightning.checkpointing import AtomicCheckpointIO
-from na_lora_lightning.module import NALoRALightningModule
+from na_lora_lightning.checkpoints.callbacks import ResumableCurves, RunCheckpoint
+from na_lora_lightning.checkpoints.files import AtomicCheckpointIO
+from na_lora_lightning.modules.language import NALoRALightningModule
 
 _MARKS = ("<!-- soak -->", "<!-- /soak -->")
 _SAMPLES = 20

@@ -10,13 +10,14 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from na_lora_lightning import adapters, checkpointing
-from na_lora_lightning.callbacks.fit_summary import FitSummaryCallback
+from na_lora_lightning.checkpoints import adapter_state as adapters
+from na_lora_lightning.checkpoints import files as checkpointing
+from na_lora_lightning.checkpoints.csv_curves import ContinuedWriter
+from na_lora_lightning.checkpoints.run_record import RunRecord
 from na_lora_lightning.core.controller import GateController
-from na_lora_lightning.core.update import RowUpdate
-from na_lora_lightning.csv_curves import ContinuedWriter
-from na_lora_lightning.module import NALoRALightningModule
-from na_lora_lightning.run_record import RunRecord
+from na_lora_lightning.core.stepping.rows import RowUpdate
+from na_lora_lightning.modules.fit_summary import FitSummaryCallback
+from na_lora_lightning.modules.language import NALoRALightningModule
 
 Trap = Callable[[int], None]
 

@@ -18,8 +18,8 @@ from benchmarks.study.evidence_tables import Sources
 from benchmarks.study.specification import Cell
 from benchmarks.study.storage import Results
 from benchmarks.study.tradeoff import at_equal_forgetting
-from na_lora_lightning.core.importance import ImportanceOptions
-from na_lora_lightning.core.step_scale import StepScaleOptions
+from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
+from na_lora_lightning.core.mechanisms.step_scale import StepScaleOptions
 
 RATES = (1.0, 2.0, 4.0)
 SETTING = "llama-silu.functions.r4-all-linear"

@@ -31,7 +31,7 @@ from benchmarks.study.runner import run_study
 from benchmarks.study.specification import Cell
 from benchmarks.study.storage import Results
 from benchmarks.study.vision_pretraining import make_processor
-from na_lora_lightning.core.discovery import discover_gates
+from na_lora_lightning.core.discovery.gates import discover_gates
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

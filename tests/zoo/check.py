@@ -10,7 +10,8 @@ from typing import Any
 
 from peft import PeftModel
 
-from na_lora_lightning.core.discovery import discover_gates, root_of
+from na_lora_lightning.core.discovery.gates import discover_gates
+from na_lora_lightning.core.model_entry import root_of
 from na_lora_lightning.core.sites import GateMap, LeftOut
 from na_lora_lightning.errors import DataError, DiscoveryError
 from zoo.expectations import MIXES_PADDING, MORE_INPUTS, NOT_CALLED, PADDING, REFUSALS, WITHOUT_SITE

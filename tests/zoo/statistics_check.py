@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from na_lora_lightning.core.activations import ActivationValues
+from na_lora_lightning.core.observation.observer import GateObserver, ObserverOptions
 from na_lora_lightning.core.sites import GateSite
-from na_lora_lightning.core.statistics import GateObserver, ObserverOptions
 from zoo.tiny_models import loss_of
 from zoo.watching import evaluating, look, rows_of_experts
 

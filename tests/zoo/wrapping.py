@@ -9,9 +9,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from na_lora_lightning.core.branches import Part
 from na_lora_lightning.core.experts import expert_owners, stacked_parameters
-from na_lora_lightning.targets import lora_targets
+from na_lora_lightning.core.model_parts import Part
+from na_lora_lightning.models.targets import lora_targets
 from zoo.expectations import LANGUAGE_SIDE, NOT_CALLED
 from zoo.tiny_models import TinyModel
 

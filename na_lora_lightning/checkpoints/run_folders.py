@@ -1,0 +1,166 @@
+"""Which folder a run has, by the trainer's loggers: where Lightning puts its checkpoints, and one of its own always."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+
+from na_lora_lightning.checkpoints.csv_curves import ContinuedWriter
+from na_lora_lightning.checkpoints.run_record import RunRecord
+
+CHECKPOINTS = "checkpoints"
+# Lightning's own name for runs that have no other.
+_UNNAMED = "lightning_logs"
+
+
+def is_dry_run(trainer: Trainer) -> bool:
+    """Whether the trainer only tries a few batches, so that nothing is to be written."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes, also before the trainer has its place among others."""
+    return int(getattr(rank_zero_only, "rank", 0)) == 0
+
+
+def first_logger(trainer: Trainer) -> Logger | None:
+    """The logger after which the run's folder is named."""
+    logger = trainer.loggers[0] if trainer.loggers else None
+    return None if isinstance(logger, DummyLogger) else logger
+
+
+def is_remote(folder: object) -> bool:
+    """Whether a folder is an address, which is left to Lightning."""
+    return "://" in str(folder)
+
+
+def runs_root(trainer: Trainer) -> Path | None:
+    """The folder in which every run like this one has its own; None where it is remote, or has none yet."""
+    logger = first_logger(trainer)
+    if logger is None:
+        root = Path(trainer.default_root_dir) / _UNNAMED
+    else:
+        name = _series(logger)
+        if name is None:
+            return None
+        root = Path(logger.save_dir or trainer.default_root_dir) / name
+    return None if is_remote(trainer.default_root_dir if logger is None else logger.save_dir) else root
+
+
+def given_folder(trainer: Trainer) -> Path | None:
+    """The run's folder where it is settled: by the user's version, or because the logger has begun."""
+    root, logger = runs_root(trainer), first_logger(trainer)
+    version = None if logger is None else _version(logger)
+    return None if root is None or version is None else root / _folder_name(version)
+
+
+def begun_folder(trainer: Trainer) -> Path | None:
+    """The run's folder by a logger that has begun; None without a logger, and where it is remote."""
+    logger = first_logger(trainer)
+    if logger is None or is_remote(logger.save_dir):
+        return None
+    folder = Path(logger.save_dir or trainer.default_root_dir)
+    return folder / str(logger.name) / _folder_name(logger.version)
+
+
+def reserve_folder(trainer: Trainer) -> Path | None:
+    """Makes the next free numbered folder, which no other process can then make.
+
+    Returns:
+        The folder; None where the logger names it itself.
+    """
+    logger, root = first_logger(trainer), runs_root(trainer)
+    if root is None or not (logger is None or isinstance(logger, (TensorBoardLogger, CSVLogger))):
+        return None
+    root.mkdir(parents=True, exist_ok=True)
+    number = max((number for path in root.iterdir() if (number := run_number(path)) is not None), default=-1) + 1
+    while True:
+        folder = root / f"version_{number}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            number += 1
+            continue
+        if logger is not None:
+            _set_version(logger, number)
+        return folder
+
+
+def run_number(run: Path) -> int | None:
+    """N of a folder ``version_N``."""
+    prefix, _, number = run.name.partition("_")
+    return int(number) if prefix == "version" and number.isdigit() else None
+
+
+def continue_loggers(trainer: Trainer, folder: Path, record: RunRecord | None) -> bool:
+    """Has the loggers go on with what they wrote for a run.
+
+    Args:
+        trainer: Its loggers have not begun.
+        folder: The run's.
+        record: The run's, if it left one.
+
+    Returns:
+        Whether the first logger names this folder now.
+    """
+    number = run_number(folder)
+    former = (
+        record.loggers if record is not None and record.loggers else [("", folder.name if number is None else number)]
+    )
+    for index, logger in enumerate(trainer.loggers[: len(former)]):
+        kind, version = former[index]
+        if (kind or type(logger).__name__) != type(logger).__name__ or version is None:
+            continue
+        if _version(logger) is None and not _set_version(logger, version):
+            rank_zero_info(f"{type(logger).__name__} cannot go on with {version!r}, so it shows the rest as a new run.")
+    continue_csv_files(trainer)
+    return given_folder(trainer) == folder
+
+
+def continue_csv_files(trainer: Trainer) -> None:
+    """Has CSV loggers keep what is in their folders."""
+    for logger in trainer.loggers if is_first_process() else []:
+        if isinstance(logger, CSVLogger) and logger._experiment is None and not is_remote(logger.save_dir):
+            logger._experiment = ContinuedWriter(logger.log_dir)
+
+
+def describe_loggers(trainer: Trainer) -> list[tuple[str, Any]]:
+    """What :func:`continue_loggers` needs."""
+    return [(type(logger).__name__, logger.version) for logger in trainer.loggers]
+
+
+def _series(logger: Logger) -> str | None:
+    """What the runs of a logger have in common, without making a new one."""
+    if isinstance(logger, MLFlowLogger):
+        experiment = logger._mlflow_client.get_experiment_by_name(logger._experiment_name)
+        return None if experiment is None else str(experiment.experiment_id)
+    return str(logger.name)
+
+
+def _version(logger: Logger) -> Any:
+    if isinstance(logger, (TensorBoardLogger, CSVLogger)):
+        return logger._version
+    if isinstance(logger, MLFlowLogger):
+        return logger._run_id
+    return logger.version if isinstance(logger, WandbLogger) else None
+
+
+def _set_version(logger: Logger, version: Any) -> bool:
+    if isinstance(logger, (TensorBoardLogger, CSVLogger)):
+        logger._version = version
+    elif isinstance(logger, MLFlowLogger):
+        logger._run_id = version
+    elif isinstance(logger, WandbLogger):
+        logger._id = logger._wandb_init["id"] = version
+    else:
+        return False
+    return True
+
+
+def _folder_name(version: Any) -> str:
+    return version if isinstance(version, str) else f"version_{version}"

@@ -1,0 +1,286 @@
+"""Merges an adapter into its base model: the result is an ordinary model without LoRA."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from na_lora_lightning.checkpoints.adapter_folder import end_token_ids, find_base
+from na_lora_lightning.cli.merge_output import copy_tokenizer, refuse_inputs_as_output, require_output, written_whole
+from na_lora_lightning.data.answers import stop_at
+from na_lora_lightning.errors import ConfigurationError, one_line
+from na_lora_lightning.models.loading import load_base_model
+from na_lora_lightning.models.source import BaseModelSource, Dtype, load_config, require_model, without_progress_bars
+from na_lora_lightning.models.ties import has_ties, match_config, unmerged, untie_adapted_weights
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+# PEFT says of tied weights what is taken care of here.
+_TIED = r"(Model with|Model has) `tie_word_embeddings=True`|Input and output embeddings are no longer tied"
+
+
+@dataclass(frozen=True)
+class MergeArguments:
+    """What to merge, and where to.
+
+    Attributes:
+        adapter: An adapter folder, or a checkpoint file of this package.
+        output: The folder to write model, tokenizer and processor to.
+        base: Folder or hub name of the base model; None stands for the one that the adapter names.
+        dtype: Of the merged weights; ``"auto"`` is that of the base checkpoint.
+        overwrite: Accept that ``output`` already has files.
+        trust_remote_code: Whether the base model may run code of its own.
+    """
+
+    adapter: Path
+    output: Path
+    base: str | None = None
+    dtype: Dtype = "auto"
+    overwrite: bool = False
+    trust_remote_code: bool = False
+
+
+def merge_adapter(arguments: MergeArguments) -> Path:
+    """Writes the merged model as safetensors, with the base model's tokenizer and, for images, its processor.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        ConfigurationError: There is no such adapter, it does not fit the base model, or the output is not empty.
+    """
+    output = arguments.output
+    refuse_inputs_as_output(output, arguments.adapter, arguments.base)
+    require_output(output, overwrite=arguments.overwrite)
+    if arguments.adapter.is_file():
+        model, source = _from_checkpoint(arguments)
+    else:
+        model, source = _from_folder(arguments)
+    merged = merge_into_base(model)
+    settings = getattr(merged, "generation_config", None)
+    if settings is not None:
+        stop_at(settings, end_token_ids(arguments.adapter))
+        # Some models are published with settings that save_pretrained refuses.
+        merged.generation_config = type(settings)()
+    with written_whole(output) as folder:
+        with without_progress_bars():
+            merged.save_pretrained(folder, safe_serialization=True)
+        if settings is not None:
+            settings.to_json_file(folder / "generation_config.json")
+        copy_tokenizer(source, folder, arguments.adapter)
+    return output
+
+
+def merge_into_base(model: PeftModel) -> PreTrainedModel:
+    """Puts the adapter of a model into its weights, those of adapted layers alone where others share them.
+
+    Args:
+        model: The PEFT model, which is used up.
+
+    Returns:
+        The model without adapter, whose configuration says what is tied in it.
+
+    Raises:
+        ConfigurationError: PEFT cannot merge this kind of adapter, or the merged model could not be stored.
+    """
+    kind = str(getattr(model.peft_config[model.active_adapter].peft_type, "value", "unknown"))
+    if not hasattr(model, "merge_and_unload"):
+        raise ConfigurationError(f"The adapter is of the kind {kind}, which adds to the inputs; use it as it is.")
+    base: Any = model.get_base_model()
+    with_ties, tied = has_ties(base), getattr(base.config, "tie_word_embeddings", None)
+    untie_adapted_weights(model)
+    try:
+        with warnings.catch_warnings():
+            # They are parted here, and the configuration is made to say so.
+            warnings.filterwarnings("ignore", message=_TIED)
+            merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
+    except (NotImplementedError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise ConfigurationError(
+            f"PEFT cannot merge this adapter ({kind}: {one_line(error)}); use it as it is."
+        ) from error
+    left = unmerged(merged)
+    if left is not None:
+        raise ConfigurationError(
+            f"PEFT cannot merge this adapter ({kind}: {left!r} has two of its parts); use it as it is."
+        )
+    if tied:
+        # PEFT has a look at two of the weights alone.
+        merged.config.tie_word_embeddings = tied
+    if with_ties and match_config(merged):
+        rank_zero_info(
+            "The adapter changes weights that other layers shared, so the merged model stores both, and "
+            "tie_word_embeddings is false in its config."
+        )
+    return merged
+
+
+def _from_folder(arguments: MergeArguments) -> tuple[PeftModel, BaseModelSource]:
+    from peft import PeftConfig, PeftModel
+
+    adapter = arguments.adapter
+    if not (adapter / "adapter_config.json").is_file():
+        raise ConfigurationError(
+            f"The folder {str(adapter)!r} holds no adapter (adapter_config.json is missing); give an adapter folder or "
+            "a .ckpt file."
+        )
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise ConfigurationError(f"The adapter {str(adapter)!r} has no adapter_model.safetensors; save it again.")
+    config = PeftConfig.from_pretrained(str(adapter))
+    base = arguments.base or find_base(config.base_model_name_or_path or "", adapter)
+    if not base:
+        raise ConfigurationError(f"The adapter {str(adapter)!r} does not name its base model; give it with --base.")
+    refuse_inputs_as_output(arguments.output, adapter, base)
+    revision = None if arguments.base else config.revision
+    source = BaseModelSource(base, revision, arguments.trust_remote_code, arguments.dtype)
+    _require_base(source, arguments)
+    # As on a CUDA device, "auto" is the checkpoint's dtype: the merged model is to be as large as the base.
+    model = load_base_model(source, torch.device("cuda"))
+    try:
+        with warnings.catch_warnings():
+            # Said of an adapter that lacks layers; it is refused below.
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            warnings.filterwarnings("ignore", message=_TIED)
+            adapted = PeftModel.from_pretrained(model, str(adapter))
+        _require_every_tensor(adapted, adapter)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ConfigurationError(
+            f"The adapter {str(adapter)!r} does not fit the base model {base!r} ({one_line(error)}); give the base "
+            "that it was trained on."
+        ) from error
+    return adapted, source
+
+
+def _require_base(source: BaseModelSource, arguments: MergeArguments) -> None:
+    """Checks that there is a base whose weights an adapter can be added to."""
+    try:
+        require_model(source)
+    except ConfigurationError as error:
+        if arguments.base is not None:
+            raise
+        raise ConfigurationError(
+            f"The base model that the adapter {str(arguments.adapter)!r} names cannot be had "
+            f"({str(error).partition(';')[0]}); give it with --base."
+        ) from error
+    require_unquantised(source)
+
+
+def require_unquantised(source: BaseModelSource) -> None:
+    """Refuses a base model whose weights are stored in a quantised form.
+
+    Raises:
+        ConfigurationError: It is one.
+    """
+    try:
+        quantisation = getattr(load_config(source), "quantization_config", None)
+    except (OSError, ValueError, ImportError, KeyError):
+        # Said when the model itself is loaded.
+        return
+    if quantisation is not None:
+        values = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
+        raise ConfigurationError(
+            f"The base model {source.name_or_path!r} is quantised ({values.get('quant_method', 'by an unknown method')}"
+            "), and its weights would lose what an adapter adds to them; give the model that it was made from with "
+            "--base, or use the adapter as it is."
+        )
+
+
+def _require_every_tensor(model: PeftModel, adapter: Path) -> None:
+    """Checks that a model has an adapter exactly where the file has, as PEFT takes a part for the whole."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+        saved = set(file.keys())
+    current = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    # Beside an adapter PEFT may store embeddings, which are weights of the base model.
+    other = (current - saved) | (saved - current - set(model.state_dict()))
+    if other:
+        raise ValueError(f"{min(other)} is in one and not in the other")
+
+
+def _from_checkpoint(arguments: MergeArguments) -> tuple[PeftModel, BaseModelSource]:
+    from na_lora_lightning.modules.language import NALoRALightningModule
+
+    path = arguments.adapter
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["hyper_parameters"]
+        source = BaseModelSource(
+            arguments.base or saved["model_name_or_path"],
+            None if arguments.base else saved["revision"],
+            arguments.trust_remote_code,
+        )
+    except Exception as error:
+        # Whatever a file that is no checkpoint makes torch raise.
+        raise _no_checkpoint(path, error) from error
+    refuse_inputs_as_output(arguments.output, path, source.name_or_path)
+    _require_base(source, arguments)
+    dtype: str = arguments.dtype
+    if dtype == "auto":
+        # Left to itself the module would take 32 bits on this device.
+        stored = str(load_config(source).dtype).removeprefix("torch.")
+        dtype = stored if stored in get_args(Dtype) else "auto"
+    options: dict[str, Any] = {
+        "model_name_or_path": source.name_or_path,
+        "revision": source.revision,
+        "trust_remote_code": source.trust_remote_code,
+        "dtype": dtype,
+    }
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=_TIED)
+            module = NALoRALightningModule.load_from_checkpoint(path, map_location="cpu", **options)
+    except ConfigurationError:
+        raise
+    except Exception as error:
+        raise _no_checkpoint(path, error) from error
+    return module.peft_model, module.source
+
+
+def _no_checkpoint(path: Path, error: Exception) -> ConfigurationError:
+    return ConfigurationError(
+        f"The file {str(path)!r} is no checkpoint of this package ({one_line(error)}); give an adapter folder or a "
+        ".ckpt file of 'na-lora fit'."
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigurationError(f"{message}; see 'na-lora merge --help'.")
+
+
+def main(arguments: list[str]) -> int:
+    """Runs ``na-lora merge``.
+
+    Args:
+        arguments: The command line after ``merge``.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        ConfigurationError: The user has something to correct.
+    """
+    parser = _Parser(prog="na-lora merge", description="Merges an adapter into its base model.")
+    parser.add_argument("--adapter", type=Path, required=True, help="adapter folder, or .ckpt file of a fit")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the merged model and its tokenizer")
+    parser.add_argument("--base", help="folder or hub name of the base model (default: the one the adapter names)")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the merged weights (default: auto, that of the base checkpoint)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace files of a non-empty output folder")
+    parser.add_argument("--trust_remote_code", action="store_true", help="let the base model run code of its own")
+    folder = merge_adapter(MergeArguments(**vars(parser.parse_args(arguments))))
+    print(f"Merged model {folder}")
+    return 0

@@ -1,0 +1,287 @@
+"""Finds gates whose activation is a function call between two linear layers, and no module."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from na_lora_lightning.core.discovery.blocks import Ancestors, Blocks, ancestors, origin_of
+from na_lora_lightning.core.discovery.functional_probe import FunctionalGate, identify, is_linear_in
+from na_lora_lightning.core.discovery.tracing import LinearCall, ModuleCall, first_argument
+from na_lora_lightning.core.lora_layers import active_adapters, is_lora_layer
+from na_lora_lightning.core.pre_activations import LayerOutput
+from na_lora_lightning.core.sites import GateMap, GateSite, LeftOut
+
+# What autograd calls the functions that gates are made of,
+_GATES = (
+    *("Silu", "Gelu", "Relu", "LeakyRelu", "Prelu", "Rrelu", "Glu", "Sigmoid", "LogSigmoid", "Tanh", "Mish"),
+    *("Softplus", "Elu", "Erf", "Hardswish", "Hardsigmoid", "Hardtanh", "Celu", "Softshrink", "Hardshrink"),
+)
+# and those that can also be something else.
+_PERHAPS = ("Threshold", "Clamp", "Maximum", "Where", "Exp", "Sin", "Atan", "Abs")
+# A gate may be normalised before it is taken.
+_NORMS = (functional.layer_norm, torch.layer_norm, functional.rms_norm, torch.rms_norm, functional.normalize)
+# Attention, state spaces and hyper-connections do this, and gates do not.
+_MIXED = "is not linear, and does not work channel by channel"
+
+
+@dataclass
+class _Found:
+    """The sites of one piece of code, or why it has none."""
+
+    sites: list[GateSite] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+
+
+def functional_gates(blocks: Blocks) -> GateMap:
+    """The gates that no activation module shows.
+
+    Args:
+        blocks: Linear layers and activations of the model that was traced.
+
+    Returns:
+        Sites, and whatever else bends what a linear layer puts out on its way to another, and why it is no site.
+    """
+    found: dict[tuple[str, ...], _Found] = {}
+    known: dict[tuple[Any, ...], FunctionalGate | str | None] = {}
+    for consumer in blocks.trace.linear_calls:
+        met = blocks.inputs[id(consumer)]
+        producers = blocks.linear_calls(met.leaves)
+        names = tuple(producer.name for producer in producers)
+        if not producers or not _bends(met) or (names in found and found[names].sites):
+            continue
+        reason = blocks.why_not_feed_forward(producers, consumer)
+        if reason is not None:
+            found.setdefault(names, _Found(left_out=[LeftOut(names[0], "function", reason, producers=names)]))
+            continue
+        results = [_gate_of(blocks, producer, producers, consumer, known) for producer in producers]
+        found[names] = _Found(
+            [result for result in results if isinstance(result, GateSite)],
+            [result for result in results if isinstance(result, LeftOut)],
+        )
+    gates = GateMap(
+        [site for each in found.values() for site in each.sites],
+        [entry for each in found.values() for entry in each.left_out],
+    )
+    called = Counter(site.name for site in gates.sites)
+    for site in gates.sites:
+        if called[site.name] > 1:
+            # Layers that stand in separate lists have no other name in common.
+            site.name = f"{site.lora_layer_name}.{site.activation.name}"
+    return gates
+
+
+def _bends(met: Ancestors) -> bool:
+    return met.custom or any(name.startswith((*_GATES, *_PERHAPS)) for name in met.passed)
+
+
+def _gate_of(
+    blocks: Blocks,
+    producer: LinearCall,
+    producers: list[LinearCall],
+    consumer: LinearCall,
+    known: dict[tuple[Any, ...], FunctionalGate | str | None],
+) -> GateSite | LeftOut | None:
+    if producer.output is None:
+        return None
+    code = _Code(blocks, producer, producers, consumer)
+    key = code.key()
+    if key not in known:
+        known[key] = code.identify()
+    gate = known[key]
+    if gate is None:
+        return None
+    with_lora = is_lora_layer(producer.module) and bool(active_adapters(producer.module))
+    names = (producer.name,)
+    between = f"the function between {producer.name} and {consumer.name}"
+    met = blocks.inputs[id(consumer)]
+    surely = not met.stops and (met.custom or any(name.startswith(_GATES) for name in met.passed))
+    if isinstance(gate, str):
+        unsupported = surely and with_lora and gate != _MIXED
+        return LeftOut(producer.name, "function", f"{between} {gate}", not_supported=unsupported, producers=names)
+    if gate.activation is None:
+        what = "of no known form" if gate.is_self_gated else "not self-gated"
+        unsupported = gate.is_self_gated and with_lora and surely
+        return LeftOut(producer.name, "function", f"{between} is {what}", not_supported=unsupported, producers=names)
+    owner_name = _common_owner([producer.name, consumer.name, *(p.name for p in producers)])
+    name = f"{owner_name}.{gate.activation.name}" if owner_name else gate.activation.name
+    if not with_lora:
+        reason = f"{producer.name} has no LoRA"
+        return LeftOut(name, gate.activation.name, reason, gate_without_lora=True, producers=names)
+    if met.stops:
+        reason = f"{between} is multiplied with another activation"
+        return LeftOut(name, gate.activation.name, reason, not_supported=True, producers=names)
+    return GateSite(
+        name=name,
+        kind="gated" if len(producers) > 1 else gate.kind,
+        activation=gate.activation,
+        source=LayerOutput(producer.module, gate.channels),
+        lora_layer_name=producer.name,
+        lora_layer=producer.module,
+        rows=gate.channels.features,
+        output_layer_name=consumer.name,
+        output_layer=consumer.module,
+        picked_from=origin_of(producer),
+        time_first=blocks.trace.is_time_first(producer.output),
+    )
+
+
+def _common_owner(names: list[str]) -> str:
+    parts = [name.split(".") for name in names]
+    shared: list[str] = []
+    for level in zip(*parts, strict=False):
+        if len(set(level)) > 1:
+            break
+        shared.append(level[0])
+    return ".".join(shared)
+
+
+class _ReachedError(Exception):
+    """Ends a forward pass when the gated result is there."""
+
+
+class _LastNorm(TorchFunctionMode):
+    """Keeps what the last normalising function call was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: Any = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _NORMS:
+            self.given = first_argument(args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+
+
+class _Code:
+    """The code between a layer and the one that takes the gated result, which is called again on chosen values.
+
+    It is called as a part of the innermost module whose call held all of these layers: containers that are never
+    called themselves do not count.
+    """
+
+    def __init__(self, blocks: Blocks, producer: LinearCall, producers: list[LinearCall], consumer: LinearCall) -> None:
+        self._blocks = blocks
+        self._producer = producer
+        self._producers = producers
+        self._consumer = consumer
+        together = zip(*(call.within for call in (consumer, *producers)), strict=False)
+        shared = [calls[0] for calls in together if all(call is calls[0] for call in calls)]
+        self._depth = len(shared) - 1
+        self._owner: ModuleCall = shared[-1]
+        self._is_random = False
+
+    def key(self) -> tuple[Any, ...]:
+        """What the code can depend on: pieces of code that are alike in this are alike."""
+        owner, start = self._owner.module, len(self._owner.name)
+        settings = [
+            (name, value if isinstance(value, (str, int, float, bool, type(None))) else id(value))
+            for name, value in vars(owner).items()
+            if not name.startswith("_")
+        ]
+        passed = frozenset(self._blocks.inputs[id(self._consumer)].passed)
+        places = (self._place(self._producer)[start:], self._place(self._consumer)[start:])
+        return type(owner), repr(owner), tuple(settings), passed, places
+
+    def _place(self, call: LinearCall) -> str:
+        return f"{call.name} {call.indices[self._depth]}"
+
+    def identify(self) -> FunctionalGate | str | None:
+        """The gate in it; what keeps it from being one that can be told; None where the code is linear."""
+        assert self._producer.output is not None
+        like = self._producer.output.detach()
+        shards = self._blocks.trace.shards
+        with shards.whole(self._owner.module):
+            # A unit has to finish what it has begun.
+            to_the_end = shards.has_unit_in(self._owner.module)
+            try:
+                for place in self._places(to_the_end, like):
+                    gate = identify(self._answer(place, to_the_end), like)
+                    if self._is_random:
+                        return "draws random numbers"
+                    if gate is not None:
+                        return gate
+                linear = is_linear_in(self._answer(None, to_the_end), like)
+            except Exception as error:  # Whatever code that was written for one call raises in another.
+                return f"could not be called again on other values ({type(error).__name__}: {error})"
+        return None if linear else _MIXED
+
+    def _modules_on_the_way(self) -> list[nn.Module]:
+        """Childless modules before the consumer, such as a norm, that are given what the layers make alone."""
+        producers = set(self._producers)
+        inside = set(self._owner.module.modules())
+        return list(
+            dict.fromkeys(
+                call.module
+                for call in self._blocks.trace.activation_calls
+                if call.module in inside
+                and self._blocks.trace.call_counts[call.module] == 1
+                and set(self._blocks.linear_calls(ancestors(call.pre_activation.grad_fn).leaves)) == producers
+            )
+        )
+
+    def _places(self, to_the_end: bool, like: Tensor) -> Iterator[nn.Module | Literal["norm"] | None]:
+        """Where the gated result may be: with the consumer, or with a module or a function that normalises it."""
+        yield from (None, *self._modules_on_the_way())
+        with _LastNorm() as norm:
+            self._answer(None, to_the_end)(like)
+        if norm.given is not None:
+            yield "norm"
+
+    def _answer(self, place: nn.Module | Literal["norm"] | None, to_the_end: bool) -> Callable[[Tensor], Tensor]:
+        """Maps an output of the layer to what ``place`` (or the consumer) takes; other layers put out ones."""
+        depth = self._depth
+        wanted: dict[nn.Module, dict[int, LinearCall]] = {}
+        for call in self._producers:
+            wanted.setdefault(call.module, {})[call.indices[depth]] = call
+        of_consumer = (self._consumer.module, self._consumer.indices[depth])
+        target, at = (place, 0) if isinstance(place, nn.Module) else of_consumer
+
+        def answer(output: Tensor) -> Tensor:
+            taken: list[Tensor] = []
+            calls: Counter[nn.Module] = Counter()
+            calls_of_target = 0
+            random_state: Tensor | None = None
+
+            def put(module: nn.Module, args: Any, result: Tensor) -> Tensor | None:
+                nonlocal random_state
+                call = wanted[module].get(calls[module])
+                calls[module] += 1
+                if call is None:
+                    return None
+                random_state = _random_state(result.device) if random_state is None else random_state
+                # A copy, as what follows may work in place.
+                return output.to(result.dtype).clone() if call is self._producer else torch.ones_like(result)
+
+            def take(module: nn.Module, args: Any, kwargs: Any) -> None:
+                nonlocal calls_of_target
+                calls_of_target += 1
+                if calls_of_target - 1 == at:
+                    taken.append(norm.given if norm is not None else first_argument(args, kwargs))
+                    assert random_state is not None
+                    self._is_random |= not torch.equal(random_state, _random_state(output.device))
+                    if not to_the_end:
+                        raise _ReachedError
+
+            with ExitStack() as stack:
+                norm = stack.enter_context(_LastNorm()) if place == "norm" else None
+                for module in wanted:
+                    stack.callback(module.register_forward_hook(put).remove)
+                stack.callback(target.register_forward_pre_hook(take, with_kwargs=True).remove)
+                with suppress(_ReachedError):
+                    self._owner.module(*self._owner.args, **self._owner.kwargs)
+            return taken[0].float()
+
+        return answer

@@ -1,0 +1,1 @@
+"""The two mechanisms: the temporal-importance mask and the step scale."""

@@ -1,0 +1,1 @@
+"""Looks at pre-activations while a model trains."""

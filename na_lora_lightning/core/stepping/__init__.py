@@ -1,0 +1,1 @@
+"""Acts on the optimizer's step."""

@@ -1,0 +1,1 @@
+"""Files of records, read to the letter."""

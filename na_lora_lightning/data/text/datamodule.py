@@ -1,0 +1,152 @@
+"""The data module for supervised fine-tuning on instructions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from na_lora_lightning.data.batching import Collator
+from na_lora_lightning.data.text.encoding import RecordEncoder, load_tokenizer
+from na_lora_lightning.data.text.splits import encode_split
+from na_lora_lightning.data.text.supervised import SupervisedDataModule
+from na_lora_lightning.errors import ConfigurationError
+
+
+class InstructionDataModule(SupervisedDataModule):
+    """Prompts and completions, or conversations, for supervised fine-tuning of a causal language model.
+
+    A record has the strings ``prompt`` and ``completion``, or ``messages``: a list of turns with ``role`` and
+    ``content``, of which every assistant turn is a completion. ``tools``, a list of functions or its JSON text, is
+    given to the chat template; an assistant turn with ``tool_calls`` needs no ``content``. What the template leaves out
+    of these is an error, and so is a key such as ``weight`` or ``train`` that asks for another loss. Each of ``train``,
+    ``validation``, ``test`` and ``predict`` is one of
+
+    * a local ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file,
+    * a folder written by ``datasets.Dataset.save_to_disk``, or one with data files,
+    * the name of a data set on the Hugging Face hub,
+
+    and may end in a colon and the name of a split or of a part of one, as in ``data.jsonl:train[:90%]``.
+
+    Batches have ``input_ids``, ``attention_mask`` and ``labels``, padded on the right. Batches for
+    validation, test and prediction also have ``prompt_input_ids`` and ``prompt_attention_mask``, padded on
+    the left and ready for generation, and the lists of strings ``prompts`` and ``references``. Records for
+    prediction need no completion; their reference is then empty.
+
+    The batches of an epoch depend on nothing but the data, these arguments and the epoch. A run that is resumed
+    from a checkpoint goes on with the next batch, within an epoch too. Where the trainer cuts epochs short
+    (``limit_train_batches``), the next one goes on with the batches that are left.
+
+    Args:
+        tokenizer_name_or_path: The folder or hub name of the model's tokenizer.
+        train: The training data.
+        validation: The validation data.
+        test: The test data.
+        predict: The data to predict completions for.
+        dataset_config: The configuration of hub data sets that have several.
+        columns: The names that the data has for ``prompt``, ``completion``, ``messages`` or ``tools``, for example
+            ``{"prompt": "question", "completion": "answer"}``.
+        batch_size: The number of records in a training batch of each process.
+        validation_batch_size: The number of records in other batches; None stands for ``batch_size``.
+        max_length: The number of tokens that a longer record is cut to. How many were cut is reported by a
+            ``TruncationWarning``; a record that would lose its whole completion is an error.
+        loss_on: ``completion`` for the loss on the completions, each with the token that ends it; ``all`` for
+            the loss on every token.
+        use_chat_template: Whether to render records with the tokenizer's chat template. None stands for
+            whenever it has one. Without it, a completion follows its prompt directly.
+        system_prompt: A system message for records that have none; needs a chat template.
+        shuffle: Whether to shuffle the training data in each epoch.
+        group_by_length: Whether to form training batches of records of similar length, which saves padding.
+        pad_to_multiple_of: Pads batches to a length that is a multiple of this number.
+        num_workers: The number of processes that load batches. Records are tokenised beforehand, so none are
+            needed as a rule.
+        seed: The seed of the order of the training data.
+        tokenizer_revision: The branch, tag or commit of a tokenizer from the hub.
+        trust_remote_code: Whether a tokenizer from the hub may run code of its own.
+
+    Raises:
+        ConfigurationError: If an argument has a value that cannot work.
+    """
+
+    COLUMNS = ("messages", "prompt", "completion", "tools")
+
+    def __init__(
+        self,
+        tokenizer_name_or_path: str,
+        train: str | None = None,
+        validation: str | None = None,
+        test: str | None = None,
+        predict: str | None = None,
+        dataset_config: str | None = None,
+        columns: dict[str, str] | None = None,
+        batch_size: int = 8,
+        validation_batch_size: int | None = None,
+        max_length: int = 1024,
+        loss_on: Literal["completion", "all"] = "completion",
+        use_chat_template: bool | None = None,
+        system_prompt: str | None = None,
+        shuffle: bool = True,
+        group_by_length: bool = True,
+        pad_to_multiple_of: int = 1,
+        num_workers: int = 0,
+        seed: int = 0,
+        tokenizer_revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        if loss_on not in ("completion", "all"):
+            raise ConfigurationError(f"loss_on={loss_on!r} is unknown; set it to 'completion' or 'all'.")
+        super().__init__(
+            sources={"train": train, "validation": validation, "test": test, "predict": predict},
+            dataset_config=dataset_config,
+            columns=columns,
+            batch_size=batch_size,
+            validation_batch_size=validation_batch_size,
+            max_length=max_length,
+            use_chat_template=use_chat_template,
+            system_prompt=system_prompt,
+            shuffle=shuffle,
+            group_by_length=group_by_length,
+            pad_to_multiple_of=pad_to_multiple_of,
+            num_workers=num_workers,
+            seed=seed,
+        )
+        self.save_hyperparameters(logger=False)
+        self.tokenizer_name_or_path = tokenizer_name_or_path
+        self.loss_on: Literal["completion", "all"] = loss_on
+        self.tokenizer_revision = tokenizer_revision
+        self.trust_remote_code = trust_remote_code
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded on first use."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(
+                self.tokenizer_name_or_path,
+                revision=self.tokenizer_revision,
+                trust_remote_code=self.trust_remote_code,
+            )
+        return self._tokenizer
+
+    def _prepare(self, split: str, source: str) -> Dataset:
+        return encode_split(self._load(split, source), self._record_encoder(), source=source, split=split)
+
+    def _record_encoder(self) -> RecordEncoder:
+        return RecordEncoder(
+            self.tokenizer,
+            max_length=self.max_length,
+            loss_on=self.loss_on,
+            use_chat_template=self.use_chat_template,
+            system_prompt=self.system_prompt,
+        )
+
+    def _dataset(self, split: str) -> Dataset:
+        return self._prepared_split(split).remove_columns(["tokens", "target_tokens", "truncated", "end_ids"])
+
+    def _collator(self, split: str) -> Callable[[list[Any]], Any]:
+        pad_token_id = self.tokenizer.pad_token_id
+        if pad_token_id is None:
+            pad_token_id = self.tokenizer.eos_token_id
+        return Collator(pad_token_id, self.pad_to_multiple_of)

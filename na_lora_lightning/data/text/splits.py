@@ -1,0 +1,92 @@
+"""Tokenised splits, what they consist of, and the report of what was cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset, LargeList, List
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from na_lora_lightning.data.text.encoding import RecordEncoder
+
+
+class TruncationWarning(UserWarning):
+    """Some records are longer than the maximum length and have been cut."""
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """What a split consists of after tokenisation.
+
+    Attributes:
+        records: The number of records.
+        tokens: The number of tokens of all records, without padding.
+        target_tokens: The number of tokens that the loss is computed on.
+        truncated: The number of records that were cut to the maximum length.
+    """
+
+    records: int
+    tokens: int
+    target_tokens: int
+    truncated: int
+
+    @classmethod
+    def of(cls, encoded: Dataset) -> SplitSummary:
+        """Counts the records and tokens of an encoded split."""
+        sums = {name: sum(encoded[name]) for name in ("tokens", "target_tokens", "truncated")}
+        return cls(records=len(encoded), **sums)
+
+
+def encode_split(records: Dataset, encoder: RecordEncoder, *, source: str, split: str) -> Dataset:
+    """Encodes all records of a split, or takes them from the cache of ``datasets``.
+
+    Args:
+        records: The records.
+        encoder: What to encode them with.
+        source: The name of the data, for messages.
+        split: Which one it is. What generation is scored with is added but for ``train``, and a record without
+            completion is an error but for ``predict``.
+
+    Raises:
+        DataError: If a record cannot be used.
+    """
+    evaluation = split != "train"
+    encoded = records.map(
+        _encode,
+        with_indices=True,
+        fn_kwargs={
+            "encoder": encoder,
+            "features": records.features,
+            "source": source,
+            "evaluation": evaluation,
+            "needs_completion": split != "predict",
+        },
+        remove_columns=records.column_names,
+        features=encoder.features(evaluation=evaluation),
+        desc="Tokenising",
+    )
+    truncated = sum(encoded["truncated"])
+    if truncated:
+        rank_zero_warn(
+            f"{truncated} of {len(encoded)} records of {source!r} have more tokens than "
+            f"max_length={encoder.max_length} and were cut; raise max_length or shorten them.",
+            category=TruncationWarning,
+        )
+    return encoded
+
+
+def _encode(
+    record: Any, index: int, *, encoder: RecordEncoder, features: dict[str, Any], **options: Any
+) -> dict[str, Any]:
+    own = {name: _without_filling(record[name], feature) for name, feature in features.items()}
+    return encoder(own, index, **options)
+
+
+def _without_filling(value: Any, feature: Any) -> Any:
+    """Removes the keys that only other records have, which a struct of Arrow fills with None."""
+    if isinstance(feature, dict) and isinstance(value, dict):
+        return {key: _without_filling(item, feature[key]) for key, item in value.items() if item is not None}
+    if isinstance(feature, (List, LargeList)) and isinstance(value, list):
+        return [_without_filling(item, feature.feature) for item in value]
+    return value

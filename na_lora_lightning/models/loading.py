@@ -1,0 +1,96 @@
+"""Loads a Hugging Face causal language model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from na_lora_lightning.errors import ConfigurationError, one_line
+from na_lora_lightning.models.source import (
+    BaseModelSource,
+    auto_class,
+    gated_remedy,
+    load_config,
+    require_model,
+    resolve_dtype,
+    without_progress_bars,
+)
+from na_lora_lightning.models.targets import mark_transposed_experts
+from na_lora_lightning.versions import require_new_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_base_model(source: BaseModelSource, device: torch.device) -> PreTrainedModel:
+    """Loads the base model, from safetensors files only.
+
+    Args:
+        source: Which model, and how.
+        device: Where it will train; the weights are loaded to the CPU, or wherever the surrounding context says.
+
+    Returns:
+        The model, in evaluation mode and with all its parameters set.
+
+    Raises:
+        ConfigurationError: There is no such model, it lacks weights, or transformers is too old.
+    """
+    require_new_transformers()
+    require_model(source)
+    options: dict[str, Any] = {
+        "revision": source.revision or "main",
+        "trust_remote_code": source.trust_remote_code,
+        "dtype": resolve_dtype(source.dtype, device),
+        "use_safetensors": True,
+    }
+    if source.attention_implementation is not None:
+        options["attn_implementation"] = source.attention_implementation
+    name = source.resolved_name_or_path
+    loaded: Any
+    try:
+        with without_progress_bars():
+            loaded = auto_class(load_config(source)).from_pretrained(name, output_loading_info=True, **options)
+    except Exception as error:
+        # Configurations with values of the wrong kind go wrong wherever a model's code meets them.
+        if "gated repo" in str(error):
+            raise ConfigurationError(gated_remedy(source.name_or_path)) from error
+        raise ConfigurationError(
+            f"The model {source.name_or_path!r} cannot be loaded ({one_line(error)}); give a causal language model, or "
+            "one for images and text, with safetensors weights."
+        ) from error
+    model: PreTrainedModel
+    model, loading = loaded
+    _require_all_weights(source, loading)
+    mark_transposed_experts(model)
+    return model
+
+
+def _require_all_weights(source: BaseModelSource, loading: Mapping[str, Any]) -> None:
+    # transformers makes up what is missing at random, and LoRA on a random layer trains without an error.
+    missing = sorted(loading["missing_keys"])
+    mismatched = sorted(str(entry[0]) for entry in loading.get("mismatched_keys", ()))
+    if missing or mismatched:
+        raise ConfigurationError(
+            f"The model {source.name_or_path!r} lacks weights (such as "
+            f"{(missing + mismatched)[0]!r}); give a complete checkpoint."
+        )
+
+
+def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
+    """Has the model recompute its blocks' activations in the backward pass, to save memory.
+
+    Raises:
+        ConfigurationError: The model does not support it.
+    """
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise ConfigurationError(
+            f"{type(model).__name__} does not support gradient checkpointing; set gradient_checkpointing to false."
+        )
+    # transformers is renaming the method.
+    prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    enable = getattr(model, f"{prefix}_checkpointing_enable")
+    enable(**{f"{prefix}_checkpointing_kwargs": {"use_reentrant": False}})
+    # Without it no input of a checkpointed block requires a gradient, and LoRA inside may silently not train.
+    model.enable_input_require_grads()

@@ -1,0 +1,308 @@
+"""The LightningModule: a Hugging Face language model, or one for images and text, with LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from typing_extensions import override
+
+from na_lora_lightning.arguments import (
+    AdapterArguments,
+    EvaluationArguments,
+    LoRAArguments,
+    LossArguments,
+    ScheduleArguments,
+    as_group,
+)
+from na_lora_lightning.checkpoints.adapter_state import CHECKPOINT_KEY
+from na_lora_lightning.data.answers import stop_at
+from na_lora_lightning.data.text.supervised import SupervisedDataModule
+from na_lora_lightning.errors import ConfigurationError, one_line
+from na_lora_lightning.models.limits import ModelLimits
+from na_lora_lightning.models.loading import enable_gradient_checkpointing, load_base_model
+from na_lora_lightning.models.lora import add_lora
+from na_lora_lightning.models.sharding import require_shardable, shard_model
+from na_lora_lightning.models.source import BaseModelSource, Dtype
+from na_lora_lightning.modules.evaluation import Evaluator, generate_answers, prompt_inputs
+from na_lora_lightning.modules.losses import accepts_logits_to_keep, model_inputs, token_sums
+from na_lora_lightning.modules.optimization import OptimizerFactory, describe_optimizer, optimizer_factory
+from na_lora_lightning.modules.throughput import ThroughputCallback
+from na_lora_lightning.modules.training import AdapterTrainingModule, NoTargetTokensWarning
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["NALoRALightningModule", "NoTargetTokensWarning"]
+
+
+class NALoRALightningModule(AdapterTrainingModule):
+    """Fine-tunes a causal language model, or a model for images and text, with LoRA.
+
+    The model is loaded when a trainer needs it and is then in ``model``, a ``peft.PeftModel`` whose LoRA parameters
+    alone are trainable. Checkpoints hold the adapter and not the base model. Training is plain LoRA;
+    :class:`~na_lora_lightning.callbacks.gate_importance.GateImportanceCallback` and
+    :class:`~na_lora_lightning.callbacks.step_scale.StepScaleCallback` add what makes it nonlinearity-aware.
+
+    A batch has ``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, length]`` and int64, with label -100
+    off target; for generation also ``prompt_input_ids`` and ``prompt_attention_mask``, padded on the left, and the
+    lists of strings ``prompts`` and ``references``. A model that takes images is also given whatever tensors of the
+    batch it has arguments for (``pixel_values``, ...), in generation those whose names begin with ``prompt_``.
+
+    Logged in training: ``train/loss`` (nats per target token) and what
+    :class:`~na_lora_lightning.modules.throughput.ThroughputCallback` logs. In validation and test, each over all
+    target tokens or answers: ``loss``, ``perplexity``, ``token_accuracy`` and ``exact_match``.
+
+    Args:
+        model_name_or_path: Folder of a model, or its name on the Hugging Face hub.
+        lora: Which layers get LoRA, and of what kind.
+        optimizer: Makes the optimizer from the trainable parameters.
+        schedule: Learning rate over the optimizer steps.
+        loss: How the training loss is computed.
+        evaluation: What validation and test measure, and how text is generated.
+        adapter: When and where the adapter is written as a PEFT folder.
+        dtype: Of the base weights; ``"auto"`` is the checkpoint's own on a CUDA device and float32 elsewhere.
+        attention_implementation: As transformers names it (``"sdpa"``, ``"eager"``, ...).
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Whether a model from the hub may run code of its own.
+
+    Raises:
+        ConfigurationError: An argument has a value that cannot work.
+
+    Example::
+
+        module = NALoRALightningModule("HuggingFaceTB/SmolLM2-135M-Instruct", lora=LoRAArguments(r=8, alpha=16))
+        Trainer(max_epochs=1, callbacks=[GateImportanceCallback()]).fit(module, datamodule)
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        lora: LoRAArguments = LoRAArguments(),
+        optimizer: OptimizerFactory = lambda parameters: torch.optim.AdamW(parameters, lr=2e-4, weight_decay=0.0),
+        schedule: ScheduleArguments = ScheduleArguments(),
+        loss: LossArguments = LossArguments(),
+        evaluation: EvaluationArguments = EvaluationArguments(),
+        adapter: AdapterArguments = AdapterArguments(),
+        dtype: Dtype = "auto",
+        attention_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        if dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ConfigurationError(f"dtype={dtype!r} is unknown; use 'auto', 'float32', 'bfloat16' or 'float16'.")
+        # Mappings come from a checkpoint's hyper-parameters.
+        super().__init__(
+            lora=as_group(LoRAArguments, lora, "lora"),
+            adapter=as_group(AdapterArguments, adapter, "adapter"),
+            optimizer=optimizer_factory(optimizer),
+            schedule=as_group(ScheduleArguments, schedule, "schedule"),
+            loss=as_group(LossArguments, loss, "loss"),
+        )
+        self.source = BaseModelSource(model_name_or_path, revision, trust_remote_code, dtype, attention_implementation)
+        self.evaluation = as_group(EvaluationArguments, evaluation, "evaluation")
+        self.gradient_checkpointing = gradient_checkpointing
+        # Plain values, and the same ones whether a script or the command line made the module.
+        values = {
+            "model_name_or_path": model_name_or_path,
+            "lora": asdict(self.lora),
+            "schedule": asdict(self.schedule),
+            "loss": asdict(self.loss),
+            "evaluation": asdict(self.evaluation),
+            "adapter": asdict(self.adapter),
+            "dtype": dtype,
+            "attention_implementation": attention_implementation,
+            "gradient_checkpointing": gradient_checkpointing,
+            "revision": revision,
+            "trust_remote_code": trust_remote_code,
+        }
+        description = describe_optimizer(self._optimizer_factory)
+        self.save_hyperparameters(values if description is None else {**values, "optimizer": description})
+        self.evaluator = Evaluator(self.evaluation)
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self.example_inputs: dict[str, Any] | None = None
+        self._example_batch: Mapping[str, Any] | None = None
+        # The tokens that the targets of the data end in.
+        self.end_token_ids: list[int] = []
+        self._limits: ModelLimits | None = None
+
+    # ---- model ----
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Asks the data module where answers end, and for an example, with which gates of image encoders can be found.
+
+        Raises:
+            ConfigurationError: Something that is asked for does not work where the model is sharded.
+        """
+        super().setup(stage)
+        require_shardable(self.trainer, generates=self.evaluation.generate or stage == "predict")
+        datamodule = getattr(self.trainer, "datamodule", None)
+        self._end_answers_at(getattr(datamodule, "end_token_ids", ()))
+        example_batch = getattr(datamodule, "example_batch", None)
+        if stage == "fit" and callable(example_batch):
+            self._example_batch = example_batch()
+
+    @override
+    def configure_model(self) -> None:
+        """Loads the base model and adds LoRA, once."""
+        if self.model is None:
+            device = self.trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
+            base = load_base_model(self.source, device)
+            self._limits = ModelLimits(base)
+            self._require_data_fits()
+            if self.gradient_checkpointing:
+                enable_gradient_checkpointing(base)
+            self.model = add_lora(base, self.lora, self.source)
+            self._end_answers_at(())
+            if self._trainer is not None:
+                shard_model(self.model, self.trainer)
+        else:
+            self._require_data_fits()
+        if self._example_batch is not None:
+            # Also where an evaluation before training has loaded the model.
+            self.example_inputs = {**model_inputs(self.model, self._example_batch), "use_cache": False}
+
+    def _end_answers_at(self, token_ids: Iterable[int]) -> None:
+        """Has the model stop where targets end wherever it generates; adapters and merged models take it from there."""
+        self.end_token_ids = list(dict.fromkeys([*self.end_token_ids, *token_ids]))
+        base: Any = None if self.model is None else self.model.get_base_model()
+        # Dual encoders have none.
+        if getattr(base, "generation_config", None) is not None:
+            stop_at(base.generation_config, self.end_token_ids)
+
+    def _require_data_fits(self) -> None:
+        """Checks data before anything is trained on it."""
+        datamodule = getattr(self._trainer, "datamodule", None)
+        if self._limits is not None and isinstance(datamodule, SupervisedDataModule):
+            datamodule.require_model_takes(self._limits, self._new_tokens())
+
+    def _new_tokens(self) -> int:
+        """The number of tokens that are generated after prompts; 0 if none are."""
+        generates = self.evaluation.generate or self.trainer.state.fn == "predict"
+        return self.evaluation.max_new_tokens if generates else 0
+
+    def _require_batch_fits(self, batch: Mapping[str, Any]) -> None:
+        # Of the package's own data all is known before training.
+        if self._limits is not None:
+            self._limits.require_batch(batch, self._new_tokens())
+
+    @override
+    def configure_callbacks(self) -> list[Callback]:
+        """Measures tokens per second."""
+        return [*super().configure_callbacks(), ThroughputCallback()]
+
+    def metric_names(self) -> set[str]:
+        """Names of the metrics that a fit logs and callbacks can monitor."""
+        measured = ["loss", "perplexity", "token_accuracy", *(["exact_match"] if self.evaluation.generate else [])]
+        speeds = ["tokens_per_second", "target_tokens_per_second"]
+        return {"train/loss", *(f"train/{name}" for name in speeds), *(f"validation/{name}" for name in measured)}
+
+    # ---- training ----
+
+    @override
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """Returns the loss of a batch, a scalar in nats per target token."""
+        self._require_batch_fits(batch)
+        model = self.peft_model
+        only_targets = self.loss.logits == "targets" and accepts_logits_to_keep(model)
+        sums = token_sums(model, batch, only_targets)
+
+        def run() -> Any:
+            return model(**model_inputs(model, batch), use_cache=False)
+
+        return self._training_loss(sums, batch_idx, len(batch["labels"]), run)
+
+    # ---- checkpoints ----
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leaves the base model out, and puts in where answers end."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[CHECKPOINT_KEY]["end_token_ids"] = self.end_token_ids
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another model or LoRA, and ends answers where its data did."""
+        super().on_load_checkpoint(checkpoint)
+        self._end_answers_at(checkpoint[CHECKPOINT_KEY].get("end_token_ids", ()))
+
+    # ---- evaluation ----
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        """Forgets the last evaluation."""
+        self.evaluator.begin()
+
+    @override
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """Adds a batch to the metrics."""
+        self._require_batch_fits(batch)
+        tokenizer = self._answer_tokenizer() if self.evaluation.generate else None
+        self.evaluator.add(self.peft_model, batch, tokenizer, self.trainer.world_size)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        """Logs the metrics of all batches and processes."""
+        self._log_metrics("validation")
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        """Forgets the last evaluation."""
+        self.evaluator.begin()
+
+    @override
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """Adds a batch to the metrics."""
+        self.validation_step(batch, batch_idx)
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        """Logs the metrics of all batches and processes."""
+        self._log_metrics("test")
+
+    @override
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[str]:
+        """Generates an answer to each prompt of a batch."""
+        self._require_batch_fits(batch)
+        return generate_answers(self.peft_model, self._answer_tokenizer(), prompt_inputs(batch), self.evaluation)
+
+    def _log_metrics(self, stage: str) -> None:
+        for name, value in self.evaluator.metrics.compute().items():
+            self.log(f"{stage}/{name}", value, sync_dist=True)
+
+    @override
+    def _reader(self) -> Any:
+        """The processor or tokenizer of the data, or of the model."""
+        reader = super()._reader()
+        if reader is not None:
+            return reader
+        try:
+            return self._answer_tokenizer()
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            rank_zero_info(
+                f"The model {self.source.name_or_path!r} has no tokenizer that can be loaded ({one_line(error)}), so "
+                "the adapter's folder is without one."
+            )
+            return None
+
+    def _answer_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self._tokenizer is None:
+            tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+            if tokenizer is None:
+                from transformers import AutoTokenizer
+
+                tokenizer = AutoTokenizer.from_pretrained(
+                    self.source.resolved_name_or_path,
+                    revision=self.source.revision or "main",
+                    trust_remote_code=self.source.trust_remote_code,
+                )
+            self._tokenizer = tokenizer
+        return self._tokenizer

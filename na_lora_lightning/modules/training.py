@@ -1,0 +1,142 @@
+"""How a LightningModule trains an adapter: its optimizer, and steps over the mean of their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from na_lora_lightning.arguments import AdapterArguments, LoRAArguments, LossArguments, ScheduleArguments
+from na_lora_lightning.errors import ConfigurationError
+from na_lora_lightning.modules.adapter import AdapterModule
+from na_lora_lightning.modules.losses import StepAverage, TokenSums
+from na_lora_lightning.modules.nonfinite import (
+    NonFiniteStepWarning,
+    SkippedStep,
+    StepGuard,
+    has_finite_gradients,
+    loss_error,
+    nonfinite_origin,
+)
+from na_lora_lightning.modules.optimization import OptimizerFactory, make_optimizer, make_schedule
+
+
+class NoTargetTokensWarning(UserWarning):
+    """A training batch has no token to compute the loss on."""
+
+
+class AdapterTrainingModule(AdapterModule):
+    """Trains the adapter of a PEFT model on losses that are sums over tokens, or over whatever has a target.
+
+    Args:
+        lora: What the adapter is.
+        adapter: When and where it is written as a PEFT folder.
+        optimizer: Makes the optimizer from the trainable parameters.
+        schedule: Learning rate over the optimizer steps.
+        loss: What a step is averaged over, and what is done about losses that are not finite.
+    """
+
+    def __init__(
+        self,
+        lora: LoRAArguments,
+        adapter: AdapterArguments,
+        optimizer: OptimizerFactory,
+        schedule: ScheduleArguments,
+        loss: LossArguments,
+    ) -> None:
+        super().__init__(lora, adapter)
+        self.schedule = schedule
+        self.loss = loss
+        self._optimizer_factory = optimizer
+        self._step_average: StepAverage | None = None
+        self._guard = StepGuard()
+
+    @override
+    def on_train_start(self) -> None:
+        """Prepares the average over a step, and goes on with the random numbers of a checkpoint.
+
+        Raises:
+            ConfigurationError: Steps are to be skipped in more than one process.
+        """
+        super().on_train_start()
+        if self.loss.on_nonfinite == "skip" and self.trainer.world_size > 1:
+            raise ConfigurationError(
+                "loss.on_nonfinite='skip' works in one process, as all would have to leave out the same steps; set it "
+                "to 'stop'."
+            )
+        self._guard = StepGuard()
+        self._step_average = None
+        # DeepSpeed keeps gradients where they cannot be scaled.
+        if self.loss.average_over == "step" and not isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            self._step_average = StepAverage(self._mean_over_processes if self.trainer.world_size > 1 else None)
+
+    def _mean_over_processes(self, value: Tensor) -> Tensor:
+        reduced: Tensor = self.trainer.strategy.reduce(value.clone(), reduce_op="mean")
+        return reduced
+
+    def _training_loss(self, sums: TokenSums, batch_idx: int, batch_size: int, run: Callable[[], Any]) -> Tensor:
+        """Logs the loss of a batch and returns what is to be minimised; ``run`` repeats the forward pass."""
+        mean_loss = sums.mean_loss
+        self.log("train/loss", mean_loss.detach(), prog_bar=True, batch_size=batch_size)
+        # Both at once, as each wait for the device costs time.
+        is_finite, target_tokens = torch.stack([mean_loss.detach().isfinite(), sums.target_tokens]).tolist()
+        if not is_finite:
+            where = f"training batch {batch_idx} in optimizer step {self.trainer.global_step}"
+            if self.loss.on_nonfinite == "stop":
+                raise loss_error(where, float(mean_loss.detach()), nonfinite_origin(self.peft_model, run))
+            self._leave_out(f"the loss of {where} is {float(mean_loss.detach())}")
+            # A GradScaler leaves out steps by itself; otherwise the gradient reaches no weight.
+            return mean_loss if self._has_scaler else torch.zeros_like(mean_loss, requires_grad=True)
+        if target_tokens == 0:
+            rank_zero_warn(
+                f"Training batch {batch_idx} has no target token, so nothing is learned from it; look at its labels.",
+                category=NoTargetTokensWarning,
+            )
+        return mean_loss if self._step_average is None else self._step_average.loss(sums)
+
+    @property
+    def _has_scaler(self) -> bool:
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
+
+    def _leave_out(self, reason: str) -> None:
+        rank_zero_warn(self._guard.leave_out(reason), category=NonFiniteStepWarning)
+
+    @override
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Turns gradients of micro-batches into that of the mean over the step's tokens, before clipping."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if self._step_average is not None:
+            self._step_average.finish_step(parameters, self.trainer.accumulate_grad_batches)
+        if self._has_scaler:
+            self._guard = StepGuard()
+        elif self.loss.on_nonfinite == "skip":
+            if not self._guard.skips and not has_finite_gradients(parameters):
+                self._leave_out(f"the gradient of optimizer step {self.trainer.global_step} is not finite")
+            self._guard.finish()
+
+    @override
+    def optimizer_step(self, *arguments: Any, **keywords: Any) -> None:
+        """Steps, unless the step is left out for a loss or gradient that is not finite."""
+        with suppress(SkippedStep):
+            super().optimizer_step(*arguments, **keywords)
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Makes the optimizer of the LoRA parameters and its schedule."""
+        optimizer = make_optimizer(self._optimizer_factory, self, self.peft_model)
+        steps = self._options.planned_steps(self.trainer)
+        if steps < (self.trainer.min_steps or 0):
+            raise ConfigurationError(
+                f"trainer.min_steps is {self.trainer.min_steps} and the fit ends after {steps:.0f} optimizer steps; "
+                "raise trainer.max_epochs, or set trainer.max_steps."
+            )
+        schedule = make_schedule(self.schedule, optimizer, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
