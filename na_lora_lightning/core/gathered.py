@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from na_lora_lightning.core.discovery.blocks import _PICKING, ancestors
-
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -53,18 +51,13 @@ def places(rows: Tensor, among: Tensor) -> Tensor | None:
 
 def tokens_given(args: tuple[Any, ...], kwargs: Mapping[str, Any], features: int) -> Tensor | None:
     """The first argument of a module's call that holds ``features`` of each token, as ``[tokens, features]``."""
-    given = _given(args, kwargs, features)
+    given = given_features(args, kwargs, features)
     return None if given is None else given.reshape(-1, features)
 
 
-def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any], features: int) -> Tensor | None:
+def given_features(args: tuple[Any, ...], kwargs: Mapping[str, Any], features: int) -> Tensor | None:
+    """The same, in the shape in which it was given."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1 and value.shape[-1] == features:
             return value
     return None
-
-
-def _is_picked(rows: Tensor, among: Tensor | None = None) -> bool:
-    """Whether rows were picked: among those of another tensor, or anywhere."""
-    met = ancestors(rows.grad_fn, stop_at=() if among is None else (among.grad_fn,))
-    return any(name.startswith(_PICKING) for name in met.passed) and (among is None or bool(met.stops))

@@ -10,12 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from na_lora_lightning.core.discovery.tracing import ActivationCall, LinearCall, Trace
-from na_lora_lightning.core.gathered import places
 from na_lora_lightning.core.lora_layers import is_linear, is_lora_layer
 from na_lora_lightning.core.model_entry import vocabulary_size
-
-# What autograd calls picking.
-_PICKING = ("Index", "Gather", "Take", "MaskedSelect")
 
 
 @dataclass
@@ -244,20 +240,3 @@ def _mixes_tokens(branch: LinearCall, consumer: LinearCall) -> bool:
     if gradient is None:
         return False
     return bool(gradient.reshape(rows, -1)[:-1].abs().max() > 0)
-
-
-def origin_of(call: LinearCall) -> nn.Module | None:
-    """The module that was given the tokens of which a layer's input was picked; None where nothing was picked."""
-    rows = call.source.reshape(-1, call.source.shape[-1])
-    if not _is_picked(call.source):
-        return None
-    for around in reversed(call.within):
-        given = _given(around.args, around.kwargs, rows.shape[-1])
-        if given is None:
-            continue
-        tokens = given.reshape(-1, rows.shape[-1])
-        # Inside an expert all are given the same rows, and an expert may be given all tokens.
-        comes_before = len(tokens) != len(rows) or _is_picked(call.source, given)
-        if comes_before and places(rows, tokens) is not None:
-            return around.module
-    return None

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from na_lora_lightning.core.discovery.blocks import Ancestors, Blocks, ancestors, origin_of
+from na_lora_lightning.core.discovery.blocks import Ancestors, Blocks, ancestors
 from na_lora_lightning.core.discovery.functional_probe import FunctionalGate, identify, is_linear_in
+from na_lora_lightning.core.discovery.picked import origin_of
 from na_lora_lightning.core.discovery.tracing import LinearCall, ModuleCall, first_argument
 from na_lora_lightning.core.lora_layers import active_adapters, is_lora_layer
 from na_lora_lightning.core.pre_activations import LayerOutput

@@ -19,9 +19,10 @@ import torch
 from torch import nn
 
 from na_lora_lightning.core.activations import Activation, activation_of, is_random
-from na_lora_lightning.core.discovery.blocks import Blocks, Unadaptable, origin_of
+from na_lora_lightning.core.discovery.blocks import Blocks, Unadaptable
 from na_lora_lightning.core.discovery.expert_gates import expert_gates, plain_name
 from na_lora_lightning.core.discovery.functional_gates import functional_gates
+from na_lora_lightning.core.discovery.picked import origin_of
 from na_lora_lightning.core.discovery.probe_inputs import axes_told_apart, require_probe_inputs, what_to_give
 from na_lora_lightning.core.discovery.row_probe import positional_rows, probe_rows, storage_rows
 from na_lora_lightning.core.discovery.tracing import ActivationCall, LinearCall, Trace, trace_forward
