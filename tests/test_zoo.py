@@ -55,6 +55,9 @@ Mutation = Callable[[GateMap], None]
         ("masked-lm", "bert", 2, 2, "gelu", "plain"),
         ("masked-lm", "modernbert", 2, 2, "gelu", "gated"),
         ("text-encoding", "roberta", 2, 2, "gelu", "plain"),
+        # Padded patches, and a norm over all places.
+        ("image-classification", "siglip2", 3, 3, "gelu_tanh", "plain"),
+        ("image-classification", "convnextv2", 4, 4, "gelu", "plain"),
     ],
 )
 def test_every_row_and_every_step_is_right(

@@ -51,7 +51,8 @@ def stacked_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """
     own = {name: p for name, p in module._parameters.items() if p is not None and p.ndim == 3}
     stacked = {name: p for name, p in own.items() if p.is_floating_point() and "bias" not in name}
-    if len(stacked) not in (2, 3) or any(p.shape[0] < 2 for p in stacked.values()):
+    # Scales of layers are [channels, 1, 1].
+    if len(stacked) not in (2, 3) or any(min(p.shape) < 2 for p in stacked.values()):
         return {}
     children = list(module.children())
     has_activation = hasattr(module, GATE_METHOD) or any(not any(True for _ in c.parameters()) for c in children)

@@ -15,7 +15,7 @@ from na_lora_lightning.core.model_entry import root_of
 from na_lora_lightning.core.sites import GateMap, LeftOut
 from na_lora_lightning.errors import DataError, DiscoveryError
 from zoo.expectations import MIXES_PADDING, MORE_INPUTS, NOT_CALLED, PADDING, REFUSALS, WITHOUT_SITE
-from zoo.feed_forward import Blocks, find_blocks
+from zoo.feed_forward import Blocks, find_blocks, has_linear_layers_alone
 from zoo.row_check import row_problems
 from zoo.statistics_check import statistics_problems
 from zoo.tiny_models import TinyModel, quiet
@@ -40,7 +40,7 @@ class Verdict:
         rows_right: Whether every row looked at makes exactly its channel.
         trained: Whether the training steps moved exactly the kept rows.
         refused: Why the type was refused, or None.
-        nothing_to_find: Whether it was refused for having no feed-forward block of linear layers.
+        nothing_to_find: Whether it was refused for having no feed-forward block of linear layers alone.
         problems: What is wrong; empty for a type that is right or refused for a known reason.
         notes: Remarks.
         seconds: Time taken.
@@ -94,11 +94,18 @@ def _check(tiny: TinyModel, verdict: Verdict) -> None:
     if tiny.model_type in NOT_CALLED and side.not_called:
         verdict.notes.append(f"without LoRA on what is called {NOT_CALLED[tiny.model_type][1]} alone")
     verdict.expected_blocks = len(blocks.expected)
+    of_linear_layers = [
+        name
+        for name in {**blocks.expected, **blocks.unknown}
+        if has_linear_layers_alone(tiny.model.get_submodule(name))
+    ]
     try:
         model = with_lora(tiny, side)
         gates, options = _discover(model, inputs, side, verdict.notes)
     except Exception as error:
         _refuse(error, verdict)
+        if verdict.nothing_to_find and of_linear_layers:
+            verdict.problems.append(f"{of_linear_layers[0]} is a feed-forward block of linear layers alone")
         return
     verdict.sites = len(gates)
     verdict.networks = sum(site.networks for site in gates)

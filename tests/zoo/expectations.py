@@ -16,7 +16,7 @@ class Refusal(NamedTuple):
     Attributes:
         message: Part of the error's message.
         reason: Why, in one sentence without a full stop.
-        nothing_to_find: Whether the type has no feed-forward block of linear layers.
+        nothing_to_find: Whether the type has no feed-forward block of linear layers alone.
     """
 
     message: str
@@ -26,6 +26,10 @@ class Refusal(NamedTuple):
 
 _NONE = "no feed-forward gate was found"
 _NO_GATE = Refusal(_NONE, "it has no feed-forward block", nothing_to_find=True)
+_CONVOLUTIONS = Refusal(_NONE, "its layers are convolutions", nothing_to_find=True)
+_BETWEEN = Refusal(
+    _NONE, "in its feed-forward blocks a convolution between the two linear layers mixes tokens", nothing_to_find=True
+)
 _LAYOUT = "in a layout that PEFT's LoRA cannot adapt expert by expert"
 
 REFUSALS: dict[str, Refusal] = {
@@ -42,7 +46,16 @@ REFUSALS: dict[str, Refusal] = {
         "cannot be matched to the gate",
         "its decoder sees the predicted streams beside the text, for which neither mask nor labels say what is real",
     ),
+    "pvt_v2": _BETWEEN,
+    "segformer": _BETWEEN,
     "squeezebert": Refusal(_NONE, "its layers are grouped convolutions", nothing_to_find=True),
+    **dict.fromkeys(
+        (
+            *("bit", "efficientnet", "hgnet_v2", "mobilenet_v1", "mobilenet_v2", "mobilevitv2", "poolformer"),
+            *("pp_lcnet", "regnet", "resnet", "swiftformer", "textnet"),
+        ),
+        _CONVOLUTIONS,
+    ),
 }
 
 # Names under which the language side lies, where the model's own ``get_decoder()`` is not all of it.

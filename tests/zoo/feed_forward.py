@@ -26,10 +26,11 @@ FEED_FORWARD = re.compile(
     r"UltrabertPredictionHead$"
 )
 # Classes of whole layers count where their own linear layers are those of a feed-forward block.
-LAYER = re.compile(r"(De|En)coderLayer|AlbertLayer|Block$")
+LAYER = re.compile(r"(De|En)coderLayer|AlbertLayer|ConvNext(V2)?Layer|Block$")
+LINEAR_PAIRS = ({"fc1", "fc2"}, {"ffn", "ffn_output"}, {"pwconv1", "pwconv2"})
 NOT_FEED_FORWARD = re.compile(
     r"Attention|Router|Norm(Gated)?$|Mixer|DeltaNet|Indexer|Mamba|HyperConnection|HyperHead|ForgetGate|ResidualGate|"
-    r"GatedResidual|GateMLP|GatedProjection|SparseMoeBlock|Rglru|(?<!Ultrabert)Prediction|LMHead|Pooler|Embedding(?!sV3)|ForCausalLM|ForMaskedLM|ForImageClassification|"
+    r"GatedResidual|GateMLP|Modulation|ConvLayer|GatedProjection|SparseMoeBlock|Rglru|(?<!Ultrabert)Prediction|LMHead|Pooler|Embedding(?!sV3)|ForCausalLM|ForMaskedLM|ForImageClassification|"
     r"ForConditionalGeneration|Model$|xLSTMLayer"
 )
 
@@ -98,8 +99,8 @@ def looks_like_feed_forward(module: nn.Module) -> bool | None:
     name = type(module).__name__
     if LAYER.search(name):
         linear = {child for child, _ in module.named_children()}
-        return {"fc1", "fc2"} <= linear or {"ffn", "ffn_output"} <= linear
-    if NOT_FEED_FORWARD.search(name):
+        return any(pair <= linear for pair in LINEAR_PAIRS)
+    if NOT_FEED_FORWARD.search(name) or (name == "Sequential" and not _has_linear_layers(module)):
         return False
     return True if FEED_FORWARD.search(name) else None
 
@@ -143,6 +144,16 @@ def find_blocks(model: nn.Module, inputs: Mapping[str, Any], side: Container[str
         if name in side and module not in called and looks_like_feed_forward(module) and _has_matrices(module)
     ]
     return Blocks(expected, unknown, not_run)
+
+
+def has_linear_layers_alone(module: nn.Module) -> bool:
+    """Whether a module holds two linear layers or more, and no convolution."""
+    has_convolution = any(re.match(r"Conv\dd", type(part).__name__) for part in module.modules())
+    return _has_linear_layers(module, 2) and not has_convolution
+
+
+def _has_linear_layers(module: nn.Module, at_least: int = 1) -> bool:
+    return sum(type(part).__name__ in ("Linear", "Conv1D") for part in module.modules()) >= at_least
 
 
 def _has_matrices(module: nn.Module) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Container
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 Mapping = Literal[
-    "causal-lm", "image-text-to-text", "seq2seq", "masked-lm", "text-encoding", "image-classification", "speech"
+    "causal-lm",
+    "image-text-to-text",
+    "seq2seq",
+    "masked-lm",
+    "text-encoding",
+    "image-classification",
+    "speech",
+    "ctc",
 ]
 
 # Sixteen tokens, of which the second sequence has five of padding.
@@ -213,6 +221,14 @@ def pixels_as_tokens(config: PreTrainedConfig, generator: torch.Generator) -> di
     }
 
 
+def safe_image(inputs: dict[str, Any], config: PreTrainedConfig, generator: torch.Generator) -> dict[str, Any]:
+    """An image and a question about it, which the last token answers."""
+    inputs = with_image(image_tokens(config.mm_tokens_per_image, config.image_token_index, inputs), config, generator)
+    kinds = (inputs["input_ids"] == config.image_token_index).long()
+    del inputs["labels"]
+    return {**inputs, "token_type_ids": kinds}
+
+
 Maker = Callable[[PreTrainedConfig, torch.Generator], dict[str, Any]]
 # Types that halve their images several times, whatever the size.
 LARGER = {"convnext", "convnextv2", "cvt", "efficientnet", "mobilevit", "mobilevitv2", "segformer", "swiftformer"}
@@ -220,7 +236,37 @@ IMAGES: dict[str, Maker] = {
     "imagegpt": pixels_as_tokens,
     "siglip2": patches_of_two_images,
 }
-SPEECH: dict[str, Maker] = {}
+
+
+# Frames or steps of a recording, of which the second sound has a third of silence; its letters are fewer.
+FRAMES, LETTERS = (48, 32), 3
+# Types whose frames come bin by bin.
+BINS_FIRST = {"whisper"}
+
+
+def recordings(
+    mapping: Mapping, config: PreTrainedConfig, accepted: Container[str], generator: torch.Generator
+) -> dict[str, Any]:
+    """Two sounds, the second filled up, and what is said in them."""
+    parts = [part for part in vars(config).values() if isinstance(part, PreTrainedConfig)]
+
+    def setting(*names: str) -> Any:
+        found = (getattr(part, name, None) for name in names for part in (config, *parts))
+        return next((value for value in found if value is not None), None)
+
+    longest = max(FRAMES)
+    mask = torch.arange(longest)[None] < torch.tensor(FRAMES)[:, None]
+    if "input_features" in accepted and setting("conv_stride") is None:
+        bins = setting("input_feat_per_channel", "feature_projection_input_dim", "num_mel_bins", "input_dim")
+        shape = (2, bins, longest) if config.model_type in BINS_FIRST else (2, longest, bins)
+        inputs = {"input_features": noise(generator, *shape), "attention_mask": mask.long()}
+    else:
+        step = math.prod(setting("conv_stride") or (384,)) // 2
+        mask = mask.repeat_interleave(step, dim=1)
+        inputs = {"input_values": noise(generator, *mask.shape) * mask, "attention_mask": mask.long()}
+    if mapping == "ctc":
+        return {**inputs, "labels": torch.randint(*WORDS, (2, LETTERS), generator=generator)}
+    return lengths_of_its_own(inputs, generator)
 
 
 def make_inputs(
@@ -234,10 +280,12 @@ def make_inputs(
     accepted = inspect.signature(cls.forward).parameters
     if mapping == "image-classification" and model_type != "shieldgemma2":
         return image(config, generator) if model_type not in IMAGES else IMAGES[model_type](config, generator)
-    if mapping == "speech" and model_type in SPEECH:
-        return SPEECH[model_type](config, generator)
+    if (mapping in ("speech", "ctc") and not {"input_ids", "labels"} <= set(accepted)) or model_type == "pop2piano":
+        return recordings(mapping, config, accepted, generator)
     inputs = text_inputs(cls.forward, config, generator)
-    if mapping in ("causal-lm", "image-text-to-text", "image-classification"):
+    if mapping == "image-classification":
+        return safe_image(inputs, config, generator)
+    if mapping in ("causal-lm", "image-text-to-text"):
         return SPECIAL[model_type](inputs, config, generator) if model_type in SPECIAL else inputs
     if mapping == "text-encoding":
         del inputs["labels"]

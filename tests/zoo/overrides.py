@@ -77,8 +77,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "full_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
         }
     },
-    "convnext": {"hidden_sizes": [8, 12, 16, 16], "depths": FOUR},
-    "convnextv2": {"hidden_sizes": [8, 12, 16, 16], "depths": FOUR},
+    "convnext": {"hidden_sizes": [8, 12, 16, 16], "depths": FOUR, "image_size": 64},
+    "convnextv2": {"hidden_sizes": [8, 12, 16, 16], "depths": FOUR, "image_size": 64},
     "cvt": {"embed_dim": [8, 12, 16], "depth": [1, 2, 3], "num_heads": [1, 2, 2], "drop_path_rate": [0.0, 0.0, 0.0]},
     "dbrx": {
         "attn_config": {"kv_n_heads": 1, "clip_qkv": 8.0, "rope_theta": 10000.0},
@@ -112,6 +112,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "falcon_h1": {"mamba_d_ssm": 16},
     "fast_vlm": {"vision_config": VISION},
+    "focalnet": {"embed_dim": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "focal_levels": [2, 2], "image_size": 32},
     "gemma3n_audio": {"vocab_size": 8, "vocab_offset": 88},
     "gemma3n_text": {"vocab_size_per_layer_input": 80},
     "gemma4_text": {"global_head_dim": 16},
@@ -167,6 +168,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mellum": {"layer_types": THREE},
     "minicpm3": {"dim_model_base": 8},
     "mllama_text_model": {"num_hidden_layers": 3, "cross_attention_layers": [1]},
+    "mobilevit": {
+        "image_size": 64,
+        "hidden_sizes": [8, 12, 16],
+        "neck_hidden_sizes": [8, 8, 12, 12, 16, 16, 24],
+        "expand_ratio": 1.0,
+    },
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
     "muse_spark_audio": {
         "num_hidden_layers": 2,
@@ -222,7 +229,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "sam_vision_model": SAM,
     "segformer": {**PYRAMID, "decoder_hidden_size": 16},
-    "shieldgemma2": {"yes_token_index": 5, "no_token_index": 6},
+    "shieldgemma2": {"yes_token_index": 5, "no_token_index": 6, "mm_tokens_per_image": 4},
     "squeezebert": {"embedding_size": 16},
     "step3p5": {"sliding_window": 8, "layer_types": THREE},
     "swin": SWIN,

@@ -63,6 +63,8 @@ RULES: list[tuple[str, Rule]] = [
     (r".*head_dim|d_kv|d_head|dim_head|attention_head_size|.*head_size", 8),
     # Layers.
     (r"(num|n)_.*layers?|.*num_layers|n_layer|.*_layers|depth|.*_depth|num_blocks|layers", LAYERS),
+    (r"conv_dim|(subsampling_)?conv_channels|num_conv_pos_embeddings", 8),
+    (r"num_conv_pos_embedding_groups", 2),
     # Vision and audio towers, which only have to exist.
     (r"patch_size", 4),
     (r"image_size", 16),
@@ -97,6 +99,9 @@ def small_number(name: str, value: int) -> int:
 
 def shrink_value(name: str, value: Any, tokens: dict[int, int]) -> Any:
     """The small version of a field's value: numbers by name, also within lists and dictionaries."""
+    if name == "apply_spec_augment":
+        # It puts one vector in the place of frames.
+        return False
     if isinstance(value, bool) or value is None:
         return value
     if isinstance(value, (list, tuple)):

@@ -16,10 +16,18 @@ from torch import Tensor, nn
 from na_lora_lightning.core.activations import ActivationValues
 from na_lora_lightning.core.observation.observer import GateObserver, ObserverOptions
 from na_lora_lightning.core.sites import GateSite
+from zoo.inputs import WORDS
 from zoo.tiny_models import loss_of
 from zoo.watching import evaluating, look, rows_of_experts
 
 SAME = 1e-4
+# Inputs that may be padded, and under which names they are told so.
+MASKS = {
+    "input_ids": ("attention_mask",),
+    "pixel_values": ("pixel_attention_mask",),
+    "input_features": ("attention_mask", "input_features_mask"),
+    "input_values": ("attention_mask", "padding_mask"),
+}
 
 
 class OutputSum:
@@ -65,8 +73,7 @@ def statistics_problems(
     for site, count, sums in zip(sites, tokens, statistics.sums[0].split(sizes), strict=True):
         seen = look(root, inputs, site)
         z = torch.cat(seen.pre_activations)
-        mask = inputs.get("attention_mask") if mixes_padding else None
-        real = _real_rows(root, inputs, site, z) if mask is None else mask.flatten().bool()
+        real = _real_rows(root, inputs, site, z, mixes_padding)
         if real is None:
             untold += 1
             continue
@@ -93,27 +100,77 @@ def _compare(site: GateSite, count: Tensor, sums: Tensor, z: Tensor, real: Tenso
     return None
 
 
-def _real_rows(root: Any, inputs: Mapping[str, Any], site: GateSite, z: Tensor) -> Tensor | None:
+def _real_rows(root: Any, inputs: Mapping[str, Any], site: GateSite, z: Tensor, mixes: bool) -> Tensor | None:
     """Which rows belong to real tokens, ``[rows]``; None where that cannot be told."""
-    mask = inputs.get("attention_mask")
-    padded = mask is not None and not bool(mask.all()) and "input_ids" in inputs
-    real = _rows_without_padding(root, inputs, site, z) if padded else torch.ones(len(z), dtype=torch.bool)
+    padded, everything = padded_input(inputs), torch.ones(len(z), dtype=torch.bool)
+    real = everything
+    if padded is not None:
+        name, mask = padded
+        seen = not bool(_rows_that_stay(root, inputs, site, z, name, None).all())
+        real = _rows_that_stay(root, inputs, site, z, name, mask) if seen and not mixes else everything
+        if seen and bool(real.all()):
+            # The model hides what stands in padded places, or mixes it into all tokens.
+            said = _rows_of_mask(root, mask, len(z))
+            real = everything if said is None else said
+            padded = padded if said is None else None
+        elif not seen:
+            padded = None
     if root.config.is_encoder_decoder and "labels" in inputs and bool((inputs["labels"] < 0).any()):
         # What is padded in a decoder has no label, and what fills up an encoder's windows is seen by no decoder.
         behind = _rows_behind_loss(root, inputs, site)
         return None if behind is None else real & behind
-    return None if padded and (bool(real.all()) or not bool(real.any())) else real
+    return None if padded is not None and (bool(real.all()) or not bool(real.any())) else real
 
 
-def _rows_without_padding(root: nn.Module, inputs: Mapping[str, Any], site: GateSite, z: Tensor) -> Tensor:
-    """Which rows stay as they are when other tokens stand in padded places."""
-    # Codebooks are further sequences under one mask.
-    mask = inputs["attention_mask"].repeat_interleave(len(inputs["input_ids"]) // len(inputs["attention_mask"]), dim=0)
-    tokens = torch.where(mask == 0, (inputs["input_ids"] + 7) % 50 + 4, inputs["input_ids"])
-    again = torch.cat(look(root, {**inputs, "input_ids": tokens}, site).pre_activations)
+def padded_input(inputs: Mapping[str, Any]) -> tuple[str, Tensor] | None:
+    """The name of the input that is padded and its mask, ``[batch, length]``; None where nothing is."""
+    for name, masks in MASKS.items():
+        for mask in (inputs.get(each) for each in masks if name in inputs):
+            if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all()):
+                return name, mask
+    return None
+
+
+def _rows_of_mask(root: Any, mask: Tensor, rows: int) -> Tensor | None:
+    """What a mask says, by the model's own means where there are fewer tokens than it is for; None where it cannot."""
+    if rows == mask.numel():
+        return mask.flatten().bool()
+    if rows == len(mask):
+        return torch.ones(rows, dtype=torch.bool)
+    if rows % len(mask) == 0 and rows > mask.numel():
+        # Sequences are filled up to whole windows.
+        return nn.functional.pad(mask, (0, rows // len(mask) - mask.shape[1])).flatten().bool()
+    shrink = (getattr(module, "_get_feature_vector_attention_mask", None) for module in root.modules())
+    method = next((each for each in shrink if callable(each)), None)
+    if method is None or rows % len(mask):
+        return None
+    shrunk: Tensor = method(rows // len(mask), mask)
+    return shrunk.flatten().bool() if shrunk.numel() == rows else None
+
+
+def _rows_that_stay(
+    root: nn.Module, inputs: Mapping[str, Any], site: GateSite, z: Tensor, name: str, mask: Tensor | None
+) -> Tensor:
+    """Which rows stay as they are when other values stand where ``mask`` is 0, or everywhere where it is None."""
+    again = torch.cat(look(root, {**inputs, name: _replaced(inputs[name], mask)}, site).pre_activations)
     # Other tokens may go to other experts, so that rows come in another order.
     distance = (z[:, None] - again[None]).abs().amax(dim=-1).amin(dim=1)
     return distance <= SAME * z.abs().max()
+
+
+def _replaced(values: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        # What stands for an image stays.
+        special = (values < WORDS[0]) | (values >= WORDS[1])
+        mask = torch.zeros_like(values) if values.is_floating_point() else special
+    # Codebooks are further sequences under one mask.
+    mask = mask.repeat_interleave(len(values) // len(mask), dim=0)
+    if not values.is_floating_point():
+        return torch.where(mask == 0, (values + 7) % 50 + 4, values)
+    other = torch.randn(values.shape, generator=torch.Generator().manual_seed(4))
+    if mask.ndim < values.ndim:
+        mask = mask[:, None] if values.shape[:2] != mask.shape else mask.view(*mask.shape, *[1] * (values.ndim - 2))
+    return torch.where(mask == 0, other, values)
 
 
 def _rows_behind_loss(root: nn.Module, inputs: Mapping[str, Any], site: GateSite) -> Tensor | None:

@@ -19,7 +19,8 @@ TITLES = {
     "masked-lm": "Masked language models (`MODEL_FOR_MASKED_LM_MAPPING`)",
     "text-encoding": "Text encoders (`MODEL_FOR_TEXT_ENCODING_MAPPING`)",
     "image-classification": "Image classification (`MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING`)",
-    "speech": "Speech (`MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING`)",
+    "speech": "Text from speech (`MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING`)",
+    "ctc": "Speech, letter by letter (`MODEL_FOR_CTC_MAPPING`)",
 }
 HEAD = """\
 # Model zoo
@@ -86,7 +87,7 @@ def share_right(outcomes: Sequence[Outcome]) -> float:
 
 
 def with_blocks(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """The buildable ones that have feed-forward blocks of linear layers."""
+    """The buildable ones that have feed-forward blocks of linear layers alone."""
     return [o for o in buildable(outcomes) if o.verdict is None or not o.verdict.nothing_to_find]
 
 
@@ -137,8 +138,8 @@ def _section(mapping: str, outcomes: list[Outcome]) -> list[str]:
     ]
     if without:
         lines.append(
-            f"{without} of the refused have no feed-forward block of linear layers, so that there is nothing to find; "
-            f"of the other {len(found)}, {share_right(found):.1%} are right.\n"
+            f"{without} of the refused have no feed-forward block of linear layers alone, so that there is nothing to "
+            f"find; of the other {len(found)}, {share_right(found):.1%} are right.\n"
         )
     for title, some in (("Refused", refused), ("Not buildable", missing), ("Wrong or unexplained", red)):
         if some:

@@ -22,7 +22,7 @@ FOREIGN = (
 )
 
 # Mappings whose models are adapted as a whole, as are those for speech that are given sound.
-WHOLE = ("text-encoding", "image-classification")
+WHOLE = ("text-encoding", "image-classification", "ctc")
 PARTS: tuple[Part, ...] = ("language",)
 
 
@@ -57,7 +57,7 @@ def language_side(tiny: TinyModel) -> LanguageSide:
     not_called = NOT_CALLED.get(tiny.model_type, ("", ""))[0]
     if tiny.mapping in WHOLE or (tiny.mapping == "speech" and "input_ids" not in tiny.inputs):
         return LanguageSide(("",), foreign=False, not_called=not_called)
-    halves = tiny.mapping == "seq2seq" and tiny.model.config.is_encoder_decoder
+    halves = tiny.mapping in ("seq2seq", "speech") and tiny.model.config.is_encoder_decoder
     if tiny.mapping in ("causal-lm", "masked-lm") or halves:
         return LanguageSide(("",), not_called=not_called)
     if tiny.model_type in LANGUAGE_SIDE:

@@ -13,6 +13,9 @@ from na_lora_lightning.core.discovery.tracing import ActivationCall, LinearCall,
 from na_lora_lightning.core.lora_layers import is_linear, is_lora_layer
 from na_lora_lightning.core.model_entry import vocabulary_size
 
+# What autograd calls functions that mix tokens.
+_MIXING = ("Convolution", "MkldnnConvolution", "CudnnConvolution", "ScaledDotProduct", "Softmax")
+
 
 @dataclass
 class Ancestors:
@@ -172,13 +175,31 @@ class Blocks:
             names = ", ".join(dict.fromkeys(branch.name for branch in branches))
             return f"what {consumer.name} takes is made by {names}, which have different inputs"
         with self.trace.shards.whole(*(branch.module for branch in branches), consumer.module):
-            mixing = next((branch.name for branch in branches if _mixes_tokens(branch, consumer)), None)
+            mixing = next((branch.name for branch in branches if self._mixes_tokens(branch, consumer)), None)
         return None if mixing is None else f"between {mixing} and {consumer.name} tokens are mixed"
 
     def is_of_vectors(self, call: LinearCall) -> bool:
         """Whether a layer is given one vector for each sample, made of no tokens: an embedding of time, say."""
         before = self.linear_calls(ancestors(call.source.grad_fn).leaves)
         return call.source.ndim == 2 and all(self.is_of_vectors(other) for other in before)
+
+    def _mixes_tokens(self, branch: LinearCall, consumer: LinearCall) -> bool:
+        """Whether a token of what the consumer takes depends on other tokens of what the branch is given.
+
+        A norm over all of them, such as global response normalisation, mixes nothing but their scales.
+        """
+        tokens, taken = _rows(branch.leaf), _rows(consumer.source)
+        if tokens <= (self.trace.samples or 1) or tokens != taken:
+            # Where a sample is one token, or tokens have become others, what mixes several is told by its name.
+            return any(name.startswith(_MIXING) for name in ancestors(consumer.source.grad_fn).passed)
+        if not _mixes(consumer.source, branch.leaf):
+            return False
+        norms = {call.output.grad_fn: call for call in self.trace.activation_calls if _has_vectors_alone(call)}
+        between = [norms[node] for node in ancestors(consumer.source.grad_fn, stop_at=norms).stops]
+        return not any(
+            not _mixes(norm.pre_activation, branch.leaf) and not _mixes(consumer.source, norm.output)
+            for norm in between
+        )
 
     def _holder_of_weights(self, call: ActivationCall) -> str | None:
         """The class of a module beside the activation that holds matrices for several experts in some other way."""
@@ -226,17 +247,26 @@ def same_tensor(one: Tensor, other: Tensor) -> bool:
     return one is other or (_share(one, other) and one.numel() == other.numel())
 
 
-def _mixes_tokens(branch: LinearCall, consumer: LinearCall) -> bool:
-    """Whether the last token of what the consumer takes depends on other tokens of what the branch is given."""
-    result = consumer.source
-    rows = branch.leaf.numel() // branch.leaf.shape[-1]
-    if result.numel() // result.shape[-1] != rows or rows < 2:
+def _has_vectors_alone(call: ActivationCall) -> bool:
+    """Whether a module has parameters, and each of them a number for each channel."""
+    sizes = {parameter.numel() for parameter in call.module.parameters()}
+    return sizes == {call.output.shape[-1]} and call.output.grad_fn is not None
+
+
+def _rows(values: Tensor) -> int:
+    return values.numel() // values.shape[-1]
+
+
+def _mixes(result: Tensor, source: Tensor) -> bool:
+    """Whether the last token of ``result`` depends on other tokens of ``source``, of which it is made."""
+    rows = _rows(source)
+    if _rows(result) != rows or rows < 2:
         return False
     cotangent = torch.zeros(rows, result.shape[-1], device=result.device, dtype=result.dtype)
     # Unequal values, because a normalisation hides a constant one.
     cotangent[-1] = torch.linspace(1.0, 2.0, result.shape[-1])
     cotangent = cotangent.view(result.shape)
-    (gradient,) = torch.autograd.grad(result, branch.leaf, cotangent, retain_graph=True, allow_unused=True)
+    (gradient,) = torch.autograd.grad(result, source, cotangent, retain_graph=True, allow_unused=True)
     if gradient is None:
         return False
     return bool(gradient.reshape(rows, -1)[:-1].abs().max() > 0)
