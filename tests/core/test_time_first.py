@@ -138,3 +138,26 @@ def test_layers_that_see_time_first_and_padding_of_other_tokens_are_refused() ->
     batch = sounds(real(7, 4))
     with pytest.raises(DataError, match=r"mask of shape \(2, 6\) cannot be matched to the gate 'silu'.*\(2, 7\)"):
         observed(own(), {**batch, "src_key_padding_mask": ~real(6, 4)}, batch)
+
+
+def test_an_order_that_is_not_known_is_told_with_the_first_batch_and_refused_with_padding() -> None:
+    class Windows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 12), nn.Linear(12, 8)
+
+        def forward(self, sound: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            windows = sound.unflatten(1, (3, -1)).transpose(1, 2).flatten(0, 1)
+            return self.down(functional.silu(self.up(windows)))
+
+    model: Any = get_peft_model(Windows(), LoraConfig(r=2, target_modules=["up"]))  # type: ignore[arg-type]
+    sound = torch.randn(2, 6, 4)
+    with pytest.warns(UserWarning, match=r"'silu' sees the tokens in an order .* a batch with padding will be") as told:
+        ((importance, z),) = observed(
+            model, {"sound": sound, "attention_mask": real(6, 6).long()}, {"sound": sound}
+        ).values()
+    assert len(told) == 1
+    rows = z.reshape(-1, 12).tolist()
+    assert importance == pytest.approx(reference.responsiveness("output_derivative", "silu", rows), abs=2e-6)
+    with pytest.raises(DataError, match=r"mask of shape \(2, 6\) cannot be matched to the gate 'silu'"):
+        observed(model, {"sound": sound, "attention_mask": real(6, 4).long()}, {"sound": sound})

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 from na_lora_lightning.core.discovery.gates import discover_gates
+from na_lora_lightning.core.discovery.undisturbed import same_random_state
 from na_lora_lightning.errors import DiscoveryError
 
 WIDTH = 8
@@ -201,6 +203,7 @@ class Remembering(nn.Module):
         self.register_buffer("cache", None)
         self.calls = 0
         self.last: Tensor | None = None
+        self.way, self.attention = "sparse", nn.Linear(WIDTH, WIDTH)
         self.outputs: list[Tensor] = []
         self.generator = torch.Generator().manual_seed(4)
 
@@ -212,6 +215,8 @@ class Remembering(nn.Module):
         self.cache = x.detach().clone()
         self.calls += 1
         self.last = x
+        # As BigBird, which exchanges its attention for another where there are few tokens.
+        self.way, self.attention = "full", nn.Linear(WIDTH, WIDTH)
         self.outputs.append(x)
         random.random()
         np.random.rand(2)
@@ -224,13 +229,45 @@ def test_what_a_module_remembers_is_put_back() -> None:
     model = lora(Remembering(), "up").train()
     inner: Any = model.base_model.model  # type: ignore[union-attr]
     inner.batch_norm.eval()
-    drawn = inner.generator.get_state()
+    drawn, attention = inner.generator.get_state(), inner.attention
     gates = assert_undisturbed(model, {"x": torch.randn(2, 3, WIDTH)})
     assert len(gates.require()) == 1
     assert (inner.calls, inner.last, inner.outputs, inner.cache) == (0, None, [], None)
     assert torch.equal(inner.generator.get_state(), drawn)
+    assert (inner.way, inner.attention, inner.attention.training) == ("sparse", attention, True)
     inner.norm.requires_grad_(True)
     model(torch.randn(2, 3, WIDTH)).sum().backward()
+
+
+@pytest.mark.parametrize("initialised", [False, True])
+def test_random_states_of_all_cuda_devices_are_kept_once_they_are_in_use(
+    monkeypatch: pytest.MonkeyPatch, initialised: bool
+) -> None:
+    """Whatever the devices of the model: layers that are offloaded run elsewhere."""
+    kept: list[tuple[str, list[int]]] = []
+
+    @contextmanager
+    def fork(devices: list[int], device_type: str = "cuda") -> Iterator[None]:
+        kept.append((device_type, devices))
+        yield
+        kept.append(("restored", devices))
+
+    monkeypatch.setattr(torch.random, "fork_rng", fork)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialised)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with same_random_state(nn.Linear(2, 2, device="meta")):
+        assert kept == [("cuda", []), ("cuda", [0, 1])][: 1 + initialised]
+    assert kept[1 + initialised :] == [("restored", [0, 1]), ("restored", [])][1 - initialised :]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_random_state_of_a_device_is_kept_for_a_model_that_is_not_there() -> None:
+    before = torch.cuda.get_rng_state()
+    with same_random_state(nn.Linear(2, 2)):
+        torch.rand(4, device="cuda")
+        assert not torch.equal(torch.cuda.get_rng_state(), before)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
 
 
 def test_an_error_in_the_probe_leaves_everything_as_it_was() -> None:

@@ -42,10 +42,6 @@ REFUSALS: dict[str, Refusal] = {
     "pp_formulanet": Refusal(
         "`get_input_embeddings` not auto", "PEFT cannot wrap it, because transformers does not find its embeddings"
     ),
-    "prophetnet": Refusal(
-        "cannot be matched to the gate",
-        "its decoder sees the predicted streams beside the text, for which neither mask nor labels say what is real",
-    ),
     "pvt_v2": _BETWEEN,
     "segformer": _BETWEEN,
     "squeezebert": Refusal(_NONE, "its layers are grouped convolutions", nothing_to_find=True),
@@ -75,7 +71,6 @@ PADDING: dict[str, str] = {
     "pegasus_x": "its encoder sees global tokens beside the text",
     "perceiver": "its layers see latents",
     "pi0": "its second transformer sees a state and actions",
-    "prophetnet": "its layers see the predicted streams beside the text",
 }
 
 # Types in which what stands in padded places reaches real tokens, so that the mask itself says which are real.
@@ -83,6 +78,7 @@ MIXES_PADDING: dict[str, str] = {
     "convbert": "its convolutions",
     "mobilebert": "its embeddings of three tokens at a time",
     "nystromformer": "its landmarks, which are means over all tokens",
+    "prophetnet": "its predicted streams, which come behind the text,",
     "yoso": "its hashed attention",
 }
 

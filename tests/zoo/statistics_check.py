@@ -73,7 +73,8 @@ def statistics_problems(
     for site, count, sums in zip(sites, tokens, statistics.sums[0].split(sizes), strict=True):
         seen = look(root, inputs, site)
         z = torch.cat(seen.pre_activations)
-        real = _real_rows(root, inputs, site, z, mixes_padding)
+        real = _rows_of_streams(root, inputs, site, len(z)) if mixes_padding else None
+        real = _real_rows(root, inputs, site, z, mixes_padding) if real is None else real
         if real is None:
             untold += 1
             continue
@@ -83,6 +84,16 @@ def statistics_problems(
     if untold:
         notes.append(f"statistics of {untold} sites not compared, because replaced padding shows in no token or in all")
     return problems
+
+
+def _rows_of_streams(root: Any, inputs: Mapping[str, Any], site: GateSite, rows: int) -> Tensor | None:
+    """What a decoder's mask says where predicted streams of the same lengths stand behind the text; None elsewhere."""
+    of_labels = root.config.is_encoder_decoder and "labels" in inputs
+    mask = inputs["labels"] >= 0 if of_labels else inputs.get("attention_mask")
+    streams = 1 + getattr(root.config, "ngram", 0)
+    if mask is None or streams == 1 or "decoder" not in site.lora_layer_name or rows != streams * mask.numel():
+        return None
+    return mask.bool().repeat(1, streams).flatten()
 
 
 def _compare(site: GateSite, count: Tensor, sums: Tensor, z: Tensor, real: Tensor, own: Sequence[Tensor]) -> str | None:

@@ -25,6 +25,7 @@ from na_lora_lightning.core.discovery.functional_gates import functional_gates
 from na_lora_lightning.core.discovery.picked import origin_of
 from na_lora_lightning.core.discovery.probe_inputs import axes_told_apart, require_probe_inputs, what_to_give
 from na_lora_lightning.core.discovery.row_probe import positional_rows, probe_rows, storage_rows
+from na_lora_lightning.core.discovery.siblings import sites_of_siblings
 from na_lora_lightning.core.discovery.tracing import ActivationCall, LinearCall, Trace, trace_forward
 from na_lora_lightning.core.discovery.undisturbed import undisturbed
 from na_lora_lightning.core.discovery.unreached import parts_to_call, unreached
@@ -45,7 +46,6 @@ from na_lora_lightning.core.model_parts import (
 )
 from na_lora_lightning.core.pre_activations import ActivationInput
 from na_lora_lightning.core.sharding import Shards
-from na_lora_lightning.core.siblings import sites_of_siblings
 from na_lora_lightning.core.sites import FoundBy, GateMap, GateSite, LeftOut
 from na_lora_lightning.errors import DiscoveryError
 

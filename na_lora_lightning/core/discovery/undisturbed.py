@@ -31,13 +31,16 @@ def evaluation_mode(root: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def same_random_state(root: nn.Module) -> Iterator[None]:
-    """Restores the random state of torch, on the CPU and wherever the model is, of NumPy and of Python."""
+    """Restores the random state of torch, on the CPU, wherever the model is and on CUDA, of NumPy and of Python."""
     numpy: Any = sys.modules.get("numpy")
     of_python, of_numpy = random.getstate(), None if numpy is None else numpy.random.get_state()
     devices: dict[str, set[int]] = {}
     for tensor in (*root.parameters(), *root.buffers()):
         if tensor.device.type not in ("cpu", "meta"):
             devices.setdefault(tensor.device.type, set()).add(tensor.device.index or 0)
+    if torch.cuda.is_initialized():
+        # Offloaded layers run where they do not lie.
+        devices["cuda"] = set(range(torch.cuda.device_count()))
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         for kind, indices in devices.items():
@@ -109,18 +112,23 @@ def _keep_buffers(root: nn.Module) -> Callable[[], None]:
 
 
 def _is_result(value: Any) -> bool:
-    """Tensors and numbers; not flags, which say what a library has installed once and for all."""
-    return isinstance(value, (Tensor, int, float)) and not isinstance(value, bool)
+    """Tensors, numbers and names; not flags, which say what a library has installed once and for all."""
+    return isinstance(value, (Tensor, int, float, str)) and not isinstance(value, bool)
 
 
 def _keep_attributes(module: nn.Module) -> Callable[[], None]:
-    """Keeps what a module remembers of its calls in attributes: caches, counters, lists of outputs."""
+    """Keeps what a module remembers of its calls in attributes (caches, counters, lists of outputs), and its children.
+
+    BigBird, say, exchanges its attention for another when it is given few tokens.
+    """
+    children = dict(module._modules)
     kept = {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
     contents = [(value, value.copy()) for value in kept.values() if type(value) in (list, dict, set)]
     tensors = [(value, value.detach().clone()) for value in kept.values() if type(value) is Tensor and value.is_leaf]
     generators = [(value, value.get_state()) for value in kept.values() if isinstance(value, torch.Generator)]
 
     def undo() -> None:
+        module._modules.update({name: child for name, child in children.items() if name in module._modules})
         for name, value in list(vars(module).items()):
             if name in kept and value is not kept[name] and (_is_result(value) or _is_result(kept[name])):
                 module.__dict__[name] = kept[name]

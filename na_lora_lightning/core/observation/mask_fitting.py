@@ -13,6 +13,8 @@ from torch import Tensor, nn
 _LENGTHS = ("_get_feat_extract_output_lengths", "_get_subsampled_output_lengths")
 # Settings of models that fill sequences up to a multiple of something.
 _MULTIPLES = ("attention_window", "block_size")
+# Those of models whose decoder sees streams that predict the next tokens, one after another behind the text.
+_STREAMS = "ngram"
 
 
 class MaskFitter:
@@ -26,6 +28,7 @@ class MaskFitter:
         config = getattr(root, "config", None)
         methods = (getattr(module, name, None) for module in root.modules() for name in _LENGTHS)
         self._lengths: Callable[..., Any] | None = next((method for method in methods if callable(method)), None)
+        self._streams = sum(_integers(getattr(config, _STREAMS, None)))
         self._multiples = [value for name in _MULTIPLES for value in _integers(getattr(config, name, None))]
 
     def __call__(self, mask: Tensor, tokens: int) -> Tensor | None:
@@ -42,6 +45,8 @@ class MaskFitter:
         for attempt in self._frames(length, tokens):
             real = attempt(mask.sum(dim=1))
             return torch.arange(tokens, device=mask.device)[None] < real.to(mask.device)[:, None]
+        if tokens == length * (1 + self._streams):
+            return mask.repeat(1, 1 + self._streams)
         if any(tokens == -(-length // multiple) * multiple for multiple in self._multiples):
             return nn.functional.pad(mask, (0, tokens - length))
         return None

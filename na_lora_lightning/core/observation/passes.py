@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -75,6 +76,7 @@ class ForwardPasses:
         self._outermost: nn.Module | None = None
         self._sharing = {site.branch for site in sites if site.shares_mask}
         self._shared_mask: Tensor | None = None
+        self._warned_of_order = False
         self._of_branches: dict[nn.Module, TokenSelection] = {}
         # What modules around experts were given, and which of it each expert was.
         self._given: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
@@ -196,7 +198,17 @@ class ForwardPasses:
             self._of_branches[branch] = self._select(mask)
 
     def _select(self, mask: Tensor | None) -> TokenSelection:
-        return TokenSelection(mask, self._max_tokens, self.forward_passes, self._fit)
+        return TokenSelection(mask, self._max_tokens, self.forward_passes, self._fit, self._warn_of_order)
+
+    def _warn_of_order(self, name: str) -> None:
+        """Says with the first batch what a later one would end the training for."""
+        if not self._warned_of_order:
+            self._warned_of_order = True
+            warnings.warn(
+                f"the gate {name!r} sees the tokens in an order that the padding mask does not tell, so a batch with "
+                "padding will be refused; train with unpadded batches, or exclude this layer from the LoRA targets.",
+                stacklevel=2,
+            )
 
     def _make_lone_call(self, index: int, site: GateSite) -> Callable[..., None]:
         """A pre-hook for a LoRA layer that is called though no module that is told of padding was called around it."""

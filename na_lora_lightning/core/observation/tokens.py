@@ -24,6 +24,8 @@ class TokenSelection:
         sample: Tokens looked at per site and forward pass at most, or None for all.
         offset: Shifts the sample from one forward pass to the next.
         fit: Makes a mask for another number of tokens, or None where it cannot.
+        unordered: Called with the name of a site that sees all tokens in an order that the mask does not tell, which
+            does not matter while none of them is padding.
     """
 
     def __init__(
@@ -32,9 +34,11 @@ class TokenSelection:
         sample: int | None,
         offset: int,
         fit: Callable[[Tensor, int], Tensor | None] | None = None,
+        unordered: Callable[[str], None] | None = None,
     ) -> None:
         self._mask = token_mask
         self._fit = fit
+        self._unordered = unordered
         self._fitted: dict[int, Tensor | None] = {}
         self._sample = sample
         self._offset = offset
@@ -154,11 +158,13 @@ class TokenSelection:
                 return
         if torch.Size(leading).numel() == self._mask.numel() and bool(self._mask.all()):
             # Without padding it does not matter in which order a layer sees the tokens.
+            if self._unordered is not None:
+                self._unordered(name)
             return
         raise DataError(
             f"the padding mask of shape {tuple(self._mask.shape)} cannot be matched to the gate {name!r}, "
-            f"which sees tokens of shape {leading}, so padding would enter the statistics; train with unpadded "
-            "batches (no attention_mask), or exclude this layer from the LoRA targets."
+            f"which sees tokens of shape {leading}, so padding would enter the statistics; exclude this layer from the "
+            "LoRA targets, or, where an attention mask alone tells of padding, train with unpadded batches without one."
         )
 
 
