@@ -16,10 +16,9 @@ from zoo.tables import Outcome, document, share_right
 from zoo.tiny_models import Mapping, build
 
 from na_lora_lightning.callbacks import gate_callback
-from na_lora_lightning.core import experts
 from na_lora_lightning.core.activations import KNOWN_ACTIVATIONS
 from na_lora_lightning.core.discovery.gates import discover_gates
-from na_lora_lightning.core.observation import passes
+from na_lora_lightning.core.observation import passes, routed_rows
 from na_lora_lightning.core.pre_activations import GateMethod, LayerOutput
 from na_lora_lightning.core.sites import GateMap, GateSite
 from na_lora_lightning.core.stepping import rows as update
@@ -161,12 +160,12 @@ def test_a_wrong_map_is_seen(monkeypatch: pytest.MonkeyPatch, model_type: str, m
 
 
 def test_swapped_experts_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    by_expert = experts._by_expert
+    by_expert = routed_rows._by_expert
 
     def swapped(count: int, of_row: Tensor, weight: Tensor) -> Tensor:
         return by_expert(count, of_row, weight)[[1, 0, *range(2, count)]]
 
-    monkeypatch.setattr(experts, "_by_expert", swapped)
+    monkeypatch.setattr(routed_rows, "_by_expert", swapped)
     verdict = check(build("causal-lm", "mixtral"))
     assert any("expert 0: " in problem for problem in verdict.problems)
 
