@@ -75,7 +75,7 @@ fuzz-options: install ## Five hundred random combinations of options: each is ri
 
 study: $(VENV)/.study ## Run what is left of the study on a CPU: each missing cell takes some 12 seconds
 	for name in screening candidates second_round confirmation; do \
-		$(BIN)/python -W ignore -m benchmarks.study run benchmarks/study/$$name.yaml || exit 1; done
+		$(BIN)/python -W ignore -m benchmarks.study run benchmarks/study/studies/$$name.yaml || exit 1; done
 	$(BIN)/python -m benchmarks.study pack
 
 evidence: $(VENV)/.study ## Write docs/evidence.md, docs/evidence_tables.md and their figures from the study's results

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.study.errors import StudyError
-from benchmarks.study.storage import CELLS, PACKED, Results
+from benchmarks.study.run.storage import CELLS, PACKED, Results
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,12 +43,12 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> int:
     # Each command imports what it needs: reports start without torch's and transformers' seconds.
     if options.command == "pretrain":
-        from benchmarks.study.pretraining import pretrain_missing
+        from benchmarks.study.base_models.catalogue import pretrain_missing
 
         pretrain_missing(options.models)
         return 0
     if options.command == "evidence":
-        from benchmarks.study.evidence import write_evidence
+        from benchmarks.study.report.evidence import write_evidence
 
         same = write_evidence(Results(options.results).all_packed(), check=options.check)
         print("the pages " + ("say what the results say" if same else "were behind the results"))
@@ -59,26 +59,26 @@ def _run(options: argparse.Namespace) -> int:
             print(f"{setting}: {count} cells")
         return 0
     if options.command == "reproduce":
-        from benchmarks.study.reproduce import reproduce
+        from benchmarks.study.run.reproduce import reproduce
 
         again = reproduce(options.cell, results)
         print("\n".join(again.lines()))
         return 1 if again.other_results else 0
-    from benchmarks.study.specification import load_study, results_of
+    from benchmarks.study.run.specification import load_study, results_of
 
     study = load_study(options.study)
     if options.command == "run":
-        from benchmarks.study.runner import run_study
+        from benchmarks.study.run.runner import run_study
 
         failed = run_study(study, results, options.minutes, options.extend, log=lambda line: print(line, flush=True))
         return 1 if failed else 0
     if options.command == "status":
-        from benchmarks.study.runner import remaining
+        from benchmarks.study.run.runner import remaining
 
         cells = list(study.cells())
         print(f"{len(cells) - len(remaining(cells, results))} of {len(cells)} cells are done")
         return 0
-    from benchmarks.study.report import make_report
+    from benchmarks.study.report.summary import make_report
 
     found = results_of(study, results.all())
     baseline = options.baseline or study.baseline

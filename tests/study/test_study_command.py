@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from study_fixtures import base_models_folder, no_results, pools_folder, study_maker  # noqa: F401
 
 from benchmarks.study.__main__ import main
-from benchmarks.study.storage import Results, name_of
+from benchmarks.study.run.storage import Results, name_of
 
 
 def test_a_study_from_the_command_line(make_study: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

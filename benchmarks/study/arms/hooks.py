@@ -1,0 +1,144 @@
+"""What an arm does around each optimizer step that no option says: controls, and candidates for a better rule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.optim import Optimizer
+
+from benchmarks.study.errors import StudyError
+from na_lora_lightning.core.controller import GateController
+from na_lora_lightning.core.lora_layers import lora_a, lora_b
+from na_lora_lightning.core.sites import GateMap
+
+
+@dataclass
+class BuiltArm:
+    """A model that is ready to be trained.
+
+    Attributes:
+        model: The adapted model, in training mode.
+        optimizer: Of its trainable parameters.
+        gates: Its gates; empty where none has LoRA that the package can read.
+        controller: Of the arm's mechanisms; None without one. It is attached after the hooks are made.
+        hooks: Called around each optimizer step.
+    """
+
+    model: PeftModel
+    optimizer: Optimizer
+    gates: GateMap
+    controller: GateController | None
+    hooks: list[ArmHook]
+
+
+class ArmHook:
+    """Base of all hooks.
+
+    Args:
+        built: The arm, with model, optimizer, gates and controller.
+    """
+
+    def __init__(self, built: BuiltArm) -> None:
+        self.built = built
+
+    def before_step(self, step: int) -> None:
+        """Called after the backward pass and clipping, before optimizer step ``step`` (counted from 0)."""
+
+    def after_step(self, step: int) -> None:
+        """Called after the optimizer step, when the mechanisms have corrected it, while gradients are still there."""
+
+
+def lora_matrices(built: BuiltArm, layers: str, kinds: tuple[str, ...]) -> list[Tensor]:
+    """The trained matrices of some layers, in the model's order.
+
+    Args:
+        built: The arm.
+        layers: ``"gate"``, ``"others"`` (all but the gates), ``"all"``, or else a part of the layers' names.
+        kinds: Of ``"lora_A"`` and ``"lora_B"``.
+
+    Raises:
+        StudyError: There are none.
+    """
+    of_gates = {id(matrix(site.lora_layer, "default").weight) for site in built.gates for matrix in (lora_a, lora_b)}
+    found = []
+    for name, parameter in built.model.named_parameters():
+        if not parameter.requires_grad or not any(kind in name for kind in kinds):
+            continue
+        if layers in ("gate", "others"):
+            is_chosen = (id(parameter) in of_gates) == (layers == "gate")
+        else:
+            is_chosen = layers == "all" or layers in name
+        if is_chosen:
+            found.append(parameter)
+    if not found:
+        raise StudyError(f"no layer is called {layers!r}, so nothing would change; give a part of a layer's name.")
+    return found
+
+
+class AdaLoraAllocation(ArmHook):
+    """AdaLoRA's call of each step, without which it never prunes."""
+
+    def after_step(self, step: int) -> None:
+        """Moves ranks between the layers."""
+        self.built.model.base_model.update_and_allocate(step)  # type: ignore[operator]
+
+
+class EqualNorm(ArmHook):
+    """Control: plain LoRA whose gate layers take steps of the same norm as the arm's mechanism leaves.
+
+    Each site's step is shortened as much as the mechanism shortens it, and that of all its rows alike. A gain that
+    this control has too comes from shorter steps and not from the choice of channels.
+
+    Raises:
+        StudyError: The arm has no mechanism, or gates of stacked experts.
+    """
+
+    def __init__(self, built: BuiltArm) -> None:
+        super().__init__(built)
+        if built.controller is None:
+            raise StudyError("the control 'equal_norm' copies a mechanism's norm; give it importance or step_scale.")
+        if any(site.networks > 1 for site in built.gates):
+            raise StudyError("the control 'equal_norm' does not know stacked experts; leave it out for this model.")
+        sites = zip(built.controller.gates.sites, built.controller.layout.site_slices, strict=True)
+        self._targets = [(entry.parameter, site.rows, own) for site, own in sites for entry in site.parameters()]
+        self._before: list[Tensor] = []
+        self._moved: list[Tensor] = []
+        # Registered before the controller's own hook, which changes the step.
+        built.optimizer.register_step_post_hook(self._keep_whole_step)
+
+    def before_step(self, step: int) -> None:
+        """Copies the rows."""
+        self._before = [parameter.detach()[rows].clone() for parameter, rows, _ in self._targets]
+
+    def _keep_whole_step(self, *_: Any) -> None:
+        now = [parameter.detach()[rows] for parameter, rows, _ in self._targets]
+        self._moved = [after - before for after, before in zip(now, self._before, strict=True)]
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Replaces the mechanism's step by the uniform one."""
+        assert self.built.controller is not None
+        weights = self.built.controller.weights
+        for (parameter, rows, own), before, moved in zip(self._targets, self._before, self._moved, strict=True):
+            if not (weights[own] == 1.0).all():
+                parameter[rows] = before + equal_norm_factor(moved, weights[own]) * moved
+
+
+def equal_norm_factor(moved: Tensor, weights: Tensor) -> Tensor:
+    """The factor c, a scalar, for which ‖c·moved‖ = ‖weights ⊙ moved‖; 1 where nothing moved.
+
+    Args:
+        moved: ``[rows, ...]``.
+        weights: ``[rows]``.
+    """
+    squares = moved.reshape(len(moved), -1).square().sum(dim=1)
+    total = squares.sum()
+    factor = ((weights.to(squares).square() * squares).sum() / total.clamp(min=1e-30)).sqrt()
+    return torch.where(total > 0, factor, torch.ones_like(factor))
+
+
+HOOKS: dict[str, Any] = {"adalora": AdaLoraAllocation, "equal_norm": EqualNorm}

@@ -1,0 +1,1 @@
+"""What is fine-tuned: small models that the study pretrains itself, once, and ships."""

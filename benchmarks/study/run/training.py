@@ -1,0 +1,169 @@
+"""Runs one cell: builds it, trains it in a plain loop around the package's core, scores it at intervals."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import psutil
+import torch
+from peft import get_peft_model_state_dict
+from torch import Tensor
+
+from benchmarks.study.arms.building import build
+from benchmarks.study.arms.hooks import BuiltArm
+from benchmarks.study.base_models.loading import base_model, fresh_model, held_out_windows
+from benchmarks.study.errors import StudyError
+from benchmarks.study.run.evaluation import evaluate, evaluation_batches, text_batches
+from benchmarks.study.run.probes import GateProbe
+from benchmarks.study.run.specification import Cell
+from benchmarks.study.tasks import pools
+from benchmarks.study.tasks.encoding import collate, encode, inputs_of, tokenizer_of
+from na_lora_lightning.arguments import ScheduleArguments
+from na_lora_lightning.modules.optimization import make_schedule
+
+_PROBE_EXAMPLES = 16
+
+
+class Memory:
+    """Samples of the memory in use: reserved by the allocator on a GPU, resident set on a CPU, in bytes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._process = psutil.Process()
+        self.samples: list[int] = []
+
+    def sample(self) -> None:
+        """Takes a sample."""
+        if self._device.type == "cuda":
+            self.samples.append(torch.cuda.memory_reserved(self._device))
+        else:
+            self.samples.append(self._process.memory_info().rss)
+
+
+def device_of(cell: Cell) -> torch.device:
+    """The device of a cell.
+
+    Raises:
+        StudyError: It is not there.
+    """
+    device = torch.device(cell.training["device"])
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise StudyError(f"the cell {cell.name!r} wants a GPU and there is none; run a study for the CPU.")
+    return device
+
+
+def run_cell(cell: Cell) -> dict[str, Any]:
+    """Trains and scores a cell.
+
+    Returns:
+        ``metrics`` (one dictionary per interval), ``probes`` alike, and what
+        :mod:`benchmarks.study.run.result` writes beside them.
+    """
+    training = cell.training
+    device = device_of(cell)
+    memory = Memory(device)
+    _, processor, model_sha256 = base_model(cell.setting.model, training["dtype"])
+    data = pools.load(cell.setting.data, cell.seed)
+    encoded = {
+        part: encode(processor, getattr(data, part), training["max_length"]) for part in ("train", "valid", "test")
+    }
+    tokenizer = tokenizer_of(processor)
+    padding, dtype = tokenizer.pad_token_id, getattr(torch, training["dtype"])
+    size = training["evaluation_batch_size"]
+    scored = {part: evaluation_batches(encoded[part], padding, size, device, dtype) for part in ("valid", "test")}
+    held_out = text_batches(held_out_windows(cell.setting.model, tokenizer), size, device)
+    order = pools.batch_order(len(encoded["train"]), training["batch_size"], training["steps"], cell.seed)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    base = fresh_model(cell.setting.model, training["dtype"], device)
+    probed = collate(encoded["valid"][:_PROBE_EXAMPLES], padding, device, dtype)
+    example_inputs = inputs_of(probed) if "pixel_values" in probed else None
+    built = build(base, cell.arm, cell.setting.lora, training, cell.rate, cell.seed, example_inputs)
+    probe = GateProbe(built, probed)
+    schedule = make_schedule(
+        ScheduleArguments(name=training["schedule"], warmup_fraction=training["warmup_fraction"]),
+        built.optimizer,
+        training["steps"],
+    )
+    metrics: list[dict[str, Any]] = []
+    probes: list[dict[str, Any]] = []
+    # One thread of a shared CPU costs its processor time, however busy the machine is; a GPU its wall time.
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    seconds = {"train": 0.0, "evaluation": 0.0}
+    losses: list[Tensor] = []
+    tokens = 0
+
+    def score(step: int) -> bool:
+        started = clock()
+        entry: dict[str, Any] = {"step": step}
+        for part, batches in (*scored.items(), ("held-out", held_out)):
+            loss, exact = evaluate(built.model, batches)
+            entry[f"{part} loss"] = loss
+            if part != "held-out":
+                entry[f"{part} accuracy"] = exact
+        entry["train loss"] = torch.stack(losses).mean().item() if losses else None
+        entry["train samples"] = step * training["batch_size"]
+        entry["train tokens"] = tokens
+        losses.clear()
+        probes.append({"step": step, **probe.measure()})
+        seconds["evaluation"] += clock() - started
+        entry["train time"] = seconds["train"]
+        entry["eval time"] = seconds["evaluation"]
+        entry["tokens / sec"] = tokens / seconds["train"] if seconds["train"] else None
+        metrics.append(entry)
+        return math.isfinite(entry["valid loss"])
+
+    finite = score(0)
+    for step, chosen in enumerate(order):
+        started = clock()
+        batch = collate([encoded["train"][index] for index in chosen], padding, device, dtype)
+        losses.append(_train_step(built, batch, training["clip"], step))
+        schedule.step()
+        seconds["train"] += clock() - started
+        tokens += int(batch["attention_mask"].sum())
+        memory.sample()
+        done = step + 1
+        if done % training["evaluate_every"] == 0 or done == training["steps"]:
+            if device.type == "cuda":
+                started = clock()
+                torch.cuda.synchronize(device)
+                seconds["train"] += clock() - started
+            finite = score(done)
+            if not finite:
+                break
+    return {
+        "status": "success" if finite else "diverged",
+        "metrics": metrics,
+        "probes": probes,
+        "train_seconds": seconds["train"],
+        "memory": memory.samples,
+        "model_sha256": model_sha256,
+        "data_sha256": data.sha256,
+        "peft_config": built.model.peft_config["default"].to_dict(),
+        "gates": [site.lora_layer_name for site in built.gates],
+        "trainable": sum(p.numel() for p in built.model.parameters() if p.requires_grad),
+        "total": sum(p.numel() for p in built.model.parameters()),
+        "adapter_bytes": _adapter_bytes(built),
+    }
+
+
+def _train_step(built: BuiltArm, batch: dict[str, Tensor], clip: float, step: int) -> Tensor:
+    """One optimizer step; returns the loss, detached."""
+    loss = built.model(**batch).loss
+    loss.backward()
+    if clip > 0:
+        torch.nn.utils.clip_grad_norm_([p for p in built.model.parameters() if p.requires_grad], clip)
+    for hook in built.hooks:
+        hook.before_step(step)
+    built.optimizer.step()
+    for hook in built.hooks:
+        hook.after_step(step)
+    built.optimizer.zero_grad()
+    return loss.detach()
+
+
+def _adapter_bytes(built: BuiltArm) -> int:
+    """Bytes of the adapter's tensors, as a file of them would hold."""
+    return sum(t.numel() * t.element_size() for t in get_peft_model_state_dict(built.model).values())

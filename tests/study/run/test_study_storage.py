@@ -1,0 +1,83 @@
+"""Results: cells in a cache, packed by setting."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from study_helpers import result
+
+from benchmarks.study.errors import StudyError
+from benchmarks.study.run.storage import Results, name_of
+
+
+def named(setting: str, arm: str, seed: int, test: float = 1.0) -> dict[str, Any]:
+    one = result(arm, 0.01, seed, valid=1.0, test=test, setting=setting)
+    one["run_info"]["experiment_name"] = f"{setting}/{arm}/rate0.01-seed{seed}"
+    return one
+
+
+def test_packing_moves_every_cell_and_loses_nothing(results: Results) -> None:
+    written = [named(setting, arm, seed) for setting in "ts" for arm in ("mask", "lora") for seed in (1, 0)]
+    for one in written:
+        results.write(one)
+    lines = {file.relative_to(results.cells): file.read_bytes() for file in results.cells.rglob("*.json")}
+    before = results.all()
+    assert before == sorted(written, key=name_of)
+    assert results.pack() == {"s": 4, "t": 4}
+    assert not list(results.cells.rglob("*.json"))
+    assert results.all() == results.all_packed() == before
+    assert results.get("t/mask/rate0.01-seed1") == named("t", "mask", 1)
+    assert results.get("t/mask/rate0.01-seed2") is results.get("u/mask/rate0.01-seed1") is None
+    # Each line is the cell's own file, in order of name.
+    for setting in "st":
+        packed = gzip.decompress((results.packed / f"{setting}.jsonl.gz").read_bytes())
+        assert packed == b"".join(lines[name] for name in sorted(lines) if name.parts[0] == setting)
+
+
+def test_packing_again_adds_to_what_is_there_and_leaves_other_settings_alone(results: Results) -> None:
+    for setting in "st":
+        results.write(named(setting, "lora", 1))
+    results.pack()
+    once = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in results.packed.iterdir()}
+    assert results.pack() == {}
+    results.write(named("s", "lora", 0))
+    assert [name_of(one) for one in results.all()] == [
+        "s/lora/rate0.01-seed0",
+        *(f"{s}/lora/rate0.01-seed1" for s in "st"),
+    ]
+    assert results.pack() == {"s": 1}
+    again = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in results.packed.iterdir()}
+    assert again["t.jsonl.gz"] == once["t.jsonl.gz"]
+    assert [one["run_info"]["train_config"]["seed"] for one in results.of_setting("s").values()] == [0, 1]
+
+
+def test_the_same_cells_give_the_same_bytes_whenever_they_are_packed(tmp_path: Path) -> None:
+    found = []
+    for order in ((0, 1, 2), (2, 0, 1)):
+        results = Results(tmp_path / str(order[0]), tmp_path / "cells")
+        for seed in order:
+            results.write(named("s", "lora", seed))
+            results.pack()
+        found.append((results.packed / "s.jsonl.gz").read_bytes())
+    assert found[0] == found[1]
+    assert found[0][4:8] == bytes(4)  # no time
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", json.dumps({"run_info": {}}).encode()])
+def test_what_is_no_result_is_named(results: Results, content: bytes) -> None:
+    file = results.path_of("s/lora/rate0.01-seed0")
+    file.parent.mkdir(parents=True)
+    file.write_bytes(content)
+    with pytest.raises(StudyError, match=r"seed0\.json' is no result of a cell"):
+        results.all()
+    file.unlink()
+    results.packed.mkdir()
+    for broken in (content, gzip.compress(b"{" + content), gzip.compress(content)[:-3]):
+        (results.packed / "s.jsonl.gz").write_bytes(broken)
+        if broken:
+            with pytest.raises(StudyError, match=r"s\.jsonl\.gz' holds no packed results"):
+                results.all()

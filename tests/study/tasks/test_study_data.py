@@ -1,0 +1,137 @@
+"""Tasks and specifications: what a seed decides, and what is refused."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from benchmarks.study.base_models.language import END, make_tokenizer
+from benchmarks.study.errors import StudyError
+from benchmarks.study.run.specification import load_study
+from benchmarks.study.tasks import corpus, pools, sources
+from benchmarks.study.tasks.encoding import IGNORED, Encoded, collate, encode
+from benchmarks.study.tasks.pools import Example
+
+STUDY = Path(corpus.__file__).parents[1] / "studies"
+DIGITS: dict[str, Any] = {"source": {"kind": "digits"}, "train": 100, "valid": 20, "test": 30, "label_noise": 0.3}
+
+
+def test_test_and_validation_sets_are_the_same_for_all_seeds_and_apart_from_training() -> None:
+    one, other = pools.load(DIGITS, 0), pools.load(DIGITS, 1)
+    assert (one.valid, one.test, one.sha256) == (other.valid, other.test, other.sha256)
+    assert one.train != other.train
+    assert pools.load(DIGITS, 0) == one
+    prompts = {example.prompt for example in one.train}
+    assert not prompts & {example.prompt for example in (*one.valid, *one.test)}
+
+
+def test_label_noise_changes_exactly_its_share() -> None:
+    clean, noisy = pools.load({**DIGITS, "label_noise": 0.0}, 0), pools.load(DIGITS, 0)
+    assert [example.prompt for example in clean.train] == [example.prompt for example in noisy.train]
+    assert sum(a.answer != b.answer for a, b in zip(clean.train, noisy.train, strict=True)) == 30
+    assert clean.test == noisy.test
+
+
+def test_batches_go_through_all_examples_before_any_comes_again() -> None:
+    order = pools.batch_order(examples=10, batch_size=4, steps=5, seed=3)
+    flat = [index for batch in order for index in batch]
+    assert [len(batch) for batch in order] == [4] * 5
+    assert Counter(flat[:10]) == Counter(flat[10:]) == Counter(range(10))
+    assert order == pools.batch_order(10, 4, 5, 3) != pools.batch_order(10, 4, 5, 4)
+
+
+def test_only_the_answer_and_the_end_are_predicted() -> None:
+    tokenizer = make_tokenizer(["abc", "abd"])
+    end = tokenizer.eos_token_id
+    ids = tokenizer("xyz")["input_ids"]
+    (tokens, prompt, pixels), (short, *_) = encode(tokenizer, [Example("ab", "xyz"), Example("", "x")], max_length=20)
+    assert tokens[-4:] == [*ids, end]
+    assert tokens[0] == tokenizer.convert_tokens_to_ids(END)
+    batch = collate([Encoded(tokens, prompt), Encoded(short, 1)], padding=end)
+    assert pixels is None
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    assert batch["labels"][0].tolist() == [IGNORED] * prompt + [*ids, end]
+    assert batch["attention_mask"].sum(dim=1).tolist() == [len(tokens), len(short)]
+    assert batch["labels"][1, len(short) :].eq(IGNORED).all()
+    (cut, kept, _), *_ = encode(tokenizer, [Example("abcabcabcabc", "xyz")], max_length=6)
+    assert len(cut) == 6
+    assert cut[kept:] == [*ids, end]
+
+
+@pytest.mark.parametrize(
+    "file", sorted(path.name for path in STUDY.glob("*.yaml") if path.stem not in ("tasks", "arms"))
+)
+def test_every_study_of_the_repository_can_be_read(file: str) -> None:
+    study = load_study(STUDY / file)
+    names = [cell.name for cell in study.cells()]
+    assert len(set(names)) == len(names) > 0
+    assert study.baseline in {arm.name for arm in study.arms}
+    tasks_of = yaml.safe_load((STUDY / "tasks.yaml").read_text())
+    assert {tasks_of[setting.task]["role"] for setting in study.settings} == {study.role}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": ["lorra"]}, "arm 'lorra' of tiny.yaml is not defined"),
+        ({"role": "confirmation"}, "'digits' is kept for screening"),
+        ({"role": "test"}, "choose one of screening, confirmation"),
+        ({"rates": []}, "has no learning rates"),
+        ({"models": {}}, "has no folder; add it to models"),
+        ({"training": {"stepz": 3}}, "unknown option 'stepz'"),
+        ({"settings": [{"model": "tiny", "task": "digits", "rank": 2}] * 2}, "two settings of one name"),
+        ({"settings": [{"model": "tiny", "task": "digits", "rank": 2, "rate": 1}]}, "unknown key 'rate'"),
+        ({"settings": [{"model": "tiny", "task": "dogs", "rank": 2}]}, "task 'dogs' of tiny.yaml is not defined"),
+    ],
+)
+def test_what_a_study_gets_wrong_is_named(make_study: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(StudyError, match=message):
+        make_study(**({"arms": ["lora"]} | changes))
+
+
+def test_too_small_a_pool_is_named() -> None:
+    with pytest.raises(StudyError, match="has 1797 examples and the task wants 5050"):
+        pools.load({**DIGITS, "train": 5000}, 0)
+
+
+def test_functions_lose_their_docstrings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = "    total = 0\n" + "".join(f"    total += {number}\n" for number in range(20)) + "    return total"
+    (tmp_path / "module.py").write_text(f'def add():\n    """Adds numbers.{" Adds numbers." * 9}"""\n{body}\n')
+    (tmp_path / "test_module.py").write_text(f"def test_add():\n{body}\n")
+    monkeypatch.setattr(corpus, "package_folder", lambda package: tmp_path)
+    assert corpus.functions("made-up") == (f"def add():\n{body}",)
+    assert corpus.docstrings("made-up") == (" ".join(["Adds numbers."] * 10),)
+
+
+def test_raised_messages_go_with_the_name_of_their_exception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "module.py").write_text(
+        "def f(x):\n"
+        "    raise ValueError(f'the number {x} is\\n too large for this')\n"
+        "    raise TypeError('too short')\n"
+        "    raise KeyError(x)\n"
+        "    raise module.Error('this one has no plain name at all')\n"
+        "    raise RuntimeError('this happens when nothing else does', x)\n"
+    )
+    monkeypatch.setattr(corpus, "package_folder", lambda package: tmp_path)
+    pairs = (
+        ("the number _ is too large for this", "ValueError"),
+        ("this happens when nothing else does", "RuntimeError"),
+    )
+    assert corpus.raised_messages("raising") == pairs
+    source = {"packages": ["raising"], "kinds": ["RuntimeError", "ValueError"], "each": 1}
+    made = sources.SOURCES["errors"](**source)
+    assert made == [Example(f"{text}\nError:", f" {name}") for text, name in reversed(pairs)]
+
+
+def test_a_chat_model_gets_the_prompt_as_a_turn_of_the_user() -> None:
+    tokenizer = make_tokenizer(["abc"])
+    tokenizer.chat_template = (
+        "{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}[model]"
+    )
+    ((tokens, prompt, _),) = encode(tokenizer, [Example("ab", " xyz")], max_length=64)
+    assert tokenizer.decode(tokens[:prompt]) == "[user]ab[model]"
+    assert tokenizer.decode(tokens[prompt:]) == f"xyz{END}"
