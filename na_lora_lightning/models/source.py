@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
@@ -36,6 +36,9 @@ class BaseModelSource:
         trust_remote_code: Whether the model may run code of its own.
         dtype: Of the weights; ``"auto"`` is the checkpoint's own on a CUDA device and float32 elsewhere.
         attention_implementation: As transformers names it (``"sdpa"``, ``"eager"``, ...); None lets it choose.
+
+    Raises:
+        ConfigurationError: The dtype is unknown.
     """
 
     name_or_path: str
@@ -43,6 +46,12 @@ class BaseModelSource:
     trust_remote_code: bool = False
     dtype: Dtype = "auto"
     attention_implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in get_args(Dtype):
+            raise ConfigurationError(
+                f"dtype={self.dtype!r} is unknown; use 'auto', 'float32', 'bfloat16' or 'float16'."
+            )
 
     @property
     def resolved_name_or_path(self) -> str:

@@ -7,14 +7,13 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
 from torch import Tensor
 from torch.nn import functional
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
-from na_lora_lightning.arguments import AdapterArguments, LoRAArguments, ScheduleArguments, as_group
+from na_lora_lightning.arguments import AdapterArguments, LoRAArguments, LossArguments, ScheduleArguments, as_group
 from na_lora_lightning.checkpoints.adapter_state import CHECKPOINT_KEY
 from na_lora_lightning.data.processors import load_processor
 from na_lora_lightning.errors import ConfigurationError
@@ -32,17 +31,16 @@ from na_lora_lightning.models.dual_encoder import (
 )
 from na_lora_lightning.models.loading import enable_gradient_checkpointing
 from na_lora_lightning.models.sharding import shards_model
-from na_lora_lightning.models.source import Dtype
-from na_lora_lightning.modules.adapter import AdapterModule
-from na_lora_lightning.modules.language import NALoRALightningModule
+from na_lora_lightning.models.source import BaseModelSource, Dtype
 from na_lora_lightning.modules.losses import TokenSums
 from na_lora_lightning.modules.optimization import OptimizerFactory
+from na_lora_lightning.modules.training import AdapterTrainingModule
 
 LABEL = "label"
 _PROMPTS = ("input_ids", "attention_mask")
 
 
-class DualEncoderLightningModule(NALoRALightningModule):
+class DualEncoderLightningModule(AdapterTrainingModule):
     """Fine-tunes a CLIP, SigLIP or SigLIP 2 model with LoRA to classify images by prompts.
 
     Each class is described by a prompt, or by several whose features are averaged. An image's logits are its cosine
@@ -103,24 +101,18 @@ class DualEncoderLightningModule(NALoRALightningModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__(
-            model_name_or_path,
+            BaseModelSource(model_name_or_path, revision, trust_remote_code, dtype, attention_implementation),
             lora=lora_parts(parts, as_group(LoRAArguments, lora, "lora")),
             optimizer=optimizer,
             schedule=schedule,
+            loss=LossArguments(),
             adapter=adapter,
-            dtype=dtype,
-            attention_implementation=attention_implementation,
             gradient_checkpointing=gradient_checkpointing,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
         )
         class_prompts(("class",), templates)
         self.templates = list(templates)
         self.class_names: list[str] | None = None if class_names is None else list(class_names)
         self._names_are_given = class_names is not None
-        # Options of generation and of texts as targets.
-        for name in ("loss", "evaluation"):
-            del self.hparams[name]
         own = {"class_names": self.class_names, "templates": self.templates, "parts": list(parts)}
         self.save_hyperparameters({**own, "lora": asdict(replace(self.lora, parts=LoRAArguments().parts))})
         self.accuracy: MulticlassAccuracy | None = None
@@ -139,7 +131,7 @@ class DualEncoderLightningModule(NALoRALightningModule):
         Raises:
             ConfigurationError: They are others than those given, or there are none.
         """
-        AdapterModule.setup(self, stage)
+        super().setup(stage)
         names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
         if self._names_are_given and names is not None and list(names) != self.class_names:
             raise ConfigurationError(
@@ -163,8 +155,7 @@ class DualEncoderLightningModule(NALoRALightningModule):
             raise ConfigurationError(
                 f"{type(self).__name__} does not shard its model; use a single device or strategy='ddp'."
             )
-        device = self.trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
-        base = load_dual_encoder(self.source, device)
+        base = load_dual_encoder(self.source, self._training_device)
         if self.gradient_checkpointing:
             enable_gradient_checkpointing(base)
         self.model = add_lora_to_encoders(base, self.lora, self.source)
@@ -190,11 +181,6 @@ class DualEncoderLightningModule(NALoRALightningModule):
         return load_processor(
             source.resolved_name_or_path, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
-
-    @override
-    def configure_callbacks(self) -> list[Callback]:
-        """None: the speed of training is not one in tokens."""
-        return AdapterModule.configure_callbacks(self)
 
     def class_logits(self, batch: Mapping[str, Any]) -> Tensor:
         """Scores of the images of a batch for the classes.
@@ -258,19 +244,17 @@ class DualEncoderLightningModule(NALoRALightningModule):
     # ---- evaluation ----
 
     @override
-    def on_validation_epoch_start(self) -> None:
-        """Forgets the last evaluation."""
+    def metric_names(self) -> set[str]:
+        """Names of the metrics that a fit logs and callbacks can monitor."""
+        return {"train/loss", "validation/accuracy", "validation/loss"}
+
+    @override
+    def _begin_evaluation(self) -> None:
         self._metrics().reset()
         self.mean_loss.reset()
 
     @override
-    def on_test_epoch_start(self) -> None:
-        """Forgets the last evaluation."""
-        self.on_validation_epoch_start()
-
-    @override
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Adds a batch to the metrics."""
+    def _evaluate(self, batch: Mapping[str, Any]) -> None:
         logits, label = self.class_logits(batch), batch[LABEL]
         self._metrics().update(logits, label)
         self.mean_loss.update(functional.cross_entropy(logits, label, reduction="none"))
@@ -287,9 +271,8 @@ class DualEncoderLightningModule(NALoRALightningModule):
         return self.accuracy
 
     @override
-    def _log_metrics(self, stage: str) -> None:
-        values = {f"{stage}/accuracy": self._metrics().compute(), f"{stage}/loss": self.mean_loss.compute()}
-        self.log_dict(values, sync_dist=True)
+    def _evaluated(self) -> Mapping[str, Any]:
+        return {"accuracy": self._metrics().compute(), "loss": self.mean_loss.compute()}
 
     # ---- checkpoints ----
 

@@ -23,7 +23,7 @@ from na_lora_lightning.arguments import (
 from na_lora_lightning.checkpoints.adapter_state import CHECKPOINT_KEY
 from na_lora_lightning.data.answers import stop_at
 from na_lora_lightning.data.text.supervised import SupervisedDataModule
-from na_lora_lightning.errors import ConfigurationError, one_line
+from na_lora_lightning.errors import one_line
 from na_lora_lightning.models.limits import ModelLimits
 from na_lora_lightning.models.loading import enable_gradient_checkpointing, load_base_model
 from na_lora_lightning.models.lora import add_lora
@@ -31,7 +31,7 @@ from na_lora_lightning.models.sharding import require_shardable, shard_model
 from na_lora_lightning.models.source import BaseModelSource, Dtype
 from na_lora_lightning.modules.evaluation import Evaluator, generate_answers, prompt_inputs
 from na_lora_lightning.modules.losses import accepts_logits_to_keep, model_inputs, token_sums
-from na_lora_lightning.modules.optimization import OptimizerFactory, describe_optimizer, optimizer_factory
+from na_lora_lightning.modules.optimization import OptimizerFactory
 from na_lora_lightning.modules.throughput import ThroughputCallback
 from na_lora_lightning.modules.training import AdapterTrainingModule, NoTargetTokensWarning
 
@@ -96,38 +96,19 @@ class NALoRALightningModule(AdapterTrainingModule):
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        if dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ConfigurationError(f"dtype={dtype!r} is unknown; use 'auto', 'float32', 'bfloat16' or 'float16'.")
-        # Mappings come from a checkpoint's hyper-parameters.
         super().__init__(
-            lora=as_group(LoRAArguments, lora, "lora"),
-            adapter=as_group(AdapterArguments, adapter, "adapter"),
-            optimizer=optimizer_factory(optimizer),
-            schedule=as_group(ScheduleArguments, schedule, "schedule"),
-            loss=as_group(LossArguments, loss, "loss"),
+            BaseModelSource(model_name_or_path, revision, trust_remote_code, dtype, attention_implementation),
+            lora=lora,
+            optimizer=optimizer,
+            schedule=schedule,
+            loss=loss,
+            adapter=adapter,
+            gradient_checkpointing=gradient_checkpointing,
         )
-        self.source = BaseModelSource(model_name_or_path, revision, trust_remote_code, dtype, attention_implementation)
         self.evaluation = as_group(EvaluationArguments, evaluation, "evaluation")
-        self.gradient_checkpointing = gradient_checkpointing
-        # Plain values, and the same ones whether a script or the command line made the module.
-        values = {
-            "model_name_or_path": model_name_or_path,
-            "lora": asdict(self.lora),
-            "schedule": asdict(self.schedule),
-            "loss": asdict(self.loss),
-            "evaluation": asdict(self.evaluation),
-            "adapter": asdict(self.adapter),
-            "dtype": dtype,
-            "attention_implementation": attention_implementation,
-            "gradient_checkpointing": gradient_checkpointing,
-            "revision": revision,
-            "trust_remote_code": trust_remote_code,
-        }
-        description = describe_optimizer(self._optimizer_factory)
-        self.save_hyperparameters(values if description is None else {**values, "optimizer": description})
+        self.save_hyperparameters({"loss": asdict(self.loss), "evaluation": asdict(self.evaluation)})
         self.evaluator = Evaluator(self.evaluation)
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self.example_inputs: dict[str, Any] | None = None
         self._example_batch: Mapping[str, Any] | None = None
         # The tokens that the targets of the data end in.
         self.end_token_ids: list[int] = []
@@ -154,8 +135,7 @@ class NALoRALightningModule(AdapterTrainingModule):
     def configure_model(self) -> None:
         """Loads the base model and adds LoRA, once."""
         if self.model is None:
-            device = self.trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
-            base = load_base_model(self.source, device)
+            base = load_base_model(self.source, self._training_device)
             self._limits = ModelLimits(base)
             self._require_data_fits()
             if self.gradient_checkpointing:
@@ -174,7 +154,6 @@ class NALoRALightningModule(AdapterTrainingModule):
         """Has the model stop where targets end wherever it generates; adapters and merged models take it from there."""
         self.end_token_ids = list(dict.fromkeys([*self.end_token_ids, *token_ids]))
         base: Any = None if self.model is None else self.model.get_base_model()
-        # Dual encoders have none.
         if getattr(base, "generation_config", None) is not None:
             stop_at(base.generation_config, self.end_token_ids)
 
@@ -199,6 +178,7 @@ class NALoRALightningModule(AdapterTrainingModule):
         """Measures tokens per second."""
         return [*super().configure_callbacks(), ThroughputCallback()]
 
+    @override
     def metric_names(self) -> set[str]:
         """Names of the metrics that a fit logs and callbacks can monitor."""
         measured = ["loss", "perplexity", "token_accuracy", *(["exact_match"] if self.evaluation.generate else [])]
@@ -237,46 +217,24 @@ class NALoRALightningModule(AdapterTrainingModule):
     # ---- evaluation ----
 
     @override
-    def on_validation_epoch_start(self) -> None:
-        """Forgets the last evaluation."""
+    def _begin_evaluation(self) -> None:
         self.evaluator.begin()
 
     @override
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Adds a batch to the metrics."""
+    def _evaluate(self, batch: Mapping[str, Any]) -> None:
         self._require_batch_fits(batch)
         tokenizer = self._answer_tokenizer() if self.evaluation.generate else None
         self.evaluator.add(self.peft_model, batch, tokenizer, self.trainer.world_size)
 
     @override
-    def on_validation_epoch_end(self) -> None:
-        """Logs the metrics of all batches and processes."""
-        self._log_metrics("validation")
-
-    @override
-    def on_test_epoch_start(self) -> None:
-        """Forgets the last evaluation."""
-        self.evaluator.begin()
-
-    @override
-    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Adds a batch to the metrics."""
-        self.validation_step(batch, batch_idx)
-
-    @override
-    def on_test_epoch_end(self) -> None:
-        """Logs the metrics of all batches and processes."""
-        self._log_metrics("test")
+    def _evaluated(self) -> Mapping[str, Any]:
+        return self.evaluator.metrics.compute()
 
     @override
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[str]:
         """Generates an answer to each prompt of a batch."""
         self._require_batch_fits(batch)
         return generate_answers(self.peft_model, self._answer_tokenizer(), prompt_inputs(batch), self.evaluation)
-
-    def _log_metrics(self, stage: str) -> None:
-        for name, value in self.evaluator.metrics.compute().items():
-            self.log(f"{stage}/{name}", value, sync_dist=True)
 
     @override
     def _reader(self) -> Any:

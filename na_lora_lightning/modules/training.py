@@ -1,9 +1,11 @@
-"""How a LightningModule trains an adapter: its optimizer, and steps over the mean of their tokens."""
+"""What the LightningModules share: their options, optimizer, steps over the mean of tokens, and stages of evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,8 +16,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from na_lora_lightning.arguments import AdapterArguments, LoRAArguments, LossArguments, ScheduleArguments
+from na_lora_lightning.arguments import AdapterArguments, LoRAArguments, LossArguments, ScheduleArguments, as_group
 from na_lora_lightning.errors import ConfigurationError
+from na_lora_lightning.models.source import BaseModelSource
 from na_lora_lightning.modules.adapter import AdapterModule
 from na_lora_lightning.modules.losses import StepAverage, TokenSums
 from na_lora_lightning.modules.nonfinite import (
@@ -26,38 +29,77 @@ from na_lora_lightning.modules.nonfinite import (
     loss_error,
     nonfinite_origin,
 )
-from na_lora_lightning.modules.optimization import OptimizerFactory, make_optimizer, make_schedule
+from na_lora_lightning.modules.optimization import (
+    OptimizerFactory,
+    describe_optimizer,
+    make_optimizer,
+    make_schedule,
+    optimizer_factory,
+)
 
 
 class NoTargetTokensWarning(UserWarning):
     """A training batch has no token to compute the loss on."""
 
 
-class AdapterTrainingModule(AdapterModule):
+class AdapterTrainingModule(AdapterModule, ABC):
     """Trains the adapter of a PEFT model on losses that are sums over tokens, or over whatever has a target.
 
+    Groups of options may be mappings, as a checkpoint's hyper-parameters have them.
+
     Args:
+        source: The base model.
         lora: What the adapter is.
-        adapter: When and where it is written as a PEFT folder.
         optimizer: Makes the optimizer from the trainable parameters.
         schedule: Learning rate over the optimizer steps.
         loss: What a step is averaged over, and what is done about losses that are not finite.
+        adapter: When and where the adapter is written as a PEFT folder.
+        gradient_checkpointing: Recompute activations in the backward pass.
+
+    Attributes:
+        example_inputs: The model's inputs with which gates are found, where it needs others than the usual.
     """
 
     def __init__(
         self,
+        source: BaseModelSource,
         lora: LoRAArguments,
-        adapter: AdapterArguments,
         optimizer: OptimizerFactory,
         schedule: ScheduleArguments,
         loss: LossArguments,
+        adapter: AdapterArguments,
+        gradient_checkpointing: bool,
     ) -> None:
-        super().__init__(lora, adapter)
-        self.schedule = schedule
-        self.loss = loss
-        self._optimizer_factory = optimizer
+        super().__init__(as_group(LoRAArguments, lora, "lora"), as_group(AdapterArguments, adapter, "adapter"))
+        self.source = source
+        self.schedule = as_group(ScheduleArguments, schedule, "schedule")
+        self.loss = as_group(LossArguments, loss, "loss")
+        self.gradient_checkpointing = gradient_checkpointing
+        self.example_inputs: dict[str, Any] | None = None
+        self._optimizer_factory = optimizer_factory(optimizer)
         self._step_average: StepAverage | None = None
         self._guard = StepGuard()
+        # Plain values, and the same ones whether a script or the command line made the module.
+        values = {
+            "model_name_or_path": source.name_or_path,
+            "lora": asdict(self.lora),
+            "schedule": asdict(self.schedule),
+            "adapter": asdict(self.adapter),
+            "dtype": source.dtype,
+            "attention_implementation": source.attention_implementation,
+            "gradient_checkpointing": gradient_checkpointing,
+            "revision": source.revision,
+            "trust_remote_code": source.trust_remote_code,
+        }
+        description = describe_optimizer(self._optimizer_factory)
+        self.save_hyperparameters(values if description is None else {**values, "optimizer": description})
+
+    @property
+    def _training_device(self) -> torch.device:
+        """Where the model will train."""
+        return self.trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
+
+    # ---- training ----
 
     @override
     def on_train_start(self) -> None:
@@ -140,3 +182,55 @@ class AdapterTrainingModule(AdapterModule):
             )
         schedule = make_schedule(self.schedule, optimizer, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # ---- evaluation ----
+
+    @abstractmethod
+    def _begin_evaluation(self) -> None:
+        """Forgets the last evaluation."""
+
+    @abstractmethod
+    def _evaluate(self, batch: Mapping[str, Any]) -> None:
+        """Adds a batch to the metrics."""
+
+    @abstractmethod
+    def _evaluated(self) -> Mapping[str, Any]:
+        """The metrics of all batches and processes, by name."""
+
+    @abstractmethod
+    def metric_names(self) -> set[str]:
+        """Names of the metrics that a fit logs and callbacks can monitor."""
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        """Forgets the last evaluation."""
+        self._begin_evaluation()
+
+    @override
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """Adds a batch to the metrics."""
+        self._evaluate(batch)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        """Logs the metrics of all batches and processes."""
+        self._log_metrics("validation")
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        """Forgets the last evaluation."""
+        self._begin_evaluation()
+
+    @override
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """Adds a batch to the metrics."""
+        self._evaluate(batch)
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        """Logs the metrics of all batches and processes."""
+        self._log_metrics("test")
+
+    def _log_metrics(self, stage: str) -> None:
+        for name, value in self._evaluated().items():
+            self.log(f"{stage}/{name}", value, sync_dist=True)
