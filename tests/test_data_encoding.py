@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from test_data_helpers import END_OF_TURN, byte_tokenizer, conversation
 from transformers import PreTrainedTokenizerFast
 
-from na_lora_lightning.data.text.encoding import RecordEncoder, load_tokenizer
+from na_lora_lightning.data.text.encoding import RecordEncoder
+from na_lora_lightning.data.text.tokenizer import load_tokenizer
 from na_lora_lightning.errors import ConfigurationError, DataError
 
 MARKED_TEMPLATE = (

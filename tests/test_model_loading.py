@@ -31,12 +31,13 @@ def adapted_layers(model: torch.nn.Module) -> set[str]:
         ("auto", "cpu", torch.float32),
         ("auto", "cuda", "auto"),
         ("auto", "mps", torch.float32),
+        ("auto", None, "auto"),
         ("bfloat16", "cpu", torch.bfloat16),
         ("float32", "cuda", torch.float32),
     ],
 )
-def test_dtype(dtype: Any, device: str, expected: Any) -> None:
-    assert resolve_dtype(dtype, torch.device(device)) == expected
+def test_dtype(dtype: Any, device: str | None, expected: Any) -> None:
+    assert resolve_dtype(dtype, None if device is None else torch.device(device)) == expected
 
 
 def test_auto_dtype_is_float32_on_the_cpu_and_the_checkpoints_on_cuda(tmp_path: Path) -> None:

@@ -142,8 +142,8 @@ def _from_folder(arguments: MergeArguments) -> tuple[PeftModel, BaseModelSource]
     revision = None if arguments.base else config.revision
     source = BaseModelSource(base, revision, arguments.trust_remote_code, arguments.dtype)
     _require_base(source, arguments)
-    # As on a CUDA device, "auto" is the checkpoint's dtype: the merged model is to be as large as the base.
-    model = load_base_model(source, torch.device("cuda"))
+    # Nothing is trained, so that "auto" is the checkpoint's dtype: the merged model is to be as large as the base.
+    model = load_base_model(source, device=None)
     try:
         with warnings.catch_warnings():
             # Said of an adapter that lacks layers; it is refused below.

@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def load_base_model(source: BaseModelSource, device: torch.device) -> PreTrainedModel:
+def load_base_model(source: BaseModelSource, device: torch.device | None) -> PreTrainedModel:
     """Loads the base model, from safetensors files only.
 
     Args:
         source: Which model, and how.
-        device: Where it will train; the weights are loaded to the CPU, or wherever the surrounding context says.
+        device: Where it will train, or None if it will not, which leaves the dtype ``"auto"`` as it is stored; the
+            weights are loaded to the CPU, or wherever the surrounding context says.
 
     Returns:
         The model, in evaluation mode and with all its parameters set.

@@ -60,13 +60,13 @@ class BaseModelSource:
         return str(folder.resolve()) if folder.is_dir() else self.name_or_path
 
 
-def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype | Literal["auto"]:
+def resolve_dtype(dtype: Dtype, device: torch.device | None) -> torch.dtype | Literal["auto"]:
     """Turns an option into what transformers loads the weights in.
 
     Args:
         dtype: The option.
-        device: Where the model will train. Outside CUDA devices, 16-bit arithmetic is emulated or slow by orders of
-            magnitude, so ``"auto"`` means float32 there.
+        device: Where the model will train; None if it will not. Outside CUDA devices, 16-bit arithmetic is emulated or
+            slow by orders of magnitude, so ``"auto"`` means float32 there.
 
     Returns:
         The dtype, or ``"auto"`` for that of the checkpoint.
@@ -74,7 +74,7 @@ def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype | Literal["
     if dtype != "auto":
         resolved: torch.dtype = getattr(torch, dtype)
         return resolved
-    return "auto" if device.type == "cuda" else torch.float32
+    return "auto" if device is None or device.type == "cuda" else torch.float32
 
 
 def require_model(source: BaseModelSource) -> None:

@@ -1,4 +1,4 @@
-"""What the LightningModules share: their options, optimizer, steps over the mean of tokens, and stages of evaluation."""
+"""What the LightningModules share: options, optimizer, steps over the mean of their tokens, and evaluation."""
 
 from __future__ import annotations
 

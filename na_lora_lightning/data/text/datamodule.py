@@ -9,9 +9,10 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from na_lora_lightning.data.batching import Collator
-from na_lora_lightning.data.text.encoding import RecordEncoder, load_tokenizer
+from na_lora_lightning.data.text.encoding import RecordEncoder
 from na_lora_lightning.data.text.splits import encode_split
 from na_lora_lightning.data.text.supervised import SupervisedDataModule
+from na_lora_lightning.data.text.tokenizer import load_tokenizer
 from na_lora_lightning.errors import ConfigurationError
 
 

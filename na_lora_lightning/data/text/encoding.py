@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from copy import copy
-from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Features, List, Value
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from na_lora_lightning.data.answers import answer_text, first_whole_character, whole_characters
 from na_lora_lightning.data.batching import IGNORED_LABEL
@@ -34,27 +33,6 @@ _EVALUATION_FEATURES = {
     "prompt": Value("string"),
     "reference": Value("string"),
 }
-
-
-def load_tokenizer(name_or_path: str, *, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer, or explains in one sentence why it cannot be loaded."""
-    folder = Path(name_or_path).expanduser()
-    if not folder.is_dir() and name_or_path.startswith(("/", "./", "../", "~")):
-        raise ConfigurationError(f"The tokenizer folder {name_or_path!r} does not exist; correct the path.")
-    try:
-        return AutoTokenizer.from_pretrained(
-            str(folder) if folder.is_dir() else name_or_path,
-            revision=revision or "main",
-            trust_remote_code=trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
-        if folder.is_dir():
-            reason = "the folder has no tokenizer that transformers can read"
-        raise ConfigurationError(
-            f"The tokenizer {name_or_path!r} cannot be loaded ({reason}); give the folder of a tokenizer or "
-            "its name on the hub."
-        ) from error
 
 
 class RecordEncoder:

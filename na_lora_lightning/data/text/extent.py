@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow.compute as pc
@@ -11,17 +11,36 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from na_lora_lightning.errors import ConfigurationError, DataError
-from na_lora_lightning.models.limits import ModelLimits
 
 _ROWS_AT_ONCE = 4096
 _IDS = ("input_ids", "text_ids", "prompt_input_ids")
+
+
+class Limits(Protocol):
+    """What a model takes; :class:`~na_lora_lightning.models.limits.ModelLimits` reads it off one.
+
+    Attributes:
+        rows: Number of rows of the input embedding: token ids are below it.
+        placeholders: Ids above that which stand for images and the like.
+        positions: The number of positions that the configuration names, and its name there; None where it names none.
+    """
+
+    rows: int
+    placeholders: frozenset[int]
+    positions: tuple[int, str] | None
+
+    def usable_length(self, length: int) -> int:
+        """The most tokens up to ``length`` that the model can take at once."""
+
+    def describe_positions(self) -> str:
+        """How messages call the number of positions."""
 
 
 class LongRecordsWarning(UserWarning):
     """Records have more tokens than the model was made for."""
 
 
-def require_ids(encoded: Dataset, source: str, tokenizer: PreTrainedTokenizerBase, limits: ModelLimits) -> None:
+def require_ids(encoded: Dataset, source: str, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> None:
     """Checks that a model has an embedding for each token of a split.
 
     Args:
@@ -53,7 +72,7 @@ def require_ids(encoded: Dataset, source: str, tokenizer: PreTrainedTokenizerBas
 
 
 def require_positions(
-    encoded: Dataset, source: str, limits: ModelLimits, *, pad_to_multiple_of: int, max_new_tokens: int
+    encoded: Dataset, source: str, limits: Limits, *, pad_to_multiple_of: int, max_new_tokens: int
 ) -> None:
     """Checks that a model has a position for each token of a split's records, and of what is generated after prompts.
 
@@ -98,7 +117,7 @@ def require_positions(
             )
 
 
-def require_bound(max_length: int, limits: ModelLimits) -> None:
+def require_bound(max_length: int, limits: Limits) -> None:
     """Checks that a model has positions for as many tokens as a record of images and text may have.
 
     Raises:
@@ -112,7 +131,7 @@ def require_bound(max_length: int, limits: ModelLimits) -> None:
         )
 
 
-def _first_id_beyond(encoded: Dataset, column: str, limits: ModelLimits) -> tuple[int, int] | None:
+def _first_id_beyond(encoded: Dataset, column: str, limits: Limits) -> tuple[int, int] | None:
     """The record, by its number in the data, and the id."""
     for start, table in _tables(encoded, [column]):
         ids = table.column(column).combine_chunks()

@@ -16,10 +16,9 @@ from na_lora_lightning.data.base import DEFAULT_SPLITS, ResumableDataModule, req
 from na_lora_lightning.data.batching import EpochSampler
 from na_lora_lightning.data.files.sources import load_records
 from na_lora_lightning.data.text.encoding import RecordEncoder
-from na_lora_lightning.data.text.extent import require_bound, require_ids, require_positions
+from na_lora_lightning.data.text.extent import Limits, require_bound, require_ids, require_positions
 from na_lora_lightning.data.text.splits import SplitSummary
 from na_lora_lightning.errors import ConfigurationError, DataError
-from na_lora_lightning.models.limits import ModelLimits
 
 
 class SupervisedDataModule(ResumableDataModule):
@@ -100,7 +99,7 @@ class SupervisedDataModule(ResumableDataModule):
         """Returns the size of each split that has been set up; an image counts as one token."""
         return {split: SplitSummary.of(encoded) for split, encoded in self._prepared.items()}
 
-    def require_model_takes(self, limits: ModelLimits, max_new_tokens: int) -> None:
+    def require_model_takes(self, limits: Limits, max_new_tokens: int) -> None:
         """Checks that a model has the tokens of the splits that are set up, and positions for all of them.
 
         Args:
