@@ -14,7 +14,7 @@ from benchmarks.study.errors import StudyError
 
 
 def pretrain_missing(names: Sequence[str], folder: Path = FOLDER, steps: int = 5000) -> None:
-    """Copies the models that the project ships, and pretrains the others that are not there yet, on one thread.
+    """Unpacks the models that the project ships, and pretrains the others that are not there yet, on one thread.
 
     Raises:
         StudyError: There is no model of that name.
@@ -27,7 +27,7 @@ def pretrain_missing(names: Sequence[str], folder: Path = FOLDER, steps: int = 5
         if (folder / name / "pretraining.json").is_file():
             print(f"{name} is there already")
         elif take_shipped(folder / name):
-            print(f"{name} is copied from {SHIPPED}")
+            print(f"{name} is unpacked from {SHIPPED}")
         elif name in language.ARCHITECTURES:
             print(json.dumps(language.pretrain(name, folder, steps=steps)))
         else:

@@ -1,4 +1,4 @@
-"""Where base models are: shipped with the project, and in a cache that cells load them from."""
+"""Where base models are: shipped with the project, a zip of each folder, and in a cache that cells load them from."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def take_shipped(folder: Path) -> bool:
-    """Copies the model of a folder's name, if the project ships it, whole or not at all.
+    """Unpacks the model of a folder's name, if the project ships it, whole or not at all.
 
     Args:
         folder: Where the model should be; one that exists is left alone.
 
     Returns:
-        Whether it was copied.
+        Whether it was unpacked.
     """
-    shipped = SHIPPED / folder.name
-    if folder.exists() or not (shipped / "pretraining.json").is_file():
+    shipped = SHIPPED / f"{folder.name}.zip"
+    if folder.exists() or not shipped.is_file():
         return False
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as scratch:
-        partial = Path(shutil.copytree(shipped, Path(scratch) / folder.name))
+        shutil.unpack_archive(shipped, partial := Path(scratch) / folder.name)
         # Another process may have been faster.
         with suppress(OSError):
             partial.rename(folder)

@@ -34,8 +34,6 @@ _SETTING_HEAD = [
     "MiB",
     "parameters",
 ]
-
-
 MECHANISM_HEAD = [
     "arm",
     "pairs",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -44,9 +45,10 @@ def test_a_pretrained_model_is_loaded_as_it_was_saved(
     assert language.weights_digest(again) == record["weights_sha256"]
 
 
-def test_a_shipped_model_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "shipped" / "llama-silu").mkdir(parents=True)
-    (tmp_path / "shipped" / "llama-silu" / "pretraining.json").write_text('{"name": "llama-silu"}')
+def test_a_shipped_model_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "pretraining.json").write_text('{"name": "llama-silu"}')
+    shutil.make_archive(str(tmp_path / "shipped" / "llama-silu"), "zip", tmp_path / "made")
     monkeypatch.setattr(folders, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setattr(language, "pretrain", lambda *args, **kwargs: pytest.fail("pretrained"))
     catalogue.pretrain_missing(["llama-silu"], tmp_path / "models")
@@ -57,7 +59,7 @@ def test_a_shipped_model_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_cell_takes_a_shipped_model_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     model = loading.fresh_model(str(folders.FOLDER / "llama-silu"), "float32", torch.device("cpu"))
-    record = folders.read_record(folders.SHIPPED / "llama-silu")
+    record = folders.read_record(folders.FOLDER / "llama-silu")
     assert language.weights_digest(model) == record["weights_sha256"]
     assert [place.name for place in folders.FOLDER.iterdir()] == ["llama-silu"]
     with pytest.raises(StudyError, match="there is no model in"):

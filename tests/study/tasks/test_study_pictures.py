@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 
 from benchmarks.study.arms.building import target_names
 from benchmarks.study.base_models import loading
-from benchmarks.study.base_models.folders import SHIPPED, read_record
+from benchmarks.study.base_models.folders import read_record, take_shipped
 from benchmarks.study.base_models.language import make_tokenizer, mean_loss, weights_digest
 from benchmarks.study.base_models.vision import make_processor
 from benchmarks.study.errors import StudyError
@@ -268,15 +268,17 @@ def test_the_tower_and_the_projector_are_trained_on_training_images_alone(
     assert own["embed_tokens.weight"].shape[0] == language.get_input_embeddings().num_embeddings + 1
 
 
-def test_the_shipped_model_tells_digits_that_it_has_not_seen() -> None:
-    folder = str(SHIPPED / "llava-silu")
-    record = read_record(SHIPPED / "llava-silu")
+def test_the_shipped_model_tells_digits_that_it_has_not_seen(tmp_path: Path) -> None:
+    folder, language_model = str(tmp_path / "llava-silu"), str(tmp_path / "llama-silu")
+    assert take_shipped(Path(folder))
+    assert take_shipped(Path(language_model))
+    record = read_record(Path(folder))
     model = loading.fresh_model(folder, "float32", CPU)
     assert weights_digest(model) == record["weights_sha256"]
     windows = loading.held_out_windows(folder, None)
-    assert torch.equal(windows, loading.held_out_windows(str(SHIPPED / "llama-silu"), None))
+    assert torch.equal(windows, loading.held_out_windows(language_model, None))
     assert mean_loss(model, windows) == pytest.approx(
-        mean_loss(loading.fresh_model(str(SHIPPED / "llama-silu"), "float32", CPU), windows), abs=1e-3
+        mean_loss(loading.fresh_model(language_model, "float32", CPU), windows), abs=1e-3
     )
     _, processor, _ = loading.base_model(folder, "float32")
     asked = pictured_digits(["digit"], 1, 100)["test"]
