@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from na_lora_lightning.data.batching import EpochSampler, ResumableDataLoader
+from na_lora_lightning.data.options import DataOptions
 from na_lora_lightning.errors import ConfigurationError
 
 _SPLITS_OF_STAGE: dict[str | None, tuple[str, ...]] = {
@@ -29,52 +30,27 @@ class ResumableDataModule(LightningDataModule, ABC):
     """A data module whose batches depend on the data, the arguments and the epoch alone.
 
     Args:
-        sources: The source of each of the splits ``train``, ``validation``, ``test`` and ``predict``, or None.
-        dataset_config: The configuration of hub data sets that have several.
-        columns: The names that the data has for some of ``COLUMNS``.
-        batch_size: The number of records in a training batch of each process.
-        validation_batch_size: The number of records in other batches; None stands for ``batch_size``.
-        shuffle: Whether to shuffle the training data in each epoch.
-        num_workers: The number of processes that load batches.
-        seed: The seed of the order of the training data.
+        options: Those of the constructor, which :meth:`DataOptions.among` picks from its arguments.
 
     Raises:
-        ConfigurationError: If an argument has a value that cannot work.
+        ConfigurationError: If ``columns`` names what the data module does not read.
     """
 
     COLUMNS: ClassVar[tuple[str, ...]]
     _train_loader: ClassVar[type[ResumableDataLoader]] = ResumableDataLoader
     _evaluation_loader: ClassVar[type[DataLoader[dict[str, Any]]]] = DataLoader
 
-    def __init__(
-        self,
-        *,
-        sources: dict[str, str | None],
-        dataset_config: str | None,
-        columns: dict[str, str] | None,
-        batch_size: int,
-        validation_batch_size: int | None,
-        shuffle: bool,
-        num_workers: int,
-        seed: int,
-    ) -> None:
+    def __init__(self, options: DataOptions) -> None:
         super().__init__()
-        require_at_least(1, batch_size=batch_size)
-        require_at_least(0, num_workers=num_workers, seed=seed)
-        if validation_batch_size is not None:
-            require_at_least(1, validation_batch_size=validation_batch_size)
-        unknown = sorted(set(columns or {}) - set(self.COLUMNS))
+        unknown = sorted(set(options.columns or {}) - set(self.COLUMNS))
         if unknown:
             *first, last = (repr(name) for name in self.COLUMNS)
             raise ConfigurationError(f"columns has the unknown key {unknown[0]!r}; use {', '.join(first)} and {last}.")
-        self.sources = sources
-        self.dataset_config = dataset_config
-        self.columns = dict(columns or {})
-        self.batch_size = batch_size
-        self.validation_batch_size = validation_batch_size
-        self.shuffle = shuffle
-        self.num_workers = num_workers
-        self.seed = seed
+        self.options = options
+        self.sources: dict[str, str | None] = {split: getattr(options, split) for split in DEFAULT_SPLITS}
+        self.columns = dict(options.columns or {})
+        # Lightning's tuner sets it.
+        self.batch_size = options.batch_size
         self._prepared: dict[str, Any] = {}
         self._limit_val_batches: int | float | None = None
         self._plan: dict[str, Any] = {}
@@ -155,8 +131,8 @@ class ResumableDataModule(LightningDataModule, ABC):
         strategy = self.trainer.strategy if self.trainer is not None else None
         sampler = self._sampler(
             batch_size=self.batch_size,
-            shuffle=self.shuffle,
-            seed=self.seed,
+            shuffle=self.options.shuffle,
+            seed=self.options.seed,
             **(getattr(strategy, "distributed_sampler_kwargs", None) or {}),
         )
         if self._plan_to_resume:
@@ -199,7 +175,7 @@ class ResumableDataModule(LightningDataModule, ABC):
         return self._prepared[split]
 
     def _make_evaluation_loader(self, split: str) -> DataLoader[dict[str, Any]]:
-        batch_size = self.validation_batch_size or self.batch_size
+        batch_size = self.options.validation_batch_size or self.batch_size
         return self._evaluation_loader(**self._loader_options(split, batch_size))
 
     def _loader_options(self, split: str, batch_size: int) -> dict[str, Any]:
@@ -207,25 +183,14 @@ class ResumableDataModule(LightningDataModule, ABC):
             "dataset": self._dataset(split),
             "batch_size": batch_size,
             "collate_fn": self._collator(split),
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
+            "num_workers": self.options.num_workers,
+            "persistent_workers": self.options.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
             # Otherwise each epoch would advance the global random state, which dropout depends on.
-            "generator": torch.Generator().manual_seed(self.seed),
+            "generator": torch.Generator().manual_seed(self.options.seed),
         }
 
     def _processed_batches(self) -> int:
         assert self.trainer is not None
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
         return progress.processed
-
-
-def require_at_least(minimum: int, **options: int) -> None:
-    """Refuses options that are smaller than a minimum.
-
-    Raises:
-        ConfigurationError: If one is.
-    """
-    for name, value in options.items():
-        if value < minimum:
-            raise ConfigurationError(f"{name}={value} is too small; set it to {minimum} or more.")

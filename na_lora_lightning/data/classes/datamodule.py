@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from na_lora_lightning.data.base import DEFAULT_SPLITS, ResumableDataModule, require_at_least
+from na_lora_lightning.data.base import DEFAULT_SPLITS, ResumableDataModule
 from na_lora_lightning.data.batching import EpochSampler
 from na_lora_lightning.data.classes.augmentation import CropAndFlip, input_side
 from na_lora_lightning.data.classes.image_classes import IMAGE, LABEL, LabelledImages, few_of_each_class
+from na_lora_lightning.data.options import DataOptions, require_at_least
 from na_lora_lightning.data.processors import load_processor
 from na_lora_lightning.errors import ConfigurationError
 
@@ -132,18 +133,8 @@ class LabelledImageDataModule(ResumableDataModule):
         processor_revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        super().__init__(
-            sources={"train": train, "validation": validation, "test": test, "predict": predict},
-            dataset_config=dataset_config,
-            columns=columns,
-            batch_size=batch_size,
-            validation_batch_size=validation_batch_size,
-            shuffle=shuffle,
-            num_workers=num_workers,
-            seed=seed,
-        )
-        if shots is not None:
-            require_at_least(1, shots=shots)
+        super().__init__(DataOptions.among(locals()))
+        require_at_least(1, shots=shots)
         self.save_hyperparameters(logger=False)
         self._given_names = class_names
         self._class_names: list[str] | None = None
@@ -171,7 +162,7 @@ class LabelledImageDataModule(ResumableDataModule):
     def _load(self, split: str, source: str) -> LabelledImages:
         if split not in self._read:
             self._read[split] = LabelledImages.read(
-                source, default_split=DEFAULT_SPLITS[split], config=self.dataset_config, columns=self.columns
+                source, default_split=DEFAULT_SPLITS[split], config=self.options.dataset_config, columns=self.columns
             )
         return self._read[split]
 
@@ -205,12 +196,12 @@ class LabelledImageDataModule(ResumableDataModule):
         indices: Sequence[int] = range(len(data))
         shots = self.hparams["shots"]
         if split == "train" and shots is not None and classes is not None and names is not None:
-            indices = few_of_each_class(classes, names, shots, self.seed, data.source)
+            indices = few_of_each_class(classes, names, shots, self.options.seed, data.source)
             classes = [classes[index] for index in indices]
         data.require_files(indices)
         augmentation = None
         if split == "train" and self.hparams["augmentation"]:
-            augmentation = CropAndFlip(input_side(self.image_processor), self.seed)
+            augmentation = CropAndFlip(input_side(self.image_processor), self.options.seed)
         return ClassifiedImages(data, indices, classes, self.image_processor, augmentation)
 
     @override

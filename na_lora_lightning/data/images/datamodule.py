@@ -8,11 +8,11 @@ from datasets import Dataset
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
-from na_lora_lightning.data.base import require_at_least
 from na_lora_lightning.data.image_reading import ImageReader
 from na_lora_lightning.data.images.batching import SKIP_REMEDY, VisionCollator, VisionDataLoader, VisionRecords
 from na_lora_lightning.data.images.encoding import NUMBER_OF_IMAGES, VisionRecordEncoder, require_options_of
 from na_lora_lightning.data.images.example import noise_image
+from na_lora_lightning.data.options import TextOptions, require_at_least
 from na_lora_lightning.data.processors import load_processor
 from na_lora_lightning.data.record_images import RecordImages, folder_of
 from na_lora_lightning.data.text.splits import encode_split
@@ -119,24 +119,13 @@ class VisionInstructionDataModule(SupervisedDataModule):
         processor_revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        super().__init__(
-            sources={"train": train, "validation": validation, "test": test, "predict": predict},
-            dataset_config=dataset_config,
-            columns=columns,
-            batch_size=batch_size,
-            validation_batch_size=validation_batch_size,
-            max_length=max_length,
-            use_chat_template=use_chat_template,
-            system_prompt=system_prompt,
-            shuffle=shuffle,
-            group_by_length=group_by_length,
-            pad_to_multiple_of=pad_to_multiple_of,
-            num_workers=num_workers,
-            seed=seed,
+        super().__init__(TextOptions.among(locals()))
+        require_at_least(
+            1,
+            max_image_pixels=max_image_pixels,
+            max_image_bytes=max_image_bytes,
+            resize_longest_side=resize_longest_side,
         )
-        require_at_least(1, max_image_pixels=max_image_pixels, max_image_bytes=max_image_bytes)
-        if resize_longest_side is not None:
-            require_at_least(1, resize_longest_side=resize_longest_side)
         self.save_hyperparameters(logger=False)
         self.processor_name_or_path = processor_name_or_path
         self.max_image_pixels = max_image_pixels
@@ -224,9 +213,9 @@ class VisionInstructionDataModule(SupervisedDataModule):
         if self._encoder is None:
             self._encoder = VisionRecordEncoder(
                 self.processor,
-                max_length=self.max_length,
-                use_chat_template=self.use_chat_template,
-                system_prompt=self.system_prompt,
+                max_length=self.options.max_length,
+                use_chat_template=self.options.use_chat_template,
+                system_prompt=self.options.system_prompt,
             )
         return self._encoder
 
@@ -237,7 +226,7 @@ class VisionInstructionDataModule(SupervisedDataModule):
         return VisionCollator(
             self._record_encoder(),
             evaluation=split != "train",
-            pad_to_multiple_of=self.pad_to_multiple_of,
+            pad_to_multiple_of=self.options.pad_to_multiple_of,
             image_options=self.image_options,
             skip_broken_images=self.skip_broken_images,
         )

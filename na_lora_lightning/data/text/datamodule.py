@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from na_lora_lightning.data.batching import Collator
+from na_lora_lightning.data.options import TextOptions
 from na_lora_lightning.data.text.encoding import RecordEncoder
 from na_lora_lightning.data.text.splits import encode_split
 from na_lora_lightning.data.text.supervised import SupervisedDataModule
@@ -98,21 +99,7 @@ class InstructionDataModule(SupervisedDataModule):
     ) -> None:
         if loss_on not in ("completion", "all"):
             raise ConfigurationError(f"loss_on={loss_on!r} is unknown; set it to 'completion' or 'all'.")
-        super().__init__(
-            sources={"train": train, "validation": validation, "test": test, "predict": predict},
-            dataset_config=dataset_config,
-            columns=columns,
-            batch_size=batch_size,
-            validation_batch_size=validation_batch_size,
-            max_length=max_length,
-            use_chat_template=use_chat_template,
-            system_prompt=system_prompt,
-            shuffle=shuffle,
-            group_by_length=group_by_length,
-            pad_to_multiple_of=pad_to_multiple_of,
-            num_workers=num_workers,
-            seed=seed,
-        )
+        super().__init__(TextOptions.among(locals()))
         self.save_hyperparameters(logger=False)
         self.tokenizer_name_or_path = tokenizer_name_or_path
         self.loss_on: Literal["completion", "all"] = loss_on
@@ -137,10 +124,10 @@ class InstructionDataModule(SupervisedDataModule):
     def _record_encoder(self) -> RecordEncoder:
         return RecordEncoder(
             self.tokenizer,
-            max_length=self.max_length,
+            max_length=self.options.max_length,
             loss_on=self.loss_on,
-            use_chat_template=self.use_chat_template,
-            system_prompt=self.system_prompt,
+            use_chat_template=self.options.use_chat_template,
+            system_prompt=self.options.system_prompt,
         )
 
     def _dataset(self, split: str) -> Dataset:
@@ -150,4 +137,4 @@ class InstructionDataModule(SupervisedDataModule):
         pad_token_id = self.tokenizer.pad_token_id
         if pad_token_id is None:
             pad_token_id = self.tokenizer.eos_token_id
-        return Collator(pad_token_id, self.pad_to_multiple_of)
+        return Collator(pad_token_id, self.options.pad_to_multiple_of)

@@ -12,59 +12,20 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from na_lora_lightning.data.base import DEFAULT_SPLITS, ResumableDataModule, require_at_least
+from na_lora_lightning.data.base import DEFAULT_SPLITS, ResumableDataModule
 from na_lora_lightning.data.batching import EpochSampler
 from na_lora_lightning.data.files.sources import load_records
+from na_lora_lightning.data.options import TextOptions
 from na_lora_lightning.data.text.encoding import RecordEncoder
 from na_lora_lightning.data.text.extent import Limits, require_bound, require_ids, require_positions
 from na_lora_lightning.data.text.splits import SplitSummary
-from na_lora_lightning.errors import ConfigurationError, DataError
+from na_lora_lightning.errors import DataError
 
 
 class SupervisedDataModule(ResumableDataModule):
-    """A data module for supervised fine-tuning on texts, which are encoded beforehand.
+    """A data module for supervised fine-tuning on texts, which are encoded beforehand."""
 
-    Args:
-        max_length: The largest number of tokens of a record.
-        use_chat_template: Whether to render records with a chat template; None stands for whenever there is one.
-        system_prompt: A system message for records that have none.
-        shuffle: Whether to shuffle the training data in each epoch.
-        group_by_length: Whether to form training batches of records of similar length.
-        pad_to_multiple_of: Pads batches to a length that is a multiple of this number.
-        **options: Those of :class:`~na_lora_lightning.data.base.ResumableDataModule`.
-
-    Raises:
-        ConfigurationError: If an argument has a value that cannot work.
-    """
-
-    def __init__(
-        self,
-        *,
-        max_length: int,
-        use_chat_template: bool | None,
-        system_prompt: str | None,
-        shuffle: bool,
-        group_by_length: bool,
-        pad_to_multiple_of: int,
-        **options: Any,
-    ) -> None:
-        super().__init__(shuffle=shuffle, **options)
-        require_at_least(1, pad_to_multiple_of=pad_to_multiple_of)
-        require_at_least(2, max_length=max_length)
-        if group_by_length and not shuffle:
-            raise ConfigurationError(
-                "shuffle=False keeps the order of the records, which group_by_length=True changes; set "
-                "group_by_length=False too."
-            )
-        if system_prompt is not None and use_chat_template is False:
-            raise ConfigurationError(
-                "system_prompt needs a chat template, which use_chat_template=False turns off; leave one out."
-            )
-        self.max_length = max_length
-        self.use_chat_template = use_chat_template
-        self.system_prompt = system_prompt
-        self.group_by_length = group_by_length
-        self.pad_to_multiple_of = pad_to_multiple_of
+    options: TextOptions
 
     @property
     @abstractmethod
@@ -115,23 +76,23 @@ class SupervisedDataModule(ResumableDataModule):
             require_ids(encoded, source, self.tokenizer, limits)
             if "input_ids" not in encoded.column_names:
                 # How many tokens an image takes shows when it is read.
-                require_bound(self.max_length, limits)
+                require_bound(self.options.max_length, limits)
                 continue
             require_positions(
                 encoded,
                 source,
                 limits,
-                pad_to_multiple_of=self.pad_to_multiple_of,
+                pad_to_multiple_of=self.options.pad_to_multiple_of,
                 max_new_tokens=0 if split == "train" else max_new_tokens,
             )
 
     @override
     def _load(self, split: str, source: str) -> Dataset:
         return load_records(
-            source, default_split=DEFAULT_SPLITS[split], config=self.dataset_config, columns=self.columns
+            source, default_split=DEFAULT_SPLITS[split], config=self.options.dataset_config, columns=self.columns
         )
 
     @override
     def _sampler(self, **options: Any) -> EpochSampler:
         lengths = list(self._prepared_split("train")["tokens"])
-        return EpochSampler(lengths, group_by_length=self.group_by_length, **options)
+        return EpochSampler(lengths, group_by_length=self.options.group_by_length, **options)

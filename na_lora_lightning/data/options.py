@@ -1,0 +1,84 @@
+"""The options that data modules share, as one object.
+
+They have the names of the arguments of the data modules, which explain them and have their defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from typing_extensions import Self
+
+from na_lora_lightning.errors import ConfigurationError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """The options of all data modules.
+
+    Raises:
+        ConfigurationError: If an option has a value that cannot work.
+    """
+
+    train: str | None
+    validation: str | None
+    test: str | None
+    predict: str | None
+    dataset_config: str | None
+    columns: dict[str, str] | None
+    batch_size: int
+    validation_batch_size: int | None
+    shuffle: bool
+    num_workers: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        require_at_least(1, batch_size=self.batch_size, validation_batch_size=self.validation_batch_size)
+        require_at_least(0, num_workers=self.num_workers, seed=self.seed)
+
+    @classmethod
+    def among(cls, arguments: Mapping[str, Any]) -> Self:
+        """Returns the options that are among the arguments of a data module's constructor."""
+        return cls(**{option.name: arguments[option.name] for option in fields(cls)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions(DataOptions):
+    """The options of data modules for texts.
+
+    Raises:
+        ConfigurationError: If an option has a value that cannot work, or two do not go together.
+    """
+
+    max_length: int
+    use_chat_template: bool | None
+    system_prompt: str | None
+    group_by_length: bool
+    pad_to_multiple_of: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(1, pad_to_multiple_of=self.pad_to_multiple_of)
+        require_at_least(2, max_length=self.max_length)
+        if self.group_by_length and not self.shuffle:
+            raise ConfigurationError(
+                "shuffle=False keeps the order of the records, which group_by_length=True changes; set "
+                "group_by_length=False too."
+            )
+        if self.system_prompt is not None and self.use_chat_template is False:
+            raise ConfigurationError(
+                "system_prompt needs a chat template, which use_chat_template=False turns off; leave one out."
+            )
+
+
+def require_at_least(minimum: int, **options: int | None) -> None:
+    """Refuses options that are smaller than a minimum; None is none.
+
+    Raises:
+        ConfigurationError: If one is.
+    """
+    for name, value in options.items():
+        if value is not None and value < minimum:
+            raise ConfigurationError(f"{name}={value} is too small; set it to {minimum} or more.")
