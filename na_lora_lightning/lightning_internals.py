@@ -1,4 +1,4 @@
-"""The only place that reads Lightning's private state: how far a trainer is, and what it logs under which number.
+"""The only place that reads Lightning's private state: how far a trainer is, what it logs, and what loggers write to.
 
 Lightning's own callbacks (``LearningRateMonitor``, ``DeviceStatsMonitor``) read the same, and there is no public way to
 it: ``Trainer.global_step`` counts otherwise where several optimizers step in one batch.
@@ -6,17 +6,31 @@ it: ``Trainer.global_step`` counts otherwise where several optimizers step in on
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib.metadata import version
 from operator import attrgetter
 from typing import Any
 
 from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from torch.optim.swa_utils import AveragedModel
 
 from na_lora_lightning.errors import ConfigurationError
 
 _IS_LOGGING_STEP = "_logger_connector.should_update_logs"
 _LOGGED_STEP = "fit_loop.epoch_loop._batches_that_stepped"
+# Attributes by which modules and data know what runs them.
+BACK_REFERENCES = ("_trainer", "_fabric")
+_PACKAGES = ("lightning", "pytorch_lightning")
+# Methods that the command line overrides, or calls.
+_OF_CLI = (
+    *("_get", "_instantiate_trainer", "_parse_ckpt_path", "_prepare_subcommand_kwargs", "_run_subcommand"),
+    "_set_seed",
+)
+# Those of the CSV logger's writer, which would delete what is there.
+_OF_WRITER = ("_check_log_dir_exists", "_rewrite_with_new_header")
 
 
 def is_logging_step(trainer: Trainer) -> bool:
@@ -83,6 +97,17 @@ def unlogged_metrics(trainer: Trainer) -> tuple[int, int, dict[str, float]]:
     return last_step, step, {"epoch": trainer.current_epoch, **named} if named else {}
 
 
+def processed_batches(trainer: Trainer) -> int:
+    """Training batches of all epochs so far, those before a resume included."""
+    return int(_read(trainer, "fit_loop.epoch_loop.batch_progress").total.processed)
+
+
+def progress_of_fit(checkpoint: dict[str, Any]) -> tuple[dict[str, int], int]:
+    """How far a checkpoint's fit was: the counts of its epochs, and the batches of the last epoch."""
+    fit_loop = checkpoint["loops"]["fit_loop"]
+    return fit_loop["epoch_progress"]["current"], fit_loop["epoch_loop.batch_progress"]["current"]["ready"]
+
+
 def forget_batches_of_finished_epoch(checkpoint: dict[str, Any]) -> None:
     """Has a fit that goes on after an epoch count the batches of the next one from its first.
 
@@ -100,6 +125,88 @@ def set_received_sigterm(trainer: Trainer, received: bool) -> None:
     _read(trainer, "_signal_connector").received_sigterm = received
 
 
+def attached_trainer(module: LightningModule) -> Trainer | None:
+    """The trainer of a module; None where it has none, which ``module.trainer`` raises for."""
+    trainer: Trainer | None = _read(module, "_trainer")
+    return trainer
+
+
+def averages_between_processes(strategy: Any) -> bool:
+    """Whether a strategy averages weights over processes from time to time (post-local SGD)."""
+    # Strategies of one process have no such thing.
+    return getattr(strategy, "_model_averager", None) is not None
+
+
+def saves_distributed_checkpoint(strategy: Any) -> bool:
+    """Whether a strategy for sharded models writes a folder with a file for each process."""
+    return bool(_read(strategy, "_save_distributed_checkpoint"))
+
+
+def version_of(logger: Logger) -> Any:
+    """The version that a logger was given, without making one; None where it was given none or has no such thing."""
+    if isinstance(logger, (TensorBoardLogger, CSVLogger)):
+        return _read(logger, "_version")
+    if isinstance(logger, MLFlowLogger):
+        return _read(logger, "_run_id")
+    return logger.version if isinstance(logger, WandbLogger) else None
+
+
+def set_version(logger: Logger, version: Any) -> bool:
+    """Has a logger that has not begun go on with a version; returns whether it can."""
+    # It has to have what is set.
+    version_of(logger)
+    if isinstance(logger, (TensorBoardLogger, CSVLogger)):
+        logger._version = version
+    elif isinstance(logger, MLFlowLogger):
+        logger._run_id = version
+    elif isinstance(logger, WandbLogger):
+        logger._id = _read(logger, "_wandb_init")["id"] = version
+    else:
+        return False
+    return True
+
+
+def mlflow_experiment(logger: MLFlowLogger) -> str | None:
+    """The number of a logger's experiment; None where there is none yet, and none is made."""
+    experiment = _read(logger, "_mlflow_client").get_experiment_by_name(_read(logger, "_experiment_name"))
+    return None if experiment is None else str(experiment.experiment_id)
+
+
+def give_csv_writer(logger: CSVLogger, make: Callable[[], ExperimentWriter]) -> None:
+    """Has a logger that has not begun write with another writer."""
+    if _read(logger, "_experiment") is None:
+        logger._experiment = make()
+
+
+def require_csv_writer() -> None:
+    """Checks that Lightning's CSV writer has the methods that are overridden to keep what is there.
+
+    Raises:
+        ConfigurationError: This version of Lightning has others.
+    """
+    for name in _OF_WRITER:
+        _read(ExperimentWriter, name)
+
+
+def require_cli(kind: type) -> None:
+    """Checks that ``LightningCLI`` has the methods that are overridden.
+
+    Args:
+        kind: That class.
+
+    Raises:
+        ConfigurationError: This version of Lightning has others.
+    """
+    for name in _OF_CLI:
+        _read(kind, name)
+
+
+def parsers_of_commands(cli: Any) -> dict[str, Any]:
+    """The parser of each subcommand of a ``LightningCLI``."""
+    parsers: dict[str, Any] = _read(cli, "_subcommand_parsers")
+    return parsers
+
+
 def averaged_model(callback: Callback) -> AveragedModel:
     """The averages that a callback keeps during a fit.
 
@@ -109,8 +216,8 @@ def averaged_model(callback: Callback) -> AveragedModel:
     average = getattr(callback, "_average_model", None)
     if not isinstance(average, AveragedModel):
         raise ConfigurationError(
-            f"this version of lightning keeps no averages in {type(callback).__name__}, so that they cannot be kept to "
-            "the adapter; install the version that is named in constraints.txt."
+            f"{_version_of_package(callback)} keeps no averages in {type(callback).__name__}, so that they cannot be "
+            "kept to the adapter; install the version that is named in constraints.txt."
         )
     return average
 
@@ -125,12 +232,23 @@ def require_progress(trainer: Trainer) -> None:
     logged_step(trainer)
 
 
-def _read(trainer: Trainer, path: str) -> Any:
+def _read(owner: Any, path: str) -> Any:
     try:
-        return attrgetter(path)(trainer)
+        return attrgetter(path)(owner)
     except AttributeError as error:
-        package = type(trainer).__module__.partition(".")[0]
         raise ConfigurationError(
-            f"this version of {package} has no Trainer.{path} ({error}), by which the NA-LoRA callbacks log at the "
-            "trainer's own steps; install the version that is named in constraints.txt."
+            f"{_version_of_package(owner)} has no {_kind(owner).__name__}.{path} ({error}), by which NA-LoRA keeps "
+            "step with it; install the version that is named in constraints.txt."
         ) from error
+
+
+def _kind(owner: Any) -> type:
+    """Lightning's own class of an object, or of a class, that may be of another derived from it."""
+    kinds: tuple[type, ...] = (owner if isinstance(owner, type) else type(owner)).__mro__
+    return next((kind for kind in kinds if kind.__module__.partition(".")[0] in _PACKAGES), kinds[0])
+
+
+def _version_of_package(owner: Any) -> str:
+    package = _kind(owner).__module__.partition(".")[0]
+    package = package if package in _PACKAGES else _PACKAGES[0]
+    return f"{package.replace('_', '-')} {version(package)}"

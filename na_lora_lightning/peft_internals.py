@@ -1,4 +1,4 @@
-"""The only place that calls functions of PEFT that it does not document: how it resolves the targets of LoRA.
+"""The only place that names parts of PEFT that it does not document: how it resolves targets, and its kinds of layers.
 
 They are the same from PEFT 0.18 to 0.21; the tests run at both ends.
 """
@@ -11,6 +11,8 @@ from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from na_lora_lightning.errors import ConfigurationError
 
@@ -63,17 +65,46 @@ def converted_config(config: LoraConfig, model: PreTrainedModel) -> LoraConfig |
     return changed if added else None
 
 
+def is_lora(module: nn.Module) -> bool:
+    """Whether a module is a layer, or a parameter, with LoRA."""
+    return isinstance(module, _kind("peft.tuners.lora", "LoraLayer"))
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether a module is a layer with an adapter of any kind."""
+    return isinstance(module, _kind(_TARGETS, "BaseTunerLayer"))
+
+
+def trains_tokens(module: nn.Module) -> bool:
+    """Whether a module is an embedding of which single tokens are trained."""
+    return isinstance(module, _kind("peft.tuners.trainable_tokens", "TrainableTokensLayer"))
+
+
+def is_left_by_merge(module: nn.Module) -> bool:
+    """Whether a module is of PEFT, and so none of a base model."""
+    return is_adapted(module) or isinstance(module, _kind("peft.utils.other", "AuxiliaryTrainingWrapper"))
+
+
+def _kind(module: str, name: str) -> type[nn.Module]:
+    kind: type[nn.Module] = _part(module, name, "layers with adapters are told")
+    return kind
+
+
 def _function(module: str, name: str) -> Callable[..., Any]:
-    """A function of PEFT.
+    function: Callable[..., Any] = _part(module, name, "the targets of LoRA are resolved")
+    return function
+
+
+def _part(module: str, name: str, what_for: str) -> Any:
+    """A function or class of PEFT.
 
     Raises:
         ConfigurationError: This version has none of that name.
     """
     try:
-        found: Callable[..., Any] = getattr(import_module(module), name)
+        return getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigurationError(
-            f"peft {version('peft')} has no {module}.{name}, by which the targets of LoRA are resolved; install the "
-            "version that is named in constraints.txt."
+            f"peft {version('peft')} has no {module}.{name}, by which {what_for}; install the version that is named in "
+            "constraints.txt."
         ) from error
-    return found

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import version
 from typing import Any
 
 import pytest
 import torch
 from conftest import LLAMA_TARGETS, random_batch, tiny_llama, with_lora
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from peft.tuners import tuners_utils
 from peft.tuners.tuners_utils import BaseTuner
 
@@ -17,7 +18,16 @@ from na_lora_lightning.core.discovery.gates import discover_gates
 from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
 from na_lora_lightning.core.model_entry import entrance_of, root_of
 from na_lora_lightning.errors import ConfigurationError
-from na_lora_lightning.peft_internals import converted_config, is_refused, is_target, with_all_linear
+from na_lora_lightning.peft_internals import (
+    converted_config,
+    is_adapted,
+    is_left_by_merge,
+    is_lora,
+    is_refused,
+    is_target,
+    trains_tokens,
+    with_all_linear,
+)
 
 
 def test_targets_are_resolved_as_peft_resolves_them() -> None:
@@ -42,6 +52,24 @@ def test_a_missing_function_is_named_with_the_version(monkeypatch: pytest.Monkey
     with pytest.raises(ConfigurationError) as caught:
         with_all_linear(LoraConfig(target_modules="all-linear"), tiny_llama())
     assert str(caught.value) == expected
+
+
+def test_kinds_of_layers_are_told_and_a_missing_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"], trainable_token_indices=[1, 2])
+    modules = dict(get_peft_model(tiny_llama(), config).base_model.model.named_modules())
+    asked = (is_lora, is_adapted, trains_tokens, is_left_by_merge)
+    told = {name: [ask(modules[name]) for ask in asked] for name in ("model.layers.0.self_attn.q_proj", "model.norm")}
+    told["tokens"] = [ask(modules["model.embed_tokens"].token_adapter) for ask in asked]  # type: ignore[arg-type]
+    assert told == {
+        "model.layers.0.self_attn.q_proj": [True, True, False, True],
+        "model.norm": [False, False, False, True],
+        "tokens": [False, True, True, True],
+    }
+    assert [ask(modules["model.layers.0.mlp.up_proj"]) for ask in asked] == [False] * 4
+    monkeypatch.delattr("peft.utils.other.AuxiliaryTrainingWrapper")
+    expected = f"peft {version('peft')} has no peft.utils.other.AuxiliaryTrainingWrapper, by which layers with adapters"
+    with pytest.raises(ConfigurationError, match=re.escape(expected)):
+        is_left_by_merge(torch.nn.Linear(1, 1))
 
 
 def _past_hooks(self: BaseTuner, *args: Any, **kwargs: Any) -> Any:

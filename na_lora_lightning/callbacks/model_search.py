@@ -10,9 +10,10 @@ from torch import nn
 
 from na_lora_lightning.core.lora_layers import is_lora_layer
 from na_lora_lightning.errors import ConfigurationError, DiscoveryError, NALoRAError
+from na_lora_lightning.lightning_internals import BACK_REFERENCES
 
 # What torch and Lightning keep of their own on a module.
-_BOOKKEEPING = ("_modules", "_parameters", "_buffers", "_trainer", "_fabric")
+_BOOKKEEPING = ("_modules", "_parameters", "_buffers", *BACK_REFERENCES)
 _DEEPEST = 3
 
 

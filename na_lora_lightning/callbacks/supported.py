@@ -14,6 +14,7 @@ from torch.optim import LBFGS, Optimizer
 from na_lora_lightning.callbacks.model_search import find_peft_model
 from na_lora_lightning.core.sharding import Shards
 from na_lora_lightning.errors import ConfigurationError, UpdateError
+from na_lora_lightning.lightning_internals import averages_between_processes
 
 # By name, because the classes of ``lightning`` and ``pytorch_lightning`` differ. The first that fits counts: Lightning
 # derives DeepSpeed and XLA from the strategies that work.
@@ -54,7 +55,7 @@ def require_reachable_rows(trainer: Trainer) -> None:
     """
     strategy: Any = trainer.strategy
     name = type(strategy).__name__
-    if getattr(strategy, "_model_averager", None) is not None:
+    if averages_between_processes(strategy):
         raise UpdateError(
             f"the strategy {name} averages weights over processes from time to time (post-local SGD), so they train "
             "different models in between, which one mask does not fit; leave model_averaging_period out."

@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from na_lora_lightning.checkpoints.files import replace_file
+from na_lora_lightning.lightning_internals import require_csv_writer
 
 
 class ContinuedWriter(ExperimentWriter):
@@ -22,6 +23,7 @@ class ContinuedWriter(ExperimentWriter):
     """
 
     def __init__(self, log_dir: str) -> None:
+        require_csv_writer()
         super().__init__(log_dir)
         self._path = Path(self.metrics_file_path)
         self._earlier: set[frozenset[tuple[str, str]]] = set()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from na_lora_lightning.checkpoints.csv_curves import ContinuedWriter
 from na_lora_lightning.checkpoints.run_record import RunRecord
+from na_lora_lightning.lightning_internals import give_csv_writer, mlflow_experiment, set_version, version_of
 
 CHECKPOINTS = "checkpoints"
 # Lightning's own name for runs that have no other.
@@ -55,7 +57,7 @@ def runs_root(trainer: Trainer) -> Path | None:
 def given_folder(trainer: Trainer) -> Path | None:
     """The run's folder where it is settled: by the user's version, or because the logger has begun."""
     root, logger = runs_root(trainer), first_logger(trainer)
-    version = None if logger is None else _version(logger)
+    version = None if logger is None else version_of(logger)
     return None if root is None or version is None else root / _folder_name(version)
 
 
@@ -87,7 +89,7 @@ def reserve_folder(trainer: Trainer) -> Path | None:
             number += 1
             continue
         if logger is not None:
-            _set_version(logger, number)
+            set_version(logger, number)
         return folder
 
 
@@ -116,7 +118,7 @@ def continue_loggers(trainer: Trainer, folder: Path, record: RunRecord | None) -
         kind, version = former[index]
         if (kind or type(logger).__name__) != type(logger).__name__ or version is None:
             continue
-        if _version(logger) is None and not _set_version(logger, version):
+        if version_of(logger) is None and not set_version(logger, version):
             rank_zero_info(f"{type(logger).__name__} cannot go on with {version!r}, so it shows the rest as a new run.")
     continue_csv_files(trainer)
     return given_folder(trainer) == folder
@@ -125,8 +127,8 @@ def continue_loggers(trainer: Trainer, folder: Path, record: RunRecord | None) -
 def continue_csv_files(trainer: Trainer) -> None:
     """Has CSV loggers keep what is in their folders."""
     for logger in trainer.loggers if is_first_process() else []:
-        if isinstance(logger, CSVLogger) and logger._experiment is None and not is_remote(logger.save_dir):
-            logger._experiment = ContinuedWriter(logger.log_dir)
+        if isinstance(logger, CSVLogger) and not is_remote(logger.save_dir):
+            give_csv_writer(logger, partial(ContinuedWriter, logger.log_dir))
 
 
 def describe_loggers(trainer: Trainer) -> list[tuple[str, Any]]:
@@ -137,29 +139,8 @@ def describe_loggers(trainer: Trainer) -> list[tuple[str, Any]]:
 def _series(logger: Logger) -> str | None:
     """What the runs of a logger have in common, without making a new one."""
     if isinstance(logger, MLFlowLogger):
-        experiment = logger._mlflow_client.get_experiment_by_name(logger._experiment_name)
-        return None if experiment is None else str(experiment.experiment_id)
+        return mlflow_experiment(logger)
     return str(logger.name)
-
-
-def _version(logger: Logger) -> Any:
-    if isinstance(logger, (TensorBoardLogger, CSVLogger)):
-        return logger._version
-    if isinstance(logger, MLFlowLogger):
-        return logger._run_id
-    return logger.version if isinstance(logger, WandbLogger) else None
-
-
-def _set_version(logger: Logger, version: Any) -> bool:
-    if isinstance(logger, (TensorBoardLogger, CSVLogger)):
-        logger._version = version
-    elif isinstance(logger, MLFlowLogger):
-        logger._run_id = version
-    elif isinstance(logger, WandbLogger):
-        logger._id = logger._wandb_init["id"] = version
-    else:
-        return False
-    return True
 
 
 def _folder_name(version: Any) -> str:

@@ -45,6 +45,7 @@ from na_lora_lightning.cli.trainer_options import require_metrics, require_possi
 from na_lora_lightning.core.in_force import say
 from na_lora_lightning.data import InstructionDataModule
 from na_lora_lightning.errors import ConfigurationError
+from na_lora_lightning.lightning_internals import parsers_of_commands, require_cli
 from na_lora_lightning.models.source import BaseModelSource, require_model
 from na_lora_lightning.modules.fit_summary import FitSummaryCallback
 from na_lora_lightning.modules.language import NALoRALightningModule
@@ -92,6 +93,7 @@ class NALoRACLI(LightningCLI):
         # Lightning sets it too late for what is overridden here.
         self.subcommand = self._requested = subcommand
         self._full_config: Namespace | None = None
+        require_cli(LightningCLI)
         own_data = names_data_class(arguments)
         if own_data:
             require_init_args(arguments)
@@ -137,7 +139,7 @@ class NALoRACLI(LightningCLI):
         Raises:
             ConfigurationError: The arguments or a configuration file are wrong.
         """
-        parser_of_command = self._subcommand_parsers[self._requested]
+        parser_of_command = parsers_of_commands(self)[self._requested]
         try:
             # Lightning's own method does this too, and warns of arguments that are not those of the process.
             self.config = parser.parse_args(with_switches(args, CALLBACKS))

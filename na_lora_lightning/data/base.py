@@ -14,6 +14,7 @@ from typing_extensions import override
 from na_lora_lightning.data.batching import EpochSampler, ResumableDataLoader
 from na_lora_lightning.data.options import DataOptions
 from na_lora_lightning.errors import ConfigurationError
+from na_lora_lightning.lightning_internals import processed_batches
 
 _SPLITS_OF_STAGE: dict[str | None, tuple[str, ...]] = {
     "fit": ("train", "validation"),
@@ -192,5 +193,4 @@ class ResumableDataModule(LightningDataModule, ABC):
 
     def _processed_batches(self) -> int:
         assert self.trainer is not None
-        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
-        return progress.processed
+        return processed_batches(self.trainer)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from na_lora_lightning.errors import ConfigurationError
+from na_lora_lightning.lightning_internals import saves_distributed_checkpoint
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -37,7 +38,7 @@ def require_shardable(trainer: Trainer, generates: bool) -> None:
             f"trainer.strategy has tensor_parallel_size={tensor}, and the model is sharded without tensor parallelism; "
             f"set data_parallel_size={data * tensor} and tensor_parallel_size=1."
         )
-    if strategy._save_distributed_checkpoint:
+    if saves_distributed_checkpoint(strategy):
         raise ConfigurationError(
             "trainer.strategy has save_distributed_checkpoint=True, and such a checkpoint cannot be loaded without the "
             "base model, which is left out of it; set it to False."

@@ -13,6 +13,7 @@ from torch import nn
 from na_lora_lightning.arguments import LoRAArguments
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.models.targets import ALL_EXPERTS, ALL_LINEAR, names_experts
+from na_lora_lightning.peft_internals import is_lora
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -178,11 +179,9 @@ def _takes_lora(module: nn.Module) -> bool:
 
 def _adapted(base: nn.Module) -> list[str]:
     """Names of the layers with LoRA, and of the parameters in the place of the layers that hold them."""
-    from peft.tuners.lora import LoraLayer
-
     names = []
     for name, module in base.named_modules():
-        if isinstance(module, LoraLayer):
+        if is_lora(module):
             plain = name.replace(".base_layer", "")
             names.append(plain)
             if hasattr(module, "parameter_name"):

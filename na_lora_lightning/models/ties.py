@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from na_lora_lightning.errors import ConfigurationError
+from na_lora_lightning.peft_internals import is_adapted, is_left_by_merge, trains_tokens
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -93,11 +94,7 @@ def require_untiable(model: PeftModel) -> None:
 
 def unmerged(model: nn.Module) -> str | None:
     """The name of a layer in which a merge left something of an adapter, as where one wraps another; None if none."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    return next((name for name, module in model.named_modules() if isinstance(module, kinds)), None)
+    return next((name for name, module in model.named_modules() if is_left_by_merge(module)), None)
 
 
 def has_ties(model: nn.Module) -> bool:
@@ -153,9 +150,6 @@ def ties_of_class(kind: type[PreTrainedModel], config: PreTrainedConfig) -> list
 
 def _tied(model: nn.Module) -> Iterator[tuple[str, list[str], nn.Module, str]]:
     """Adapted weights with the other names of their memory, the layer that adapts them, and their name in its base."""
-    from peft.tuners.trainable_tokens import TrainableTokensLayer
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     by_memory: dict[int, list[tuple[str, Tensor]]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         by_memory[_memory(parameter)].append((name, parameter))
@@ -165,10 +159,10 @@ def _tied(model: nn.Module) -> Iterator[tuple[str, list[str], nn.Module, str]]:
     seen = set()
     for layer, names in names_of.items():
         # Trained tokens reach every place that shares the embedding, by PEFT's own doing.
-        if not isinstance(layer, BaseTunerLayer) or isinstance(layer, TrainableTokensLayer):
+        if not is_adapted(layer) or trains_tokens(layer):
             continue
         prefixes = tuple(f"{name}." for name in names)
-        base = layer.get_base_layer()
+        base: nn.Module = layer.get_base_layer()  # type: ignore[operator]
         for parameter_name, weight in base.named_parameters(recurse=False):
             sharing = [(n, p) for n, p in by_memory[_memory(weight)] if _overlap(weight, p)]
             own = [name for name, _ in sharing if name.startswith(prefixes)]

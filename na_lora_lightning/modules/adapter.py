@@ -40,6 +40,7 @@ from na_lora_lightning.checkpoints.random_state import (
 from na_lora_lightning.checkpoints.run_folder import require_own_adapter, run_callback, run_folder
 from na_lora_lightning.checkpoints.run_folders import is_dry_run
 from na_lora_lightning.errors import ConfigurationError
+from na_lora_lightning.lightning_internals import attached_trainer
 from na_lora_lightning.modules.nonfinite import require_finite
 from na_lora_lightning.modules.resumed_callbacks import adopt_callback_states
 from na_lora_lightning.modules.resumed_options import ResumedOptions
@@ -116,7 +117,7 @@ class AdapterModule(LightningModule):
         Raises:
             ConfigurationError: There is one of them.
         """
-        if self._trainer is not None:
+        if attached_trainer(self) is not None:
             require_suitable_callbacks(self.trainer)
         return []
 
@@ -168,7 +169,7 @@ class AdapterModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves the base model out."""
         checkpoint[CHECKPOINT_KEY] = describe_adapter(self.peft_model, self.lora)
-        if self._trainer is not None:
+        if attached_trainer(self) is not None:
             # Only the first process writes, and each has random numbers of its own.
             checkpoint[RANDOM_STATE_KEY] = gather_random_states(self.device, self.trainer.world_size)
             self._options.save(checkpoint)
@@ -176,7 +177,7 @@ class AdapterModule(LightningModule):
             if checkpoint.get(part):
                 checkpoint[part] = without_base_weights(checkpoint[part], adapter_keys(self))
                 require_finite(checkpoint[part], checkpoint.get("global_step", 0))
-        if self.adapter.write == "each" and self._trainer is not None and not self._writes_nothing():
+        if self.adapter.write == "each" and attached_trainer(self) is not None and not self._writes_nothing():
             self._write_adapter(checkpoint["state_dict"], f"step {self.trainer.global_step}, a checkpoint")
 
     @override
@@ -185,7 +186,7 @@ class AdapterModule(LightningModule):
         if CHECKPOINT_KEY not in checkpoint:
             raise ConfigurationError(f"The checkpoint was not written by {type(self).__name__}; load one that was.")
         require_same_adapter(checkpoint[CHECKPOINT_KEY], describe_adapter(self.peft_model, self.lora))
-        if self._trainer is None or self.trainer.state.fn != "fit":
+        if attached_trainer(self) is None or self.trainer.state.fn != "fit":
             return
         restore_averages(checkpoint, self.state_dict(), bool(weight_averaging(self.trainer)))
         self._options = ResumedOptions(checkpoint, self.draws_seed)

@@ -17,6 +17,7 @@ from na_lora_lightning.arguments import AdapterArguments, LoRAArguments, LossArg
 from na_lora_lightning.checkpoints.adapter_state import CHECKPOINT_KEY
 from na_lora_lightning.data.processors import load_processor
 from na_lora_lightning.errors import ConfigurationError
+from na_lora_lightning.lightning_internals import attached_trainer
 from na_lora_lightning.models.dual_encoder import (
     EncoderPart,
     add_lora_to_encoders,
@@ -151,7 +152,7 @@ class DualEncoderLightningModule(AdapterTrainingModule):
         """Loads the base model and adds LoRA, once."""
         if self.model is not None:
             return
-        if self._trainer is not None and shards_model(self.trainer):
+        if attached_trainer(self) is not None and shards_model(self.trainer):
             raise ConfigurationError(
                 f"{type(self).__name__} does not shard its model; use a single device or strategy='ddp'."
             )

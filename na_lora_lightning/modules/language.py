@@ -24,6 +24,7 @@ from na_lora_lightning.checkpoints.adapter_state import CHECKPOINT_KEY
 from na_lora_lightning.data.answers import stop_at
 from na_lora_lightning.data.text.supervised import SupervisedDataModule
 from na_lora_lightning.errors import one_line
+from na_lora_lightning.lightning_internals import attached_trainer
 from na_lora_lightning.models.limits import ModelLimits
 from na_lora_lightning.models.loading import enable_gradient_checkpointing, load_base_model
 from na_lora_lightning.models.lora import add_lora
@@ -142,7 +143,7 @@ class NALoRALightningModule(AdapterTrainingModule):
                 enable_gradient_checkpointing(base)
             self.model = add_lora(base, self.lora, self.source)
             self._end_answers_at(())
-            if self._trainer is not None:
+            if attached_trainer(self) is not None:
                 shard_model(self.model, self.trainer)
         else:
             self._require_data_fits()
@@ -159,7 +160,7 @@ class NALoRALightningModule(AdapterTrainingModule):
 
     def _require_data_fits(self) -> None:
         """Checks data before anything is trained on it."""
-        datamodule = getattr(self._trainer, "datamodule", None)
+        datamodule = getattr(attached_trainer(self), "datamodule", None)
         if self._limits is not None and isinstance(datamodule, SupervisedDataModule):
             datamodule.require_model_takes(self._limits, self._new_tokens())
 

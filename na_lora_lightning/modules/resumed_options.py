@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from na_lora_lightning.core.in_force import say
 from na_lora_lightning.errors import ConfigurationError
+from na_lora_lightning.lightning_internals import progress_of_fit
 from na_lora_lightning.modules.resumed_callbacks import adopt_callback_options, describe_callbacks
 from na_lora_lightning.modules.resumed_optimizer import (
     adopt_groups,
@@ -92,9 +93,7 @@ class ResumedOptions:
             return total
         # Steps of another size are behind: those still to come are added to them.
         per_step = trainer.accumulate_grad_batches
-        fit_loop = self._checkpoint["loops"]["fit_loop"]
-        epoch = fit_loop["epoch_progress"]["current"]
-        ready = fit_loop["epoch_loop.batch_progress"]["current"]["ready"]
+        epoch, ready = progress_of_fit(self._checkpoint)
         steps_of_epoch = ceil(batches / per_step)
         left = (epochs - epoch["processed"]) * steps_of_epoch
         if epoch["processed"] < epoch["ready"]:

@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from na_lora_lightning.arguments import AdapterArguments, LoRAArguments, LossArguments, ScheduleArguments, as_group
 from na_lora_lightning.errors import ConfigurationError
+from na_lora_lightning.lightning_internals import attached_trainer
 from na_lora_lightning.models.source import BaseModelSource
 from na_lora_lightning.modules.adapter import AdapterModule
 from na_lora_lightning.modules.losses import StepAverage, TokenSums
@@ -97,7 +98,7 @@ class AdapterTrainingModule(AdapterModule, ABC):
     @property
     def _training_device(self) -> torch.device:
         """Where the model will train."""
-        return self.trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
+        return self.trainer.strategy.root_device if attached_trainer(self) is not None else torch.device("cpu")
 
     # ---- training ----
 
