@@ -44,13 +44,14 @@ class GateImportanceCallback(GateCallback):
     Args:
         keep_fraction: Fraction of gate channels whose rows are updated, in (0, 1].
         beta: β of the moving average, in [0, 1).
-        criterion: What responsiveness is: ``"selection_derivative"`` |ρ'|, ``"output_derivative"`` |φ'|,
-            ``"homogeneity_gap"`` |E−1|, or ``"output_derivative_change"``.
+        criterion: What responsiveness is the mean of: ``"output_derivative"`` |φ'|, the slope of the activation;
+            ``"selection_derivative"`` |ρ'|, the slope of its selection weight ρ(z) = φ(z)/z; ``"homogeneity_gap"``
+            |E−1|, with the effective homogeneity E(z) = z·φ'(z)/φ(z); or ``"output_derivative_change"``, the change
+            of mean |φ'| from one step to the next.
         scope: Rank channels ``"site"`` by site or over the whole model (``"global"``).
         warmup_steps: Optimizer steps before the first mask.
         refresh_every: Optimizer steps between two masks.
-        variant: Rarer choices and controls, see
-            :class:`~na_lora_lightning.core.mechanisms.importance.ImportanceVariant`.
+        variant: Rarer choices, and controls for experiments.
         observer: What the statistics look at.
         histogram_every_n_steps: Optimizer steps between two histograms of channel responsiveness, 0 for none.
         allow_unmasked_gates: Accept that some gates have no LoRA instead of stopping with their names.

@@ -35,8 +35,9 @@ class StepScaleCallback(GateCallback):
 
     Args:
         granularity: One scale per ``"activation"``, per ``"site"`` or per gate ``"channel"``.
-        tau: τ, half-width of the homogeneous regime |E−1| ≤ τ, in (0, 1).
-        eta_min: Lowest c_R, in (0, 1].
+        tau: τ, half-width of the homogeneous regime |E−1| ≤ τ, in (0, 1), with the effective homogeneity
+            E(z) = z·φ'(z)/φ(z) of the activation φ.
+        eta_min: Lowest factor of a regime, in (0, 1]; the step scale is the mean of these factors by share.
         normalize: Divide the scales by their mean over what encloses them, so that steps are redistributed and not
             made smaller.
         beta: β of the moving average of the regime shares, in [0, 1).

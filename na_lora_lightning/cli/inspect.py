@@ -159,13 +159,14 @@ def main(arguments: list[str]) -> int:
     Raises:
         NALoRAError: The model or the options cannot be used, or a gate has no LoRA (after the table was printed).
     """
-    from jsonargparse import ArgumentError, ArgumentParser
+    from jsonargparse import ArgumentError
 
     from na_lora_lightning.arguments import LoRAArguments
     from na_lora_lightning.cli.errors import explain
+    from na_lora_lightning.cli.help import PlainParser
     from na_lora_lightning.models.source import BaseModelSource
 
-    parser = ArgumentParser(
+    parser = PlainParser(
         prog="na-lora inspect",
         description=(
             "Show which gates a model has, which activation each uses, and which LoRA rows make it. Only the model's "

@@ -41,6 +41,7 @@ from na_lora_lightning.cli.arguments import (
     with_switches,
 )
 from na_lora_lightning.cli.errors import errors_of_lightning, explain
+from na_lora_lightning.cli.help import DESCRIPTIONS, PlainParser
 from na_lora_lightning.cli.trainer_options import require_metrics, require_possible, require_usable_callbacks, with_end
 from na_lora_lightning.core.in_force import say
 from na_lora_lightning.data import InstructionDataModule
@@ -74,6 +75,10 @@ _PARSER = {"exit_on_error": False, "allow_abbrev": False}
 _CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")
 
 
+class TrainingParser(PlainParser, LightningArgumentParser):
+    """Lightning's parser with help that can be read in a terminal."""
+
+
 class NALoRACLI(LightningCLI):
     """A ``LightningCLI`` for one subcommand, with the two mechanisms as option groups of their own.
 
@@ -105,7 +110,16 @@ class NALoRACLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             trainer_defaults=dict(TRAINER_DEFAULTS),
             seed_everything_default=0,
-            parser_kwargs={"prog": "na-lora", **_PARSER, subcommand: dict(_PARSER)},
+            parser_class=TrainingParser,
+            parser_kwargs={
+                "prog": "na-lora",
+                **_PARSER,
+                subcommand: {
+                    "description": DESCRIPTIONS[subcommand],
+                    "usage": f"na-lora {subcommand} [--config FILE] [--OPTION VALUE ...]",
+                    **_PARSER,
+                },
+            },
             args=list(arguments),
             auto_configure_optimizers=False,
             # The module describes itself in checkpoints the same way wherever it was made.
@@ -122,7 +136,10 @@ class NALoRACLI(LightningCLI):
         """Adds the callbacks, and makes the data follow the model."""
         for name, kind in CALLBACKS.items():
             parser.add_lightning_class_args(kind, name)
-            parser.add_argument(f"--{name}.enabled", type=bool, default=True, help=f"Whether fit uses {kind.__name__}.")
+            assert parser.groups is not None
+            parser.groups[name].add_argument(
+                f"--{name}.enabled", type=bool, default=True, help=f"Whether fit uses {kind.__name__}."
+            )
         group, readers = "data", ["tokenizer"]
         if self.subclass_mode_data:
             # A class is not handed what it has no use for.

@@ -47,7 +47,7 @@ class ImportanceVariant:
 
     Attributes:
         signed: Average the criterion with its sign instead of its magnitude.
-        selection: ``"top_k"`` keeps the k·d_ff most important channels, ``"threshold"`` those of at least
+        selection: ``"top_k"`` keeps the fraction of most important channels, ``"threshold"`` those of at least
             ``threshold`` times the mean importance, ``"soft"`` weights each channel by its importance over the
             mean (weights of mean 1).
         threshold: Multiple of the mean importance for ``selection="threshold"``, positive.

@@ -58,8 +58,9 @@ class StepScaleOptions:
 
     Attributes:
         granularity: One scale per ``"activation"``, per ``"site"`` or per gate ``"channel"``.
-        tau: τ, half-width of the homogeneous regime |E−1| ≤ τ, in (0, 1).
-        eta_min: Lowest c_R, in (0, 1].
+        tau: τ, half-width of the homogeneous regime |E−1| ≤ τ, in (0, 1), with the effective homogeneity
+            E(z) = z·φ'(z)/φ(z) of the activation φ.
+        eta_min: Lowest factor of a regime, in (0, 1]; the step scale is the mean of these factors by share.
         normalize: Divide the scales by their mean over what encloses them (all gate channels of the model for
             activations, the sites of one activation for sites, the channels of one site for channels), so that
             steps are redistributed and not made smaller.
