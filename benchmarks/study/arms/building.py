@@ -163,14 +163,19 @@ def build(
     hook = arm.hook or ("adalora" if arm.method == "adalora" else None)
     built = BuiltArm(model, optimizer, gates, controller, [])
     if hook is not None:
-        built.hooks.append(_hook_class(hook)(built, **arm.hook_options))
+        built.hooks.append(hook_class(hook)(built, **arm.hook_options))
     # After the hooks, so that those see the optimizer's step before the mechanisms change it.
     if controller is not None:
         controller.attach([optimizer])
     return built
 
 
-def _hook_class(name: str) -> Any:
+def hook_class(name: str) -> Any:
+    """The hook of a name.
+
+    Raises:
+        StudyError: The name is no name of a hook.
+    """
     if name in HOOKS:
         return HOOKS[name]
     module, separator, attribute = name.partition(":")

@@ -136,13 +136,13 @@ def reproduce(name: str, results: Results) -> Reproduction:
             )
     before, after = (decided(result["train_info"]["metrics"]) for result in (saved, again))
     bits: list[str] = []
-    results: list[str] = []
+    far: list[str] = []
     if len(before) != len(after):
-        results.append(f"{len(before)} intervals then and {len(after)} now")
-        bits.append(results[0])
+        far.append(f"{len(before)} intervals then and {len(after)} now")
+        bits.append(far[0])
     probes = (saved["study_info"]["probes"], again["study_info"]["probes"])
     compared = [compare(a, b, _ROUNDING, f"step {a['step']}: ") for a, b in zip(before, after, strict=False)]
     for other_bits, other_results in [*compared, compare(*probes, _ROUNDING_OF_PROBES, "probe ")]:
         bits += other_bits
-        results += other_results
-    return Reproduction(tuple(bits), tuple(results), _machine(saved, again), _machine(again, saved))
+        far += other_results
+    return Reproduction(tuple(bits), tuple(far), _machine(saved, again), _machine(again, saved))

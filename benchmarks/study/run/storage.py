@@ -99,7 +99,7 @@ class Results:
         return {setting: len(moved) for setting, moved in found.items()}
 
     def _files(self) -> list[Path]:
-        return sorted(file for file in self.cells.rglob("*.json") if not file.name.startswith("."))
+        return sorted(self.cells.rglob("*.json"))
 
 
 def name_of(result: Result) -> str:

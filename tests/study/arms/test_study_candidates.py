@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from benchmarks.study.arms.arm import Arm
-from benchmarks.study.arms.building import build
+from benchmarks.study.arms.building import build, hook_class
 from benchmarks.study.arms.candidates import RowRule
 from benchmarks.study.base_models import loading
 from benchmarks.study.errors import StudyError
+from benchmarks.study.report.evidence import STUDIES
 
 MEASURE = {"keep_fraction": 1.0, "warmup_steps": 0}
 LAYERS = ["gate", "up", "down"]
@@ -164,3 +166,13 @@ def test_a_trust_region_goes_with_a_slow_a(base_model: Any) -> None:
         if own.requires_grad and not ("lora_A" in name and "gate_proj" in name):
             assert torch.equal(own, other), name
     assert [group["lr"] for group in both.optimizer.param_groups] == [0.01, 0.0025]
+
+
+def test_every_hook_of_the_arms_file_is_found_under_the_name_that_its_cells_have() -> None:
+    arms = yaml.safe_load((STUDIES / "arms.yaml").read_text())
+    hooks = {options["hook"] for options in arms.values() if "hook" in options}
+    assert len(hooks) == 12
+    for name in hooks:
+        assert hook_class(name).__name__ in (name.partition(":")[2], "EqualNorm")
+    with pytest.raises(StudyError, match="the hook 'absent' does not exist"):
+        hook_class("absent")

@@ -55,6 +55,21 @@ def test_packing_again_adds_to_what_is_there_and_leaves_other_settings_alone(res
     assert [one["run_info"]["train_config"]["seed"] for one in results.of_setting("s").values()] == [0, 1]
 
 
+def test_packing_that_was_interrupted_goes_on(results: Results) -> None:
+    for seed in (0, 1):
+        results.write(named("s", "lora", seed))
+    results.pack()
+    (once,) = results.packed.iterdir()
+    content = once.read_bytes()
+    # Packed, and not yet taken out of the cache; and a file that another process has not finished.
+    results.write(named("s", "lora", 1))
+    results.path_of("s/lora/rate0.01-seed1").with_name(".rate0.01-seed2.json.123").write_text("{")
+    assert [one["run_info"]["train_config"]["seed"] for one in results.all()] == [0, 1]
+    assert results.pack() == {"s": 1}
+    assert once.read_bytes() == content
+    assert results.all() == results.all_packed()
+
+
 def test_the_same_cells_give_the_same_bytes_whenever_they_are_packed(tmp_path: Path) -> None:
     found = []
     for order in ((0, 1, 2), (2, 0, 1)):
