@@ -85,9 +85,10 @@ $(VENV)/.study: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[study]'
 	@touch $@
 
-check: install ## Lint, format check and types
+check: install ## Lint, format check, which part imports which, and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
 format: install ## Format the code

@@ -1,10 +1,16 @@
-"""Where a model is called: the module whose forward always runs, and how many tokens it knows."""
+"""Where a model is called: the module whose forward always runs, how many tokens it knows, and names of masks."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import nn
+
+# Under these names vision towers are told which patches are padding, and text encoders which tokens; 1 is real.
+BRANCH_MASKS = ("patch_attention_mask", "pixel_attention_mask", "attention_mask")
+# torch's own transformers call padding true.
+PADDING_MASKS = ("src_key_padding_mask", "tgt_key_padding_mask")
+MASKS = (*BRANCH_MASKS, *PADDING_MASKS, "decoder_attention_mask")
 
 
 def root_of(model: nn.Module) -> nn.Module:

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from na_lora_lightning.core.model_entry import vocabulary_size
+from na_lora_lightning.core.model_entry import MASKS, vocabulary_size
 from na_lora_lightning.core.model_parts import has_decoder
-from na_lora_lightning.core.observation.tokens import MASKS
 from na_lora_lightning.errors import DiscoveryError
 
 _TOKENS = 4

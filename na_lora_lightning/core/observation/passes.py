@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from na_lora_lightning.core.compilation import outside_of_graphs
 from na_lora_lightning.core.gathered import places, tokens_given
+from na_lora_lightning.core.model_entry import MASKS
 from na_lora_lightning.core.observation.mask_fitting import MaskFitter
 from na_lora_lightning.core.observation.tokens import (
-    MASKS,
     TokenSelection,
     mask_of_branch,
     shared_mask,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from na_lora_lightning.core.model_entry import BRANCH_MASKS, PADDING_MASKS
 from na_lora_lightning.core.model_parts import has_decoder
 from na_lora_lightning.errors import DataError
 
@@ -168,13 +169,6 @@ class TokenSelection:
         )
 
 
-# Under these names vision towers are told which patches are padding, and text encoders which tokens; 1 is real.
-_BRANCH_MASKS = ("patch_attention_mask", "pixel_attention_mask", "attention_mask")
-# torch's own transformers call padding true.
-_PADDING = ("src_key_padding_mask", "tgt_key_padding_mask")
-MASKS = (*_BRANCH_MASKS, *_PADDING, "decoder_attention_mask")
-
-
 def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
     """The arguments of a forward call by their names."""
     if not args:
@@ -194,7 +188,7 @@ def mask_of_branch(branch: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
         ``[images or sequences, tokens]`` boolean, or None where the call has no such mask and every token counts.
     """
     given = by_name(branch, args, kwargs)
-    for name in _BRANCH_MASKS:
+    for name in BRANCH_MASKS:
         mask = given.get(name)
         if isinstance(mask, Tensor) and mask.ndim in (2, 3) and not mask.is_floating_point():
             return mask.flatten(1).bool()
@@ -202,7 +196,7 @@ def mask_of_branch(branch: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
 
 
 def _mask_of_padding(given: Mapping[str, Any]) -> Tensor | None:
-    padding = next((given[name] for name in _PADDING if isinstance(given.get(name), Tensor)), None)
+    padding = next((given[name] for name in PADDING_MASKS if isinstance(given.get(name), Tensor)), None)
     return ~padding if padding is not None and padding.ndim == 2 and padding.dtype == torch.bool else None
 
 
