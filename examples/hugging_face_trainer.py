@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 from transformers.data import DataCollatorForLanguageModeling
 
 from na_lora_lightning import NALoRATrainerCallback
-from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
+from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
 
 name = sys.argv[1] if len(sys.argv) > 1 else ".cache/quickstart/SmolLM2-135M-Instruct"
 tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right")

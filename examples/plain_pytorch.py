@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from na_lora_lightning import nonlinearity_aware
-from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
+from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
 
 name = sys.argv[1] if len(sys.argv) > 1 else ".cache/quickstart/SmolLM2-135M-Instruct"
 torch.manual_seed(0)

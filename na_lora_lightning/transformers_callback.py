@@ -20,9 +20,9 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from na_lora_lightning.core.controller import GateController
-from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
-from na_lora_lightning.core.mechanisms.metrics import as_floats, gate_metrics
-from na_lora_lightning.core.mechanisms.step_scale import StepScaleOptions
+from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
+from na_lora_lightning.core.mechanisms.metrics import as_floats
+from na_lora_lightning.core.mechanisms.step_scale_options import StepScaleOptions
 from na_lora_lightning.core.observation.observer import ObserverOptions
 from na_lora_lightning.core.stepping.optimizers import stepping_optimizer
 from na_lora_lightning.errors import CheckpointError, ConfigurationError, UpdateError
@@ -166,7 +166,7 @@ class NALoRATrainerCallback(TrainerCallback, ExportableState):
         # Evaluation and the summary at the end call their losses otherwise.
         if self.controller is None or logs is None or "loss" not in logs or "learning_rate" not in logs:
             return
-        metrics = gate_metrics(self.controller)
+        metrics = self.controller.curves()
         if not self._log_layers:
             activations = {site.activation.name for site in self.controller.gates}
             metrics = {tag: value for tag, value in metrics.items() if tag.rpartition("/")[2] in activations}

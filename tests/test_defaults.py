@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback, nonlinearity_aware
 from na_lora_lightning.core.controller import GateController
-from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
-from na_lora_lightning.core.mechanisms.step_scale import StepScaleOptions
+from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
+from na_lora_lightning.core.mechanisms.step_scale_options import StepScaleOptions
 
 # Of the mask; and enough steps for the first two masks.
 WARMUP_STEPS, STEPS = 10, 12

@@ -32,7 +32,7 @@ from transformers import AutoModel, CLIPModel
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback, discover_gates
 from na_lora_lightning.arguments import AdapterArguments, LoRAArguments
 from na_lora_lightning.core.controller import GateController
-from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
+from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
 from na_lora_lightning.core.observation.observer import ObserverOptions
 from na_lora_lightning.data.classes.datamodule import LabelledImageDataModule
 from na_lora_lightning.errors import ConfigurationError

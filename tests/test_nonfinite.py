@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback
 from na_lora_lightning.arguments import AdapterArguments, LoRAArguments, LossArguments, ScheduleArguments
-from na_lora_lightning.callbacks.gate_callback import NonFiniteGateWarning
+from na_lora_lightning.callbacks.session import NonFiniteGateWarning
 from na_lora_lightning.errors import NonFiniteError
 from na_lora_lightning.modules.language import NALoRALightningModule
 from na_lora_lightning.modules.nonfinite import NonFiniteStepWarning, StepGuard, nonfinite_origin, require_finite

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner
 
 from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.discovery.gates import discover_gates
-from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
+from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
 from na_lora_lightning.core.model_entry import entrance_of, root_of
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.peft_internals import (

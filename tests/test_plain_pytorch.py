@@ -21,8 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback, nonlinearity_aware
 from na_lora_lightning.core.controller import GateController
-from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
-from na_lora_lightning.core.mechanisms.step_scale import StepScaleOptions
+from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
+from na_lora_lightning.core.mechanisms.step_scale_options import StepScaleOptions
 from na_lora_lightning.core.observation.observer import ObserverOptions
 from na_lora_lightning.errors import ConfigurationError, DiscoveryError, UpdateError
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback
 from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.discovery.gates import discover_gates
-from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
-from na_lora_lightning.core.mechanisms.step_scale import StepScaleOptions
+from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
+from na_lora_lightning.core.mechanisms.step_scale_options import StepScaleOptions
 from na_lora_lightning.core.observation.observer import ObserverOptions
 from na_lora_lightning.models.lora_inputs import CastingLinear, keep_inputs_uncast
 

@@ -24,8 +24,8 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from na_lora_lightning import NALoRATrainerCallback, nonlinearity_aware
-from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
-from na_lora_lightning.core.mechanisms.step_scale import StepScaleOptions
+from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
+from na_lora_lightning.core.mechanisms.step_scale_options import StepScaleOptions
 from na_lora_lightning.core.observation.observer import ObserverOptions
 from na_lora_lightning.errors import CheckpointError, ConfigurationError, DataError, DiscoveryError, UpdateError
 from na_lora_lightning.transformers_callback import STATE_FILE

@@ -11,7 +11,7 @@ from conftest import LLAMA_TARGETS, random_batch, tiny_llama, with_lora
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from na_lora_lightning import NALoRATrainerCallback
-from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
+from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
 from na_lora_lightning.errors import PlainLoRAWarning
 
 MASK = ImportanceOptions(keep_fraction=0.5, warmup_steps=2, refresh_every=2)

@@ -10,15 +10,10 @@ from lightning.pytorch import Trainer
 
 from na_lora_lightning.callbacks import monitor
 from na_lora_lightning.callbacks.gate_callback import GateCallback
+from na_lora_lightning.callbacks.session import GateSettings
 from na_lora_lightning.core.controller import GateController
-from na_lora_lightning.core.mechanisms.importance import (
-    Criterion,
-    ImportanceOptions,
-    ImportanceVariant,
-    Scope,
-    TemporalImportance,
-)
-from na_lora_lightning.core.mechanisms.metrics import by_layer_and_activation, importance_metrics, step_scale_metrics
+from na_lora_lightning.core.mechanisms.importance import TemporalImportance
+from na_lora_lightning.core.mechanisms.importance_options import Criterion, ImportanceOptions, ImportanceVariant, Scope
 from na_lora_lightning.core.observation.observer import ObserverOptions
 from na_lora_lightning.errors import ConfigurationError
 
@@ -80,7 +75,7 @@ class GateImportanceCallback(GateCallback):
         allow_unmasked_gates: bool = False,
         example_inputs: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(observer, allow_unmasked_gates, example_inputs)
+        super().__init__(GateSettings(observer, allow_unmasked_gates, example_inputs))
         self.options = ImportanceOptions(
             keep_fraction=keep_fraction,
             beta=beta,
@@ -97,16 +92,8 @@ class GateImportanceCallback(GateCallback):
             )
         self._histogram_every_n_steps = histogram_every_n_steps
 
-    def _set_mechanism(self, controller: GateController) -> TemporalImportance:
+    def _turn_on(self, controller: GateController) -> TemporalImportance:
         return controller.set_importance(self.options)
-
-    def _log(self, trainer: Trainer, controller: GateController, step: int) -> None:
-        assert controller.importance is not None
-        metrics = importance_metrics(controller.importance)
-        if controller.watched_scale is not None:
-            metrics |= step_scale_metrics(controller.watched_scale)
-        tagged = by_layer_and_activation(controller, metrics)
-        monitor.write(trainer, tagged, step)
 
     def _after_step(self, trainer: Trainer, controller: GateController, step: int) -> None:
         assert controller.importance is not None

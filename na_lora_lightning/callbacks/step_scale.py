@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch import Trainer
-
-from na_lora_lightning.callbacks import monitor
 from na_lora_lightning.callbacks.gate_callback import GateCallback
+from na_lora_lightning.callbacks.session import GateSettings
 from na_lora_lightning.core.controller import GateController
-from na_lora_lightning.core.mechanisms.metrics import by_layer_and_activation, step_scale_metrics
-from na_lora_lightning.core.mechanisms.step_scale import Granularity, StepScale, StepScaleOptions
+from na_lora_lightning.core.mechanisms.step_scale import StepScale
+from na_lora_lightning.core.mechanisms.step_scale_options import Granularity, StepScaleOptions
 from na_lora_lightning.core.observation.observer import ObserverOptions
 
 
@@ -68,7 +66,7 @@ class StepScaleCallback(GateCallback):
         allow_unmasked_gates: bool = False,
         example_inputs: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(observer, allow_unmasked_gates, example_inputs)
+        super().__init__(GateSettings(observer, allow_unmasked_gates, example_inputs))
         self.options = StepScaleOptions(
             granularity=granularity,
             tau=tau,
@@ -78,10 +76,5 @@ class StepScaleCallback(GateCallback):
             matrix_a_factor=matrix_a_factor,
         )
 
-    def _set_mechanism(self, controller: GateController) -> StepScale:
+    def _turn_on(self, controller: GateController) -> StepScale:
         return controller.set_step_scale(self.options)
-
-    def _log(self, trainer: Trainer, controller: GateController, step: int) -> None:
-        assert controller.step_scale is not None
-        tagged = by_layer_and_activation(controller, step_scale_metrics(controller.step_scale))
-        monitor.write(trainer, tagged, step)

@@ -13,9 +13,9 @@ It is all that a plain PyTorch loop needs::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -25,31 +25,33 @@ from torch.optim import Optimizer
 from na_lora_lightning.core.compilation import forget_graphs
 from na_lora_lightning.core.in_force import describe, say, warn_after, warn_before
 from na_lora_lightning.core.layout import Layout
-from na_lora_lightning.core.lora_layers import LoRARows, is_on_parameter, is_product_of_modules
-from na_lora_lightning.core.mechanisms.importance import ImportanceOptions, ResponsivenessCollector, TemporalImportance
-from na_lora_lightning.core.mechanisms.metrics import as_floats, gate_metrics
+from na_lora_lightning.core.lora_layers import LoRARows
+from na_lora_lightning.core.mechanisms.importance import TemporalImportance
+from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
+from na_lora_lightning.core.mechanisms.mechanism import Mechanism
+from na_lora_lightning.core.mechanisms.metrics import as_floats, by_layer_and_activation, misalignment_metrics
 from na_lora_lightning.core.mechanisms.saved_options import Changes, changed_options, in_words, saved_options
-from na_lora_lightning.core.mechanisms.step_scale import RegimeCollector, StepScale, StepScaleOptions
+from na_lora_lightning.core.mechanisms.step_scale import StepScale
+from na_lora_lightning.core.mechanisms.step_scale_options import StepScaleOptions
+from na_lora_lightning.core.mechanisms.watching import Watching
 from na_lora_lightning.core.model_entry import entrance_of, root_of
 from na_lora_lightning.core.observation.misalignment import MisalignmentMeter
-from na_lora_lightning.core.observation.observer import GateObserver, ObserverOptions, StepStatistics
+from na_lora_lightning.core.observation.observer import GateObserver, ObserverOptions
 from na_lora_lightning.core.precision import single_precision
-from na_lora_lightning.core.sharding import Shards, is_sharded
+from na_lora_lightning.core.sharding import Shards
 from na_lora_lightning.core.silent_sites import SilenceCheck
 from na_lora_lightning.core.sites import GateMap
-from na_lora_lightning.core.stepping.gradient_mask import GradientMask
 from na_lora_lightning.core.stepping.optimizers import (
     StepCalls,
     only_first_evaluation,
-    require_reachable,
+    optimizer_of_rows,
     skips_by_itself,
-    stepping_optimizer,
 )
 from na_lora_lightning.core.stepping.rows import RowUpdate
 from na_lora_lightning.core.stepping.skipped_steps import Aside, GradientWatch
 from na_lora_lightning.errors import ConfigurationError, UpdateError
 
-_IMPORTANCE, _STEP_SCALE, _WATCHED = "importance", "step_scale", "watched"
+_M = TypeVar("_M", bound=Mechanism)
 
 # Optimizers whose steps are corrected: twice would be once too often.
 _corrected: WeakSet[Optimizer] = WeakSet()
@@ -65,12 +67,10 @@ class GateController:
         reduce: Adds a tensor over all processes in place; None for one process.
 
     Attributes:
-        importance: Mechanism one, when set.
-        step_scale: Mechanism two, when set.
+        mechanisms: Those that are on, by name.
         steps: Optimizer steps so far, those before a resume included where :meth:`load_state_dict` was called.
         total_steps: What ``steps`` will be when training ends, where that is known.
         announced: Whether it was said what is in force.
-        watched_scale: What the step scale would be by the last measured step alone, where rows are only watched.
         misalignment: Result of the last measured step: mean |Δρ| ``[sites]`` and squared norms ``[2, sites]``.
         gradients: Tells when gradients are thrown away without a step, and the statistics with them.
     """
@@ -92,9 +92,7 @@ class GateController:
         )
         self.meter = MisalignmentMeter(self.observer)
         self.layout = Layout([(site.networks, site.channels) for site in gates.sites], self.observer.device)
-        self.importance: TemporalImportance | None = None
-        self.step_scale: StepScale | None = None
-        self.watched_scale: StepScale | None = None
+        self.mechanisms: dict[str, Mechanism] = {}
         self.misalignment: tuple[Tensor, Tensor] | None = None
         self.steps = 0
         self.total_steps: float | None = None
@@ -105,9 +103,8 @@ class GateController:
         self._update = RowUpdate.of_channels(gates.sites, self.layout)
         self._update_of_a: RowUpdate | None = None
         self._weight_of_a = torch.ones(1)
-        self._watched: StepScaleOptions | None = None
+        self._watching: Watching | None = None
         self._adapters = [site.adapters for site in gates.sites]
-        self._gradient_mask: GradientMask | None = None
         self._handles: list[Any] = []
         self._optimizer: Optimizer | None = None
         self._stepped = False
@@ -127,38 +124,9 @@ class GateController:
         """Turns the temporal-importance mask on; before :meth:`attach`.
 
         Raises:
-            ConfigurationError: It is on already, the criterion cannot rank the channels of an activation, or an option
-                does not work for a site.
+            ConfigurationError: It is on already, or its options do not work for a site.
         """
-        self._require_new(self.importance, "temporal-importance mask")
-        options.check_activations(self.gates.sites)
-        on_parameters = [site.name for site in self.gates.sites if is_on_parameter(site.lora_layer)]
-        if options.mask_gradient_to_a and on_parameters:
-            raise ConfigurationError(
-                f"mask_gradient_to_a does not work for {on_parameters[0]!r}, whose LoRA is on a parameter, so that the "
-                "gradient of A cannot be told from that of B; set it to False."
-            )
-        others = [
-            site.name
-            for site in self.gates.sites
-            if not all(is_product_of_modules(site.lora_layer, adapter) for adapter in site.adapters)
-        ]
-        if options.mask_gradient_to_a and others:
-            raise ConfigurationError(
-                f"mask_gradient_to_a does not work for {others[0]!r}, whose adapter is not the product of two "
-                "layers (AdaLoRA, or a variant of LoRA other than DoRA); set it to False."
-            )
-        sharded = [entry.name for entry in self._parameters if is_sharded(entry.parameter)]
-        if options.mask_gradient_to_a and sharded:
-            raise ConfigurationError(
-                f"mask_gradient_to_a does not work for {sharded[0]!r}, which is sharded, so that no process has the "
-                "whole gradient of A; set it to False, or use strategy='ddp'."
-            )
-        layout = self.observer.add(_IMPORTANCE, ResponsivenessCollector(options.criterion, options.signed))
-        self.importance = TemporalImportance(options, layout)
-        if options.mask_gradient_to_a:
-            self._gradient_mask = GradientMask(self.gates.sites, self.layout)
-        return self.importance
+        return self._turn_on(TemporalImportance, options)
 
     def set_step_scale(self, options: StepScaleOptions) -> StepScale:
         """Turns the step scale on; before :meth:`attach`.
@@ -166,23 +134,37 @@ class GateController:
         Raises:
             ConfigurationError: It is on already, or would be exactly 1 for every gate.
         """
-        self._require_new(self.step_scale, "step scale")
-        options.check_activations(self.gates.sites)
-        if options.matrix_a_factor != 1.0:
+        mechanism = self._turn_on(StepScale, options)
+        if mechanism.factor_of_a != 1.0:
             # Several sites may share a layer.
             entries = {id(entry.parameter): entry for site in self.gates.sites for entry in site.matrices_a()}
             self._correct_too(entries.values())
             self._update_of_a = RowUpdate.of_matrices(entries.values())
-            self._weight_of_a = torch.full((1,), options.matrix_a_factor, device=self.observer.device)
-        layout = self.observer.add(_STEP_SCALE, RegimeCollector(options.tau, options.granularity == "channel"))
-        self.step_scale = StepScale(options, self.gates.sites, layout)
-        return self.step_scale
+            self._weight_of_a = torch.full((1,), mechanism.factor_of_a, device=self.observer.device)
+        return mechanism
 
-    def _require_new(self, mechanism: object, name: str) -> None:
-        if mechanism is not None:
-            raise ConfigurationError(f"the {name} is set twice for one model; keep one of the two callbacks.")
+    def _turn_on(self, kind: type[_M], options: Any) -> _M:
+        if kind.name in self.mechanisms:
+            raise ConfigurationError(f"the {kind.title} is set twice for one model; keep one of the two callbacks.")
         if self._handles:
-            raise ConfigurationError(f"the {name} is set after training began; set it before attach().")
+            raise ConfigurationError(f"the {kind.title} is set after training began; set it before attach().")
+        options.check(self.gates.sites)
+        layout = self.observer.add(kind.name, kind.collector(options))
+        mechanism = kind(options=options, sites=self.gates.sites, layout=layout)
+        self.mechanisms[kind.name] = mechanism
+        return mechanism
+
+    @property
+    def importance(self) -> TemporalImportance | None:
+        """Mechanism one, where it is on."""
+        found = self.mechanisms.get(TemporalImportance.name)
+        return found if isinstance(found, TemporalImportance) else None
+
+    @property
+    def step_scale(self) -> StepScale | None:
+        """Mechanism two, where it is on."""
+        found = self.mechanisms.get(StepScale.name)
+        return found if isinstance(found, StepScale) else None
 
     @property
     def is_attached(self) -> bool:
@@ -193,11 +175,9 @@ class GateController:
     def weights(self) -> Tensor:
         """m·η of each channel of all sites, ``[channels]`` float32."""
         weights = torch.ones(self.layout.total, device=self.observer.device)
-        if self.importance is not None and self.importance.is_active:
-            weights = weights * self.importance.weights
-        if self.step_scale is not None and self.step_scale.is_active:
-            scale = self.step_scale.scale
-            weights = weights * (scale if scale.numel() == weights.numel() else self.layout.spread(scale))
+        for mechanism in self.mechanisms.values():
+            if mechanism.is_active:
+                weights = weights * mechanism.row_weights(self.layout)
         return weights
 
     def optimizer_of_gates(self, optimizers: Iterable[Optimizer]) -> Optimizer:
@@ -207,32 +187,7 @@ class GateController:
             UpdateError: None does, some rows are in none, they are spread over several optimizers, or the optimizer
                 moves parameters at other moments than its step.
         """
-        outermost = {id(stepping_optimizer(optimizer)): optimizer for optimizer in optimizers}
-        optimizers = [stepping_optimizer(optimizer) for optimizer in outermost.values()]
-        holders: dict[int, Optimizer] = {}
-        missing: list[str] = []
-        owner_of = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]}
-        for entry in self._parameters:
-            owner = owner_of.get(id(entry.parameter))
-            if owner is None:
-                missing.append(entry.name)
-            else:
-                holders[id(owner)] = owner
-        if missing:
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            raise UpdateError(
-                f"no optimizer holds {', '.join(missing[:3])}{more}, so the update of these gates cannot be masked; "
-                "give the optimizer all trainable LoRA parameters, and use a strategy that keeps the model's own "
-                "parameters (not DeepSpeed)."
-            )
-        if len(holders) > 1:
-            raise UpdateError(
-                f"the gates' LoRA rows are spread over {len(holders)} optimizers, whose steps have no common moment "
-                "for one mask; put all LoRA parameters into one optimizer (parameter groups are fine)."
-            )
-        (found,) = holders.values()
-        require_reachable(outermost[id(found)])
-        return found
+        return optimizer_of_rows(self._parameters, optimizers)
 
     def attach(self, optimizers: Sequence[Optimizer]) -> None:
         """Registers the hooks on the model and on the optimizer that holds the gates' rows.
@@ -241,7 +196,7 @@ class GateController:
             UpdateError: The update cannot be reached.
             ConfigurationError: No mechanism is set, or the optimizer's steps are corrected already.
         """
-        if self.importance is None and self.step_scale is None:
+        if not self.mechanisms:
             raise ConfigurationError(
                 "no mechanism is set, so training would be plain LoRA; call set_importance() or set_step_scale() first."
             )
@@ -254,7 +209,9 @@ class GateController:
         _corrected.add(optimizer)
         self._optimizer = optimizer
         self._steps_when_attached = self.steps
-        self._watch_regimes()
+        only_watches = self.importance is not None and self.importance.options.is_neutral
+        if self._watching is None and self.step_scale is None and only_watches:
+            self._watching = Watching(self.observer, self.gates.sites, self.layout, lambda: self.meter.enabled)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -263,16 +220,9 @@ class GateController:
         self.meter.attach()
         self.observer.attach()
         self.gradients.attach()
-        if self._gradient_mask is not None:
-            self._gradient_mask.attach()
-            self.share_gradient_mask()
+        for mechanism in self.mechanisms.values():
+            mechanism.attach()
         forget_graphs()
-
-    def _watch_regimes(self) -> None:
-        """Shows what the step scale would see, on measured steps, where rows are only watched."""
-        if self._watched is None and self.step_scale is None and self.importance and self.importance.options.is_neutral:
-            options = self._watched = StepScaleOptions(beta=0.0)
-            self.observer.add(_WATCHED, RegimeCollector(options.tau, True), is_due=lambda: self.meter.enabled)
 
     def announce(self) -> None:
         """Says once what is in force, and warns where that will be nothing; by itself in the first forward pass."""
@@ -302,8 +252,8 @@ class GateController:
         self.gradients.detach()
         self._forget()
         self._calls.forget()
-        if self._gradient_mask is not None:
-            self._gradient_mask.detach()
+        for mechanism in self.mechanisms.values():
+            mechanism.detach()
 
     def discard_unstepped(self) -> None:
         """At the end of a step: forgets its statistics if the optimizer did not step (a skipped fp16 step).
@@ -325,16 +275,36 @@ class GateController:
 
         Selection misalignment is among them where the last step was measured (``meter.enabled``).
         """
-        return as_floats(gate_metrics(self))
+        return as_floats(self.curves())
+
+    def curves(self) -> dict[str, Tensor]:
+        """The same as scalar tensors on the device of the gates."""
+        groups: dict[str, Tensor] = {}
+        for mechanism in self.mechanisms.values():
+            groups |= mechanism.metrics()
+        if self.watched_scale is not None:
+            groups |= self.watched_scale.metrics()
+        tagged = by_layer_and_activation(self.gates, groups)
+        return tagged if self.misalignment is None else tagged | misalignment_metrics(self.gates, *self.misalignment)
+
+    @property
+    def watched_scale(self) -> StepScale | None:
+        """What the step scale would be by the last measured step alone, where rows are only watched."""
+        return None if self._watching is None else self._watching.scale
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values that restore both mechanisms exactly; to be taken between optimizer steps."""
-        state: dict[str, Any] = {"steps": self.steps, "forward_passes": self.observer.forward_passes}
-        state["options"] = asdict(self.observer.options)
-        return state | {name: mechanism.state_dict() for name, mechanism in self._mechanisms().items()}
+        """Tensors and plain values that restore all mechanisms exactly; to be taken between optimizer steps."""
+        states = {name: mechanism.state_dict() for name, mechanism in self.mechanisms.items()}
+        return {"steps": self.steps} | self._state_of_observer() | states
 
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> Changes:
+    def state_of(self, mechanism: Mechanism) -> dict[str, Any]:
+        """The same for one mechanism that is saved by itself."""
+        return {"mechanism": mechanism.state_dict()} | self._state_of_observer()
+
+    def _state_of_observer(self) -> dict[str, Any]:
+        return {"forward_passes": self.observer.forward_passes, "options": asdict(self.observer.options)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> Changes:
         """Restores what :meth:`state_dict` returned; the options are those of this controller, from the next step on.
 
         Returns:
@@ -343,29 +313,39 @@ class GateController:
         Raises:
             ConfigurationError: The state is of other mechanisms or gates, or of options that cannot be changed.
         """
-        mechanisms = self._mechanisms()
-        saved = sorted({_IMPORTANCE, _STEP_SCALE} & state.keys())
-        if saved != sorted(mechanisms):
+        saved = sorted({TemporalImportance.name, StepScale.name} & state.keys())
+        if saved != sorted(self.mechanisms):
             raise ConfigurationError(
                 f"the checkpoint holds the state of {' and '.join(saved) or 'no mechanism'} and this run has "
-                f"{' and '.join(sorted(mechanisms)) or 'none'}; resume with the mechanisms of the checkpoint."
+                f"{' and '.join(sorted(self.mechanisms)) or 'none'}; resume with the mechanisms of the checkpoint."
             )
-        changes = changed_options(saved_options(state), self.observer.options)
-        for name, mechanism in mechanisms.items():
-            changed = mechanism.load_state_dict(state[name])
-            changes |= {f"{name}.{option}": values for option, values in changed.items()}
+        changes = self._restore(state, {f"{name}.": (self.mechanisms[name], state[name]) for name in saved})
         self.steps = int(state["steps"])
-        self.observer.forward_passes = int(state["forward_passes"])
-        self._forget()
-        self._calls.forget()
-        self.share_gradient_mask()
         if changes:
             say(f"NA-LoRA goes on with other options than its saved state has: {in_words(changes)}.")
         return changes
 
-    def _mechanisms(self) -> dict[str, TemporalImportance | StepScale]:
-        both = {_IMPORTANCE: self.importance, _STEP_SCALE: self.step_scale}
-        return {name: mechanism for name, mechanism in both.items() if mechanism is not None}
+    def load_state_of(self, mechanism: Mechanism, state: Mapping[str, Any]) -> Changes:
+        """Restores what :meth:`state_of` returned.
+
+        Returns:
+            Options that differ from those of the state.
+
+        Raises:
+            ConfigurationError: The state is of other gates, or of options that cannot be changed.
+        """
+        return self._restore(state, {"": (mechanism, state["mechanism"])})
+
+    @torch.no_grad()
+    def _restore(self, state: Mapping[str, Any], mechanisms: Mapping[str, tuple[Mechanism, Any]]) -> Changes:
+        changes = changed_options(saved_options(state), self.observer.options)
+        for prefix, (mechanism, its_state) in mechanisms.items():
+            changed = mechanism.load_state_dict(its_state)
+            changes |= {f"{prefix}{option}": values for option, values in changed.items()}
+        self.observer.forward_passes = int(state["forward_passes"])
+        self._forget()
+        self._calls.forget()
+        return changes
 
     def _before_pass(self) -> None:
         self.announce()
@@ -418,21 +398,12 @@ class GateController:
         self.gradients.stepped()
         self.steps += 1
         self._stepped = True
-        if self.importance is not None:
-            self.importance.update(statistics[_IMPORTANCE])
-        if self.step_scale is not None:
-            self.step_scale.update(statistics[_STEP_SCALE])
-        self.watched_scale = self._scale_of_step(statistics.get(_WATCHED))
+        for name, mechanism in self.mechanisms.items():
+            mechanism.update(statistics[name])
+        if self._watching is not None:
+            self._watching.update(statistics)
         if self._is_active:
             self._correct(optimizer)
-        self.share_gradient_mask()
-
-    def _scale_of_step(self, statistics: StepStatistics | None) -> StepScale | None:
-        if statistics is None or self._watched is None:
-            return None
-        scale = StepScale(self._watched, self.gates.sites, self.layout)
-        scale.update(statistics)
-        return scale
 
     def _correct(self, optimizer: Optimizer, again: bool = False) -> None:
         of_channels, of_a = self.weights, self._weight_of_a
@@ -443,9 +414,4 @@ class GateController:
     @property
     def _is_active(self) -> bool:
         """Whether updates are corrected by now."""
-        return any(mechanism.is_active for mechanism in self._mechanisms().values())
-
-    def share_gradient_mask(self) -> None:
-        """Puts the mask in force over the gradient that reaches A; after the importance's state was replaced."""
-        if self._gradient_mask is not None and self.importance is not None:
-            self._gradient_mask.weights = self.importance.weights if self.importance.is_active else None
+        return any(mechanism.is_active for mechanism in self.mechanisms.values())

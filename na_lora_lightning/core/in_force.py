@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from na_lora_lightning.core.mechanisms.importance import ImportanceOptions, TemporalImportance
-from na_lora_lightning.core.mechanisms.step_scale import StepScale, has_partition
+from na_lora_lightning.core.mechanisms.importance import TemporalImportance
+from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
+from na_lora_lightning.core.mechanisms.step_scale import StepScale
+from na_lora_lightning.core.mechanisms.step_scale_options import has_partition
 from na_lora_lightning.core.sites import GateMap, GateSite
 from na_lora_lightning.errors import PlainLoRAWarning
 

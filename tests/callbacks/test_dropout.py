@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback
-from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
-from na_lora_lightning.core.mechanisms.step_scale import StepScaleOptions
+from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
+from na_lora_lightning.core.mechanisms.step_scale_options import StepScaleOptions
 from na_lora_lightning.plain_pytorch import nonlinearity_aware
 
 P = 0.2

@@ -167,7 +167,7 @@ def test_a_backbone_that_thaws_in_the_middle(tmp_path: Path) -> None:
         WithBackbone,
         make_others=lambda: [BackboneFinetuning(unfreeze_backbone_at_epoch=1, initial_denom_lr=1.0)],
     )
-    assert len(importance._optimizer.param_groups) == 2  # type: ignore[union-attr]
+    assert len(importance._session._optimizer.param_groups) == 2  # type: ignore[union-attr]
     assert not torch.equal(module.backbone.weight, WithBackbone().backbone.weight)
 
 

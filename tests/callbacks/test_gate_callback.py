@@ -25,7 +25,7 @@ from lightning_models import (
 from torch import nn
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback
-from na_lora_lightning.callbacks.gate_callback import find_peft_model
+from na_lora_lightning.callbacks.model_search import find_peft_model
 from na_lora_lightning.core.observation.observer import ObserverOptions
 from na_lora_lightning.errors import ConfigurationError, DiscoveryError, UpdateError
 

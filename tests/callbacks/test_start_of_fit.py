@@ -17,8 +17,8 @@ from lightning_models import ForeignModule, assert_equal_states, loader, lora_st
 from processes import run_in_processes
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback, nonlinearity_aware
-from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
-from na_lora_lightning.core.mechanisms.step_scale import StepScaleOptions
+from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
+from na_lora_lightning.core.mechanisms.step_scale_options import StepScaleOptions
 from na_lora_lightning.errors import PlainLoRAWarning
 
 LINE = "NA-LoRA: 2 silu gates, 48 channels; rows of the least responsive 50 % (24) held from step 5; no step scale."

@@ -29,7 +29,7 @@ from torch.distributed.fsdp import fully_shard
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback
 from na_lora_lightning.callbacks.supported import require_supported_strategy
-from na_lora_lightning.core.mechanisms.importance import ImportanceVariant
+from na_lora_lightning.core.mechanisms.importance_options import ImportanceVariant
 from na_lora_lightning.core.observation.observer import ObserverOptions
 from na_lora_lightning.errors import ConfigurationError, UpdateError
 

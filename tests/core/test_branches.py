@@ -13,7 +13,7 @@ from zoo.tiny_models import build
 
 from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.discovery.gates import discover_gates
-from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
+from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
 from na_lora_lightning.core.model_parts import branch_name, is_multimodal, language_model_name, part_of
 from na_lora_lightning.core.observation.observer import ObserverOptions
 from na_lora_lightning.core.observation.tokens import mask_of_branch, token_mask_of_call

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.discovery.gates import discover_gates
-from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
-from na_lora_lightning.core.mechanisms.step_scale import StepScaleOptions
+from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
+from na_lora_lightning.core.mechanisms.step_scale_options import StepScaleOptions
 from na_lora_lightning.core.observation.observer import ObserverOptions
 from na_lora_lightning.errors import ConfigurationError, DataError, DiscoveryError, UpdateError
 

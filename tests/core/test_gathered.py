@@ -14,7 +14,7 @@ from torch.nn import functional
 from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.discovery.gates import discover_gates
 from na_lora_lightning.core.gathered import places
-from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
+from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
 from na_lora_lightning.core.observation.observer import ObserverOptions
 
 EXPERTS, CHANNELS = 3, 12

@@ -13,13 +13,8 @@ from hypothesis import strategies as st
 
 from na_lora_lightning.core.discovery.gates import discover_gates
 from na_lora_lightning.core.layout import Layout
-from na_lora_lightning.core.mechanisms.importance import (
-    ImportanceOptions,
-    TemporalImportance,
-    kept_count,
-    row_weights,
-    top_k_mask,
-)
+from na_lora_lightning.core.mechanisms.importance import TemporalImportance, row_weights, top_k_mask
+from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions, kept_count
 from na_lora_lightning.core.mechanisms.mechanism import moving_average
 from na_lora_lightning.core.observation.observer import StepStatistics
 from na_lora_lightning.errors import ConfigurationError

@@ -13,8 +13,8 @@ from method_oracle import Oracle, two_blocks
 
 from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.discovery.gates import discover_gates
-from na_lora_lightning.core.mechanisms.importance import Criterion, ImportanceOptions
-from na_lora_lightning.core.mechanisms.step_scale import Granularity, StepScaleOptions
+from na_lora_lightning.core.mechanisms.importance_options import Criterion, ImportanceOptions
+from na_lora_lightning.core.mechanisms.step_scale_options import Granularity, StepScaleOptions
 from na_lora_lightning.core.observation.observer import ObserverOptions
 
 ALL_TOKENS = ObserverOptions(max_tokens=None)

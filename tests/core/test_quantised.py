@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.discovery.gates import discover_gates
-from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
+from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
 
 
 def quantisation(name: str) -> Any:

@@ -10,9 +10,9 @@ from conftest import LLAMA_TARGETS, tiny_llama, with_lora
 
 from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.discovery.gates import discover_gates
-from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
+from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
 from na_lora_lightning.core.mechanisms.saved_options import changed_options, in_words, saved_options
-from na_lora_lightning.core.mechanisms.step_scale import StepScaleOptions
+from na_lora_lightning.core.mechanisms.step_scale_options import StepScaleOptions
 from na_lora_lightning.core.observation.observer import ObserverOptions
 
 

@@ -34,8 +34,8 @@ from na_lora_lightning.core.discovery.gates import discover_gates
 from na_lora_lightning.core.experts import Experts
 from na_lora_lightning.core.layout import Layout
 from na_lora_lightning.core.lora_layers import is_lora_layer
-from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
-from na_lora_lightning.core.mechanisms.step_scale import StepScaleOptions
+from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
+from na_lora_lightning.core.mechanisms.step_scale_options import StepScaleOptions
 from na_lora_lightning.core.observation.observer import ObserverOptions
 from na_lora_lightning.core.pre_activations import ActivationInput
 from na_lora_lightning.core.sharding import local_rows

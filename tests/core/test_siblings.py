@@ -14,7 +14,7 @@ from transformers import SwitchTransformersConfig, SwitchTransformersForConditio
 
 from na_lora_lightning import nonlinearity_aware
 from na_lora_lightning.core.discovery.gates import discover_gates
-from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
+from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
 from na_lora_lightning.core.sites import GateMap
 from na_lora_lightning.errors import DiscoveryError
 

@@ -15,7 +15,7 @@ from transformers import M2M100Config, M2M100ForConditionalGeneration, Wav2Vec2C
 from na_lora_lightning import nonlinearity_aware
 from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.discovery.gates import discover_gates
-from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
+from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
 from na_lora_lightning.core.observation.observer import ObserverOptions
 from na_lora_lightning.errors import DiscoveryError
 

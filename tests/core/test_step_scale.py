@@ -12,13 +12,8 @@ from hypothesis import strategies as st
 from na_lora_lightning.core.activations import GELU, KNOWN_ACTIVATIONS, SILU, Activation
 from na_lora_lightning.core.discovery.gates import discover_gates
 from na_lora_lightning.core.layout import Layout
-from na_lora_lightning.core.mechanisms.step_scale import (
-    RegimeCollector,
-    StepScale,
-    StepScaleOptions,
-    is_meaningful,
-    scale_of_shares,
-)
+from na_lora_lightning.core.mechanisms.step_scale import RegimeCollector, StepScale, is_meaningful, scale_of_shares
+from na_lora_lightning.core.mechanisms.step_scale_options import StepScaleOptions
 from na_lora_lightning.core.observation.observer import StepStatistics
 from na_lora_lightning.core.sites import GateSite
 from na_lora_lightning.errors import ConfigurationError

@@ -15,7 +15,7 @@ from transformers import FSMTConfig, FSMTForConditionalGeneration, XLNetConfig, 
 
 from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.discovery.gates import discover_gates
-from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
+from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
 from na_lora_lightning.core.observation.observer import ObserverOptions
 from na_lora_lightning.errors import DataError
 

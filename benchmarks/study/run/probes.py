@@ -14,7 +14,8 @@ from torch import Tensor
 from benchmarks.study.arms.hooks import BuiltArm
 from benchmarks.study.tasks.encoding import inputs_of
 from na_lora_lightning.core.lora_layers import lora_b
-from na_lora_lightning.core.mechanisms.importance import Criterion, ResponsivenessCollector
+from na_lora_lightning.core.mechanisms.importance import ResponsivenessCollector
+from na_lora_lightning.core.mechanisms.importance_options import Criterion
 from na_lora_lightning.core.model_entry import root_of
 from na_lora_lightning.core.observation.misalignment import MisalignmentMeter, share_of_selection
 from na_lora_lightning.core.observation.observer import GateObserver, ObserverOptions

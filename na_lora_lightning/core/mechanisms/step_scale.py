@@ -19,10 +19,8 @@ effective-homogeneity partition; the formulas are this project's reconstruction.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,113 +28,18 @@ from torch.nn.functional import one_hot
 
 from na_lora_lightning.core.activations import ActivationValues
 from na_lora_lightning.core.layout import Layout
-from na_lora_lightning.core.mechanisms.mechanism import moving_average
+from na_lora_lightning.core.mechanisms.mechanism import Mechanism, mean_per_site, moving_average
 from na_lora_lightning.core.mechanisms.saved_options import (
     Changes,
-    changed_options,
     require_same_average,
-    saved_options,
 )
+from na_lora_lightning.core.mechanisms.step_scale_options import StepScaleOptions, has_partition
 from na_lora_lightning.core.observation.observer import StepStatistics
 from na_lora_lightning.core.sites import GateSite
 from na_lora_lightning.errors import ConfigurationError
 
 REGIMES = ("suppressed", "transitional", "homogeneous")
 _MEANINGFUL_SHARE = 0.05
-
-Granularity = Literal["activation", "site", "channel"]
-
-
-@dataclass(frozen=True)
-class StepScaleOptions:
-    """Options of the step scale.
-
-    The defaults follow from ``docs/evidence.md``, section "Defaults": one scale per activation that is not normalised
-    is a plain cut of the step, which a tuned learning rate undoes (table "options"). A ``matrix_a_factor`` of 0.25
-    nearly halves the selection misalignment; on two of three screening tasks it cost nothing, in confirmation it did
-    (tables "second round" and "confirmation").
-
-    Attributes:
-        granularity: One scale per ``"activation"``, per ``"site"`` or per gate ``"channel"``.
-        tau: τ, half-width of the homogeneous regime |E−1| ≤ τ, in (0, 1), with the effective homogeneity
-            E(z) = z·φ'(z)/φ(z) of the activation φ.
-        eta_min: Lowest factor of a regime, in (0, 1]; the step scale is the mean of these factors by share.
-        normalize: Divide the scales by their mean over what encloses them (all gate channels of the model for
-            activations, the sites of one activation for sites, the channels of one site for channels), so that
-            steps are redistributed and not made smaller.
-        beta: β of the moving average of the regime shares, in [0, 1).
-        matrix_a_factor: Factor on the step of ``lora_A`` of the gate layers, in [0, 1]. A step of B moves each channel
-            by its own gradient; a step of A moves the selection of all of them at once. 1 leaves A as the optimizer
-            moves it, 0 leaves it as it was drawn. Where gate and up are one layer, they share A.
-    """
-
-    granularity: Granularity = "channel"
-    tau: float = 0.1
-    eta_min: float = 0.1
-    normalize: bool = True
-    beta: float = 0.9
-    matrix_a_factor: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.granularity not in get_args(Granularity):
-            raise ConfigurationError(
-                f"granularity is {self.granularity!r}, which does not exist; choose one of "
-                f"{', '.join(get_args(Granularity))}."
-            )
-        if not 0.0 < self.tau < 1.0:
-            raise ConfigurationError(
-                f"tau is {self.tau}, and it is the half-width of the homogeneous regime around E = 1; give a number "
-                "between 0 and 1, such as 0.1."
-            )
-        if not 0.0 < self.eta_min <= 1.0:
-            raise ConfigurationError(
-                f"eta_min is {self.eta_min}, and it is the smallest step scale; give a number above 0 and at most 1."
-            )
-        if not 0.0 <= self.beta < 1.0:
-            raise ConfigurationError(
-                f"beta is {self.beta}, and a moving average needs a number from 0 (no memory) to below 1; 0.9 is usual."
-            )
-
-        if not 0.0 <= self.matrix_a_factor <= 1.0:
-            raise ConfigurationError(
-                f"matrix_a_factor is {self.matrix_a_factor}, and it is the part of the step of lora_A that is taken; "
-                "give a number from 0 to 1 (1 takes all of it)."
-            )
-
-    def check_activations(self, sites: Sequence[GateSite]) -> None:
-        """Checks that the scale can differ from 1 anywhere, or that there is a step of A to shorten.
-
-        Raises:
-            ConfigurationError: It is exactly 1 by construction, so that training would be vanilla LoRA.
-        """
-        if self.matrix_a_factor != 1.0 and any(site.matrices_a() for site in sites):
-            return
-        names = {site.activation.name for site in sites if has_partition(site)}
-        if not names:
-            raise ConfigurationError(
-                f"the step scale is exactly 1 for {', '.join(sorted({s.activation.name for s in sites}))}, whose "
-                "effective homogeneity has no meaningful partition; leave StepScaleCallback out (--step_scale false)."
-            )
-        if self.normalize and self.granularity == "activation" and len(names) == 1:
-            raise ConfigurationError(
-                f"normalize with granularity 'activation' makes the step scale exactly 1, because {names.pop()} is the "
-                "only activation; use granularity 'site' or 'channel', or normalize=False."
-            )
-
-    @property
-    def is_neutral(self) -> bool:
-        """Whether every step stays what it is by what is asked for."""
-        return self.eta_min == 1.0 and self.matrix_a_factor == 1.0
-
-    def cancels_out(self, sites: Sequence[GateSite]) -> bool:
-        """Whether normalisation by site makes every scale 1, because each activation has one gate alone."""
-        networks = Counter(site.activation.name for site in sites if has_partition(site) for _ in range(site.networks))
-        return self.normalize and self.granularity == "site" and max(networks.values(), default=1) == 1
-
-
-def has_partition(site: GateSite) -> bool:
-    """Whether the site's activation is self-gated with an E that varies on its support."""
-    return site.activation.self_gated and not site.activation.has_constant_homogeneity
 
 
 class RegimeCollector:
@@ -207,7 +110,7 @@ def is_meaningful(shares: Tensor) -> Tensor:
     return (shares >= _MEANINGFUL_SHARE).sum(dim=0) >= 2
 
 
-class StepScale:
+class StepScale(Mechanism):
     """Keeps regime shares and the step scale that follows from them.
 
     Args:
@@ -220,12 +123,15 @@ class StepScale:
         scale: η per column of the layout.
     """
 
+    name = "step_scale"
+    title = "step scale"
     _STATE = ("_group_average", "_network_average", "_weight", "scale")
 
     def __init__(self, options: StepScaleOptions, sites: Sequence[GateSite], layout: Layout) -> None:
-        self.options = options
+        self.options: StepScaleOptions = options
         self.layout = layout
         self.steps = 0
+        self.factor_of_a = options.matrix_a_factor
         device = layout.network_of_column.device
         self.activations = sorted({site.activation.name for site in sites})
         of_network = [site for site in sites for _ in range(site.networks)]
@@ -241,6 +147,11 @@ class StepScale:
         self._weight = torch.zeros((), device=device)
         self.scale = torch.ones(layout.total, device=device)
         self._acted = torch.zeros((), dtype=torch.bool, device=device)
+
+    @classmethod
+    def collector(cls, options: StepScaleOptions) -> RegimeCollector:
+        """See :class:`~na_lora_lightning.core.mechanisms.mechanism.Mechanism`."""
+        return RegimeCollector(options.tau, options.granularity == "channel")
 
     @property
     def has_acted(self) -> bool:
@@ -272,6 +183,21 @@ class StepScale:
         one = torch.ones_like(self._weight)
         self._weight = moving_average(self._weight, one, one.bool(), self.options.beta)
         self.scale = self._scale()
+
+    def row_weights(self, channels: Layout) -> Tensor:
+        """η; see :class:`~na_lora_lightning.core.mechanisms.mechanism.Mechanism`."""
+        return self.scale if self.scale.numel() == channels.total else channels.spread(self.scale)
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Occupancy of each regime, the step scale, and its deviation where channels have their own."""
+        shares = _mean_over_networks(self.network_shares, self.layout)
+        metrics = {f"gate_regime_{name}": share for name, share in zip(REGIMES, shares, strict=True)}
+        metrics["gate_step_scale"] = mean_per_site(self.scale, self.layout)
+        if self.options.granularity == "channel":
+            # Their mean alone says nothing where it is normalised to 1.
+            deviations = [self.scale[columns].std(correction=0) for columns in self.layout.site_slices]
+            metrics["gate_step_scale_deviation"] = torch.stack(deviations)
+        return metrics
 
     def _average(self, average: Tensor, sums: Tensor) -> Tensor:
         """Moves the average towards the shares of this step; a column without mass keeps its shares."""
@@ -318,34 +244,24 @@ class StepScale:
         mean = ((scale * amount) @ members) / (amount @ members).clamp(min=1e-12)
         return scale / (members @ mean).clamp(min=1e-12)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values that restore this object exactly."""
-        return {
-            "steps": self.steps,
-            "options": asdict(self.options),
-            **{name.lstrip("_"): getattr(self, name).clone() for name in self._STATE},
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> Changes:
-        """Restores what :meth:`state_dict` returned; the options are those of this object, from the next step on.
-
-        Returns:
-            Options that differ from those of the state.
-
-        Raises:
-            ConfigurationError: The state belongs to other gates, another granularity or other regimes.
-        """
-        changes = changed_options(saved_options(state), self.options)
+    def _require_fitting(self, state: Mapping[str, Any], changes: Changes) -> None:
         require_same_average("step scale", changes, "granularity", "tau")
         if state["scale"].shape != self.scale.shape or state["group_average"].shape != self._group_average.shape:
             raise ConfigurationError(
                 f"the checkpoint holds {state['scale'].numel()} step scales and this run has {self.scale.numel()}; "
                 "resume with the model, LoRA targets and granularity of the checkpoint."
             )
-        self.steps = int(state["steps"])
-        for name in self._STATE:
-            setattr(self, name, state[name.lstrip("_")].to(getattr(self, name)))
+
+    def _adopt(self, changes: Changes) -> None:
         if changes and self.is_active:
             self.scale = self._scale()
         self._acted = (self.scale != 1.0).any()
-        return changes
+
+
+def _mean_over_networks(shares: Tensor, layout: Layout) -> Tensor:
+    """Regime shares ``[3, networks]`` to ``[3, sites]``; experts that saw no token are left out."""
+    if shares.shape[1] == len(layout.site_networks):
+        return shares
+    seen = shares.sum(dim=0).clamp(max=1.0)
+    sites = [shares[:, own].sum(dim=1) / seen[own].sum().clamp(min=1e-12) for own in layout.site_networks]
+    return torch.stack(sites, dim=1)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from na_lora_lightning.core.lora_layers import LoRARows
 from na_lora_lightning.errors import UpdateError
 
 # Packages whose wrappers do nothing to the weights after the optimizer inside has stepped.
@@ -134,3 +135,38 @@ def only_first_evaluation(
 def _is_of(optimizer: Any, *packages: str) -> bool:
     """Whether a class of the optimizer comes from one of the packages."""
     return any(kind.__module__.partition(".")[0] in packages for kind in type(optimizer).__mro__)
+
+
+def optimizer_of_rows(rows: Iterable[LoRARows], optimizers: Iterable[Optimizer]) -> Optimizer:
+    """Finds the optimizer that holds every parameter of LoRA rows.
+
+    Raises:
+        UpdateError: None does, some rows are in none, they are spread over several optimizers, or the optimizer
+            moves parameters at other moments than its step.
+    """
+    outermost = {id(stepping_optimizer(optimizer)): optimizer for optimizer in optimizers}
+    optimizers = [stepping_optimizer(optimizer) for optimizer in outermost.values()]
+    holders: dict[int, Optimizer] = {}
+    missing: list[str] = []
+    owner_of = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]}
+    for entry in rows:
+        owner = owner_of.get(id(entry.parameter))
+        if owner is None:
+            missing.append(entry.name)
+        else:
+            holders[id(owner)] = owner
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UpdateError(
+            f"no optimizer holds {', '.join(missing[:3])}{more}, so the update of these gates cannot be masked; "
+            "give the optimizer all trainable LoRA parameters, and use a strategy that keeps the model's own "
+            "parameters (not DeepSpeed)."
+        )
+    if len(holders) > 1:
+        raise UpdateError(
+            f"the gates' LoRA rows are spread over {len(holders)} optimizers, whose steps have no common moment "
+            "for one mask; put all LoRA parameters into one optimizer (parameter groups are fine)."
+        )
+    (found,) = holders.values()
+    require_reachable(outermost[id(found)])
+    return found

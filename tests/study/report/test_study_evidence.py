@@ -18,8 +18,8 @@ from benchmarks.study.report.evidence_tables import Sources
 from benchmarks.study.report.tradeoff import at_equal_forgetting
 from benchmarks.study.run.specification import Cell
 from benchmarks.study.run.storage import Results
-from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
-from na_lora_lightning.core.mechanisms.step_scale import StepScaleOptions
+from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
+from na_lora_lightning.core.mechanisms.step_scale_options import StepScaleOptions
 
 RATES = (1.0, 2.0, 4.0)
 SETTING = "llama-silu.functions.r4-all-linear"
