@@ -144,7 +144,7 @@ class GateCallback(Callback, ABC):
         """State of the mechanism: tensors and plain values."""
         if self._mechanism is None or self.controller is None or self._pending_state is not None:
             return self._pending_state or {}
-        return self.controller.state_of(self._mechanism)
+        return self.controller.mechanisms.state_of(self._mechanism)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Says so where a fit goes on from a checkpoint that was trained without this callback."""

@@ -15,7 +15,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -365,44 +365,3 @@ def name_of(module: nn.Module) -> str:
     """A name for what a module computes, from that of its class."""
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(module).__name__).lower()
     return re.sub(r"_?activation$", "", name) or name
-
-
-@lru_cache(maxsize=64)
-def regime_boundaries(activation: Activation, tau: float, limit: float = 40.0) -> dict[str, tuple[float, ...]]:
-    """Finds where the coarse homogeneity partition of an activation changes, from E itself.
-
-    Args:
-        activation: A self-gated activation.
-        tau: Half-width of the homogeneous regime, |E − 1| ≤ tau; positive.
-        limit: Roots are searched in [−limit, limit].
-
-    Returns:
-        ``{"zero": roots of E = 0, "lower": roots of E = 1 − tau, "upper": roots of E = 1 + tau}``, each
-        ascending, accurate to 1e-9. Below the root of E = 0 a channel is suppressed.
-    """
-
-    def homogeneity(point: float | Tensor) -> Tensor:
-        z = torch.as_tensor(point, dtype=torch.float64)
-        return activation.evaluate(z.reshape(-1)).homogeneity
-
-    def roots(level: float) -> tuple[float, ...]:
-        z = torch.linspace(-limit, limit, 16001, dtype=torch.float64) + 1e-7
-        gap = homogeneity(z) - level
-        crossings = torch.nonzero(torch.sign(gap[:-1]) * torch.sign(gap[1:]) < 0).flatten().tolist()
-        found = []
-        for index in crossings:
-            low, high = float(z[index]), float(z[index + 1])
-            low_sign = float(gap[index])
-            for _ in range(60):
-                middle = 0.5 * (low + high)
-                value = float(homogeneity(middle)) - level
-                if value * low_sign > 0:
-                    low = middle
-                else:
-                    high = middle
-            found.append(0.5 * (low + high))
-        return tuple(found)
-
-    if activation.has_constant_homogeneity:
-        return {"zero": (), "lower": (), "upper": ()}
-    return {"zero": roots(0.0), "lower": roots(1.0 - tau), "upper": roots(1.0 + tau)}

@@ -14,8 +14,7 @@ It is all that a plain PyTorch loop needs::
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -29,11 +28,11 @@ from na_lora_lightning.core.lora_layers import LoRARows
 from na_lora_lightning.core.mechanisms.importance import TemporalImportance
 from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
 from na_lora_lightning.core.mechanisms.mechanism import Mechanism
+from na_lora_lightning.core.mechanisms.mechanism_set import MechanismSet
 from na_lora_lightning.core.mechanisms.metrics import as_floats, by_layer_and_activation, misalignment_metrics
-from na_lora_lightning.core.mechanisms.saved_options import Changes, changed_options, in_words, saved_options
+from na_lora_lightning.core.mechanisms.saved_options import Changes, in_words
 from na_lora_lightning.core.mechanisms.step_scale import StepScale
 from na_lora_lightning.core.mechanisms.step_scale_options import StepScaleOptions
-from na_lora_lightning.core.mechanisms.watching import Watching
 from na_lora_lightning.core.model_entry import entrance_of, root_of
 from na_lora_lightning.core.observation.misalignment import MisalignmentMeter
 from na_lora_lightning.core.observation.observer import GateObserver, ObserverOptions
@@ -51,8 +50,6 @@ from na_lora_lightning.core.stepping.rows import RowUpdate
 from na_lora_lightning.core.stepping.skipped_steps import Aside, GradientWatch
 from na_lora_lightning.errors import ConfigurationError, UpdateError
 
-_M = TypeVar("_M", bound=Mechanism)
-
 # Optimizers whose steps are corrected: twice would be once too often.
 _corrected: WeakSet[Optimizer] = WeakSet()
 
@@ -67,7 +64,7 @@ class GateController:
         reduce: Adds a tensor over all processes in place; None for one process.
 
     Attributes:
-        mechanisms: Those that are on, by name.
+        mechanisms: Those that are on.
         steps: Optimizer steps so far, those before a resume included where :meth:`load_state_dict` was called.
         total_steps: What ``steps`` will be when training ends, where that is known.
         announced: Whether it was said what is in force.
@@ -92,7 +89,7 @@ class GateController:
         )
         self.meter = MisalignmentMeter(self.observer)
         self.layout = Layout([(site.networks, site.channels) for site in gates.sites], self.observer.device)
-        self.mechanisms: dict[str, Mechanism] = {}
+        self.mechanisms = MechanismSet(gates, self.observer, self.layout)
         self.misalignment: tuple[Tensor, Tensor] | None = None
         self.steps = 0
         self.total_steps: float | None = None
@@ -103,7 +100,6 @@ class GateController:
         self._update = RowUpdate.of_channels(gates.sites, self.layout)
         self._update_of_a: RowUpdate | None = None
         self._weight_of_a = torch.ones(1)
-        self._watching: Watching | None = None
         self._adapters = [site.adapters for site in gates.sites]
         self._handles: list[Any] = []
         self._optimizer: Optimizer | None = None
@@ -126,7 +122,8 @@ class GateController:
         Raises:
             ConfigurationError: It is on already, or its options do not work for a site.
         """
-        return self._turn_on(TemporalImportance, options)
+        self._require_before_training(TemporalImportance)
+        return self.mechanisms.turn_on(TemporalImportance, options)
 
     def set_step_scale(self, options: StepScaleOptions) -> StepScale:
         """Turns the step scale on; before :meth:`attach`.
@@ -134,7 +131,8 @@ class GateController:
         Raises:
             ConfigurationError: It is on already, or would be exactly 1 for every gate.
         """
-        mechanism = self._turn_on(StepScale, options)
+        self._require_before_training(StepScale)
+        mechanism = self.mechanisms.turn_on(StepScale, options)
         if mechanism.factor_of_a != 1.0:
             # Several sites may share a layer.
             entries = {id(entry.parameter): entry for site in self.gates.sites for entry in site.matrices_a()}
@@ -143,28 +141,24 @@ class GateController:
             self._weight_of_a = torch.full((1,), mechanism.factor_of_a, device=self.observer.device)
         return mechanism
 
-    def _turn_on(self, kind: type[_M], options: Any) -> _M:
-        if kind.name in self.mechanisms:
-            raise ConfigurationError(f"the {kind.title} is set twice for one model; keep one of the two callbacks.")
+    def _require_before_training(self, kind: type[Mechanism]) -> None:
         if self._handles:
             raise ConfigurationError(f"the {kind.title} is set after training began; set it before attach().")
-        options.check(self.gates.sites)
-        layout = self.observer.add(kind.name, kind.collector(options))
-        mechanism = kind(options=options, sites=self.gates.sites, layout=layout)
-        self.mechanisms[kind.name] = mechanism
-        return mechanism
 
     @property
     def importance(self) -> TemporalImportance | None:
         """Mechanism one, where it is on."""
-        found = self.mechanisms.get(TemporalImportance.name)
-        return found if isinstance(found, TemporalImportance) else None
+        return self.mechanisms.importance
 
     @property
     def step_scale(self) -> StepScale | None:
         """Mechanism two, where it is on."""
-        found = self.mechanisms.get(StepScale.name)
-        return found if isinstance(found, StepScale) else None
+        return self.mechanisms.step_scale
+
+    @property
+    def watched_scale(self) -> StepScale | None:
+        """What the step scale would be by the last measured step alone, where rows are only watched."""
+        return self.mechanisms.watched_scale
 
     @property
     def is_attached(self) -> bool:
@@ -174,11 +168,7 @@ class GateController:
     @property
     def weights(self) -> Tensor:
         """m·η of each channel of all sites, ``[channels]`` float32."""
-        weights = torch.ones(self.layout.total, device=self.observer.device)
-        for mechanism in self.mechanisms.values():
-            if mechanism.is_active:
-                weights = weights * mechanism.row_weights(self.layout)
-        return weights
+        return self.mechanisms.row_weights
 
     def optimizer_of_gates(self, optimizers: Iterable[Optimizer]) -> Optimizer:
         """Finds the optimizer that holds every LoRA row parameter of the gates.
@@ -209,9 +199,7 @@ class GateController:
         _corrected.add(optimizer)
         self._optimizer = optimizer
         self._steps_when_attached = self.steps
-        only_watches = self.importance is not None and self.importance.options.is_neutral
-        if self._watching is None and self.step_scale is None and only_watches:
-            self._watching = Watching(self.observer, self.gates.sites, self.layout, lambda: self.meter.enabled)
+        self.mechanisms.attach(lambda: self.meter.enabled)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -220,8 +208,6 @@ class GateController:
         self.meter.attach()
         self.observer.attach()
         self.gradients.attach()
-        for mechanism in self.mechanisms.values():
-            mechanism.attach()
         forget_graphs()
 
     def announce(self) -> None:
@@ -229,13 +215,14 @@ class GateController:
         if self.announced:
             return
         self.announced = True
-        say(describe(self))
-        self._warned_before = warn_before(self)
+        say(describe(self.gates, self.mechanisms))
+        left = None if self.total_steps is None else self.total_steps - self.steps
+        self._warned_before = warn_before(self.gates, self.mechanisms, left)
 
     def conclude(self) -> None:
         """Warns of what never acted, at the end of a training that ran its course; before :meth:`detach`."""
         if self.is_attached and self.steps > self._steps_when_attached:
-            warn_after(self, self._warned_before)
+            warn_after(self.gates, self.mechanisms, self.gradients.backward_passes > 0, self._warned_before)
 
     def detach(self) -> None:
         """Removes every hook from the model and the optimizer."""
@@ -250,10 +237,8 @@ class GateController:
         self.observer.detach()
         self.meter.detach()
         self.gradients.detach()
-        self._forget()
-        self._calls.forget()
-        for mechanism in self.mechanisms.values():
-            mechanism.detach()
+        self._begin_step()
+        self.mechanisms.detach()
 
     def discard_unstepped(self) -> None:
         """At the end of a step: forgets its statistics if the optimizer did not step (a skipped fp16 step).
@@ -279,31 +264,14 @@ class GateController:
 
     def curves(self) -> dict[str, Tensor]:
         """The same as scalar tensors on the device of the gates."""
-        groups: dict[str, Tensor] = {}
-        for mechanism in self.mechanisms.values():
-            groups |= mechanism.metrics()
-        if self.watched_scale is not None:
-            groups |= self.watched_scale.metrics()
-        tagged = by_layer_and_activation(self.gates, groups)
+        tagged = by_layer_and_activation(self.gates, self.mechanisms.metrics())
         return tagged if self.misalignment is None else tagged | misalignment_metrics(self.gates, *self.misalignment)
-
-    @property
-    def watched_scale(self) -> StepScale | None:
-        """What the step scale would be by the last measured step alone, where rows are only watched."""
-        return None if self._watching is None else self._watching.scale
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values that restore all mechanisms exactly; to be taken between optimizer steps."""
-        states = {name: mechanism.state_dict() for name, mechanism in self.mechanisms.items()}
-        return {"steps": self.steps} | self._state_of_observer() | states
+        return {"steps": self.steps} | self.mechanisms.state_dict()
 
-    def state_of(self, mechanism: Mechanism) -> dict[str, Any]:
-        """The same for one mechanism that is saved by itself."""
-        return {"mechanism": mechanism.state_dict()} | self._state_of_observer()
-
-    def _state_of_observer(self) -> dict[str, Any]:
-        return {"forward_passes": self.observer.forward_passes, "options": asdict(self.observer.options)}
-
+    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> Changes:
         """Restores what :meth:`state_dict` returned; the options are those of this controller, from the next step on.
 
@@ -313,20 +281,16 @@ class GateController:
         Raises:
             ConfigurationError: The state is of other mechanisms or gates, or of options that cannot be changed.
         """
-        saved = sorted({TemporalImportance.name, StepScale.name} & state.keys())
-        if saved != sorted(self.mechanisms):
-            raise ConfigurationError(
-                f"the checkpoint holds the state of {' and '.join(saved) or 'no mechanism'} and this run has "
-                f"{' and '.join(sorted(self.mechanisms)) or 'none'}; resume with the mechanisms of the checkpoint."
-            )
-        changes = self._restore(state, {f"{name}.": (self.mechanisms[name], state[name]) for name in saved})
+        changes = self.mechanisms.load_state_dict(state)
         self.steps = int(state["steps"])
+        self._begin_step()
         if changes:
             say(f"NA-LoRA goes on with other options than its saved state has: {in_words(changes)}.")
         return changes
 
+    @torch.no_grad()
     def load_state_of(self, mechanism: Mechanism, state: Mapping[str, Any]) -> Changes:
-        """Restores what :meth:`state_of` returned.
+        """Restores what :meth:`~.mechanism_set.MechanismSet.state_of` returned for one mechanism.
 
         Returns:
             Options that differ from those of the state.
@@ -334,18 +298,13 @@ class GateController:
         Raises:
             ConfigurationError: The state is of other gates, or of options that cannot be changed.
         """
-        return self._restore(state, {"": (mechanism, state["mechanism"])})
+        changes = self.mechanisms.load_state_of(mechanism, state)
+        self._begin_step()
+        return changes
 
-    @torch.no_grad()
-    def _restore(self, state: Mapping[str, Any], mechanisms: Mapping[str, tuple[Mechanism, Any]]) -> Changes:
-        changes = changed_options(saved_options(state), self.observer.options)
-        for prefix, (mechanism, its_state) in mechanisms.items():
-            changed = mechanism.load_state_dict(its_state)
-            changes |= {f"{prefix}{option}": values for option, values in changed.items()}
-        self.observer.forward_passes = int(state["forward_passes"])
+    def _begin_step(self) -> None:
         self._forget()
         self._calls.forget()
-        return changes
 
     def _before_pass(self) -> None:
         self.announce()
@@ -383,7 +342,7 @@ class GateController:
         with single_precision(self.observer.device):
             if not self._calls.is_done():
                 self._take_step(optimizer)
-            elif self._is_active:
+            elif self.mechanisms.are_active:
                 # Of what a subclass does after its base class has stepped, the mask alone can be told.
                 self._correct(optimizer, again=True)
 
@@ -398,11 +357,8 @@ class GateController:
         self.gradients.stepped()
         self.steps += 1
         self._stepped = True
-        for name, mechanism in self.mechanisms.items():
-            mechanism.update(statistics[name])
-        if self._watching is not None:
-            self._watching.update(statistics)
-        if self._is_active:
+        self.mechanisms.update(statistics)
+        if self.mechanisms.are_active:
             self._correct(optimizer)
 
     def _correct(self, optimizer: Optimizer, again: bool = False) -> None:
@@ -410,8 +366,3 @@ class GateController:
         self._update.correct((of_channels > 0).float() if again else of_channels, optimizer)
         if self._update_of_a is not None:
             self._update_of_a.correct((of_a > 0).float() if again else of_a, optimizer)
-
-    @property
-    def _is_active(self) -> bool:
-        """Whether updates are corrected by now."""
-        return any(mechanism.is_active for mechanism in self.mechanisms.values())

@@ -11,19 +11,15 @@ import logging
 import os
 import warnings
 from collections import Counter
-from typing import TYPE_CHECKING
 
 import torch
 
 from na_lora_lightning.core.mechanisms.importance import TemporalImportance
 from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
-from na_lora_lightning.core.mechanisms.step_scale import StepScale
+from na_lora_lightning.core.mechanisms.mechanism_set import MechanismSet
 from na_lora_lightning.core.mechanisms.step_scale_options import has_partition
 from na_lora_lightning.core.sites import GateMap, GateSite
 from na_lora_lightning.errors import PlainLoRAWarning
-
-if TYPE_CHECKING:
-    from na_lora_lightning.core.controller import GateController
 
 _log = logging.getLogger("na_lora_lightning")
 if _log.level == logging.NOTSET:
@@ -64,24 +60,15 @@ def _is_first_process() -> bool:
     return os.environ.get("RANK", "0") == os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def describe(controller: GateController) -> str:
+def describe(gates: GateMap, mechanisms: MechanismSet) -> str:
     """What is in force, in one line: gates and channels, what is held or scaled, and from which step."""
-    parts = [_gates(controller.gates), _mask(controller.importance), _scale(controller)]
-    mechanisms = _mechanisms(controller)
-    if _only_watches(controller):
+    parts = [_gates(gates), _mask(mechanisms.importance), _scale(gates, mechanisms)]
+    if mechanisms.are_neutral:
         parts.append("plain LoRA, watched")
     steps = max((mechanism.steps for mechanism in mechanisms), default=0)
     if steps:
         parts.append(f"going on at step {steps + 1}")
     return f"NA-LoRA: {'; '.join(parts)}."
-
-
-def _mechanisms(controller: GateController) -> list[TemporalImportance | StepScale]:
-    return [each for each in (controller.importance, controller.step_scale) if each is not None]
-
-
-def _only_watches(controller: GateController) -> bool:
-    return all(mechanism.options.is_neutral for mechanism in _mechanisms(controller))
 
 
 def _gates(gates: GateMap) -> str:
@@ -144,11 +131,11 @@ def _least(importance: TemporalImportance) -> str:
     return f"{text} ({importance.held_count(options.keep_fraction):,})"
 
 
-def _scale(controller: GateController) -> str:
-    scale = controller.step_scale
+def _scale(gates: GateMap, mechanisms: MechanismSet) -> str:
+    scale = mechanisms.step_scale
     if scale is None:
         return "no step scale"
-    options, sites = scale.options, controller.gates.sites
+    options, sites = scale.options, gates.sites
     text = f"step scale by {options.granularity}"
     if options.eta_min == 1.0:
         text = "step scale exactly 1 (eta_min 1)"
@@ -162,10 +149,19 @@ def _scale(controller: GateController) -> str:
     return text + (f", steps of A times {options.matrix_a_factor:g}" if options.matrix_a_factor != 1.0 else "")
 
 
-def warn_before(controller: GateController) -> bool:
-    """Warns of a mask that will hold no row in the steps that are planned; returns whether there was reason to."""
-    importance, scale = controller.importance, controller.step_scale
-    if scale is not None and scale.options.cancels_out(controller.gates.sites):
+def warn_before(gates: GateMap, mechanisms: MechanismSet, steps_left: float | None) -> bool:
+    """Warns of a mask that will hold no row in the steps that are planned.
+
+    Args:
+        gates: The gates of the model.
+        mechanisms: What is on.
+        steps_left: Optimizer steps that are planned; None where that is not known.
+
+    Returns:
+        Whether there was reason to.
+    """
+    importance, scale = mechanisms.importance, mechanisms.step_scale
+    if scale is not None and scale.options.cancels_out(gates.sites):
         warn(
             "normalize with granularity 'site' makes the step scale exactly 1, because each activation has one gate "
             "alone; use granularity 'channel', or normalize=False."
@@ -177,13 +173,13 @@ def warn_before(controller: GateController) -> bool:
         sizes = sorted(set(importance.scope_sizes))
         warn(
             f"keep_fraction {options.keep_fraction:g} of {' or '.join(map(str, sizes))} gate channels rounds to all of "
-            f"them, so no row is ever held and {_remaining(controller)}; lower keep_fraction, rank over all gates "
+            f"them, so no row is ever held and {_remaining(mechanisms)}; lower keep_fraction, rank over all gates "
             "(scope='global'), or set keep_fraction to 1 to watch only."
         )
         return True
-    if controller.total_steps is None or importance.has_acted:
+    if steps_left is None or importance.has_acted:
         return False
-    last = importance.steps + controller.total_steps - controller.steps
+    last = importance.steps + steps_left
     if last >= first:
         return False
     reason = f"warm-up of {options.warmup_steps}"
@@ -191,53 +187,63 @@ def warn_before(controller: GateController) -> bool:
         reason += " and the schedule of the keep fraction"
     warn(
         f"training is planned to end at optimizer step {last:g} and the mask holds no row before step {first} "
-        f"({reason}), so {_remaining(controller)}; lower warmup_steps or train longer."
+        f"({reason}), so {_remaining(mechanisms)}; lower warmup_steps or train longer."
     )
     return True
 
 
-def _remaining(controller: GateController) -> str:
+def _remaining(mechanisms: MechanismSet) -> str:
     """What is left of the method without a mask."""
-    return "this is plain LoRA" if controller.step_scale is None else "the step scale alone acts"
+    return "this is plain LoRA" if mechanisms.step_scale is None else "the step scale alone acts"
 
 
-def warn_after(controller: GateController, warned_before: bool) -> None:
-    """Warns, at the end of a training, of what never acted in it."""
-    if not controller.gradients.backward_passes:
+def warn_after(gates: GateMap, mechanisms: MechanismSet, trained: bool, warned_before: bool) -> None:
+    """Warns, at the end of a training, of what never acted in it.
+
+    Args:
+        gates: The gates of the model.
+        mechanisms: What was on.
+        trained: Whether any row of a gate got a gradient.
+        warned_before: What :func:`warn_before` returned.
+    """
+    if not trained:
         warn(
             "no LoRA row of the gates got a gradient in this training, so none was trained; leave them unfrozen, and "
             "with gradient checkpointing call enable_input_require_grads() on the model."
         )
         return
-    importance, scale = controller.importance, controller.step_scale
+    importance, scale = mechanisms.importance, mechanisms.step_scale
     if importance is not None and not importance.options.is_neutral and not importance.has_acted and not warned_before:
         warn(
             f"training ended at optimizer step {importance.steps} and no row had been held by then (warm-up of "
-            f"{importance.options.warmup_steps}), so {_was_left(controller)}; lower warmup_steps or train longer."
+            f"{importance.options.warmup_steps}), so {_was_left(mechanisms)}; lower warmup_steps or train longer."
             if not importance.is_active
             else f"no row was held in {importance.steps} optimizer steps, because no mask left one out, so "
-            f"{_was_left(controller)}; keep fewer rows."
+            f"{_was_left(mechanisms)}; keep fewer rows."
         )
     if scale is not None and not scale.has_acted and not scale.options.is_neutral:
         warn(
             f"the step scale was exactly 1 in all of {scale.steps} optimizer steps, because at no gate two regimes "
             "held 5 % of the activation mass, so it changed nothing; leave it out, or lower its tau."
         )
-    if not _only_watches(controller):
-        _warn_of_silent(controller)
+    if not mechanisms.are_neutral:
+        _warn_of_silent(gates, mechanisms)
 
 
-def _was_left(controller: GateController) -> str:
-    return "this was plain LoRA" if controller.step_scale is None else "no more than the step scale acted"
+def _was_left(mechanisms: MechanismSet) -> str:
+    return "this was plain LoRA" if mechanisms.step_scale is None else "no more than the step scale acted"
 
 
-def _warn_of_silent(controller: GateController) -> None:
-    seen = [mechanism.seen for mechanism in _mechanisms(controller)]
+def _warn_of_silent(gates: GateMap, mechanisms: MechanismSet) -> None:
+    seen = [mechanism.seen for mechanism in mechanisms]
     silent = (~torch.stack(seen).any(dim=0)).tolist()
     if not any(silent):
         return
-    sites = list(zip(controller.gates.sites, controller.layout.site_networks, strict=True))
-    names = [_silent_name(site, silent[own]) for site, own in sites if any(silent[own])]
+    names, end = [], 0
+    for site in gates:
+        start, end = end, end + site.networks
+        if any(silent[start:end]):
+            names.append(_silent_name(site, silent[start:end]))
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     warn(
         f"{', '.join(names[:3])}{more} saw no token in this training, so their rows were neither held nor scaled; "
