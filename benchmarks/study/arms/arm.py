@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from benchmarks.study.errors import StudyError
-from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
-from na_lora_lightning.core.mechanisms.step_scale import StepScaleOptions
+from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
+from na_lora_lightning.core.mechanisms.step_scale_options import StepScaleOptions
 from na_lora_lightning.core.observation.observer import ObserverOptions
 
 # What an arm means where it names no option: the plain reading of the method. The package's own defaults follow from
