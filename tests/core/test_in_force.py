@@ -38,6 +38,10 @@ GATES = "2 silu gates, 48 channels"
 LEAST, NO_SCALE = "rows of the least responsive", "no step scale"
 
 
+def line_of(controller: GateController) -> str:
+    return describe(controller.gates, controller.mechanisms)
+
+
 def controller_of(
     model: PeftModel, importance: ImportanceOptions | None, scale: StepScaleOptions | None = None, **allowed: bool
 ) -> GateController:
@@ -112,25 +116,25 @@ def test_the_line_says_what_is_held_and_scaled_and_from_which_step(
 ) -> None:
     mask = None if importance is None else ImportanceOptions(**importance)
     controller = controller_of(llama(), mask, None if scale is None else StepScaleOptions(**scale))
-    assert describe(controller) == f"NA-LoRA: {GATES}; {expected}."
+    assert line_of(controller) == f"NA-LoRA: {GATES}; {expected}."
 
 
 def test_activations_without_a_partition_are_named() -> None:
     scale = StepScaleOptions(matrix_a_factor=0.5)
-    line = describe(controller_of(llama("relu"), None, scale))
+    line = line_of(controller_of(llama("relu"), None, scale))
     assert line == "NA-LoRA: 2 relu gates, 48 channels; no mask; step scale exactly 1, steps of A times 0.5."
 
 
 def test_gates_without_lora_are_counted() -> None:
     model = with_lora(tiny_llama(), r"model\.layers\.1\.mlp\.(gate|up)_proj")
-    line = describe(controller_of(model, ImportanceOptions(), allow_unmasked_gates=True))
+    line = line_of(controller_of(model, ImportanceOptions(), allow_unmasked_gates=True))
     assert line.startswith("NA-LoRA: 1 silu gate, 24 channels (1 gate without LoRA left out); rows of")
 
 
 @needs_stacked_experts
 def test_experts_are_counted() -> None:
     model = with_lora(tiny_mixtral(), [], target_parameters=["experts.gate_up_proj"])
-    assert describe(controller_of(model, ImportanceOptions())).startswith(
+    assert line_of(controller_of(model, ImportanceOptions())).startswith(
         "NA-LoRA: 2 silu gates of 4 experts, 192 channels; rows of the least responsive 10 % (16) held"
     )
 
@@ -139,7 +143,7 @@ def test_parts_of_a_multimodal_model_are_told_apart() -> None:
     module = ForeignModule("llava")
     controller = GateController(module.model, discover_gates(module.model, module.example_inputs).require())
     controller.set_importance(ImportanceOptions())
-    assert describe(controller).startswith(
+    assert line_of(controller).startswith(
         "NA-LoRA: 2 quick_gelu gates in vision, 1 gelu gate in projector, 2 silu gates in language, 112 channels; rows"
     )
 
