@@ -29,9 +29,8 @@ class GateImportanceCallback(GateCallback):
     :class:`~na_lora_lightning.callbacks.step_scale.StepScaleCallback`, with the default step scale as it would be by
     the logged step alone.
 
-    The defaults follow from ``docs/evidence.md``, section "Defaults": to keep half of the channels by |ρ'|, the plain
-    reading of the method, costs test loss, and to keep all but the least responsive tenth by |φ'| does not (table
-    "second round").
+    Why the defaults are what they are is said at
+    :class:`~na_lora_lightning.core.mechanisms.importance_options.ImportanceOptions`.
 
     Logged on logging steps, by layer and by activation: ``gate_responsiveness``, ``gate_mask_density``,
     ``gate_mask_churn``, ``selection_misalignment`` and ``selection_share``.
@@ -63,12 +62,12 @@ class GateImportanceCallback(GateCallback):
 
     def __init__(
         self,
-        keep_fraction: float = 0.9,
-        beta: float = 0.9,
-        criterion: Criterion = "output_derivative",
-        scope: Scope = "site",
-        warmup_steps: int = 10,
-        refresh_every: int = 10,
+        keep_fraction: float = ImportanceOptions.keep_fraction,
+        beta: float = ImportanceOptions.beta,
+        criterion: Criterion = ImportanceOptions.criterion,
+        scope: Scope = ImportanceOptions.scope,
+        warmup_steps: int = ImportanceOptions.warmup_steps,
+        refresh_every: int = ImportanceOptions.refresh_every,
         variant: ImportanceVariant = ImportanceVariant(),
         observer: ObserverOptions = ObserverOptions(),
         histogram_every_n_steps: int = 100,

@@ -22,10 +22,8 @@ class StepScaleCallback(GateCallback):
     of all channels at once, can be shortened by ``matrix_a_factor``. Works alone or beside
     :class:`~na_lora_lightning.callbacks.gate_importance.GateImportanceCallback`, in either order.
 
-    The defaults follow from ``docs/evidence.md``, section "Defaults": one scale per activation that is not normalised
-    is a plain cut of the step, which a tuned learning rate undoes (table "options"). A ``matrix_a_factor`` of 0.25
-    nearly halves the selection misalignment; on two of three screening tasks it cost nothing, in confirmation it did
-    (tables "second round" and "confirmation").
+    Why the defaults are what they are is said at
+    :class:`~na_lora_lightning.core.mechanisms.step_scale_options.StepScaleOptions`.
 
     Logged on logging steps, by layer and by activation: ``gate_regime_suppressed``, ``gate_regime_transitional``,
     ``gate_regime_homogeneous``, ``gate_step_scale`` (and over channels ``gate_step_scale_deviation``),
@@ -56,12 +54,12 @@ class StepScaleCallback(GateCallback):
 
     def __init__(
         self,
-        granularity: Granularity = "channel",
-        tau: float = 0.1,
-        eta_min: float = 0.1,
-        normalize: bool = True,
-        beta: float = 0.9,
-        matrix_a_factor: float = 1.0,
+        granularity: Granularity = StepScaleOptions.granularity,
+        tau: float = StepScaleOptions.tau,
+        eta_min: float = StepScaleOptions.eta_min,
+        normalize: bool = StepScaleOptions.normalize,
+        beta: float = StepScaleOptions.beta,
+        matrix_a_factor: float = StepScaleOptions.matrix_a_factor,
         observer: ObserverOptions = ObserverOptions(),
         allow_unmasked_gates: bool = False,
         example_inputs: Mapping[str, Any] | None = None,
