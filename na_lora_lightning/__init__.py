@@ -25,18 +25,39 @@ _EXPORTS = {
     "lora_targets": "na_lora_lightning.models.targets",
     "DualEncoderLightningModule": "na_lora_lightning.modules.dual_encoder",
     "LabelledImageDataModule": "na_lora_lightning.data.classes.datamodule",
+    "ImportanceOptions": "na_lora_lightning.core.mechanisms.importance_options",
+    "ImportanceVariant": "na_lora_lightning.core.mechanisms.importance_options",
+    "StepScaleOptions": "na_lora_lightning.core.mechanisms.step_scale_options",
+    "ObserverOptions": "na_lora_lightning.core.observation.observer",
+    "AdapterArguments": "na_lora_lightning.arguments",
+    "EvaluationArguments": "na_lora_lightning.arguments",
+    "LoRAArguments": "na_lora_lightning.arguments",
+    "LossArguments": "na_lora_lightning.arguments",
+    "ScheduleArguments": "na_lora_lightning.arguments",
+    "keep_inputs_uncast": "na_lora_lightning.models.lora_inputs",
 }
 
 __all__ = [*_EXPORTS, "__version__"]
 
 if TYPE_CHECKING:
+    from na_lora_lightning.arguments import (
+        AdapterArguments,
+        EvaluationArguments,
+        LoRAArguments,
+        LossArguments,
+        ScheduleArguments,
+    )
     from na_lora_lightning.callbacks.gate_importance import GateImportanceCallback
     from na_lora_lightning.callbacks.step_scale import StepScaleCallback
     from na_lora_lightning.checkpoints.callbacks import ResumableCurves, RunCheckpoint
     from na_lora_lightning.checkpoints.files import AtomicCheckpointIO
     from na_lora_lightning.core.discovery.gates import discover_gates
+    from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions, ImportanceVariant
+    from na_lora_lightning.core.mechanisms.step_scale_options import StepScaleOptions
+    from na_lora_lightning.core.observation.observer import ObserverOptions
     from na_lora_lightning.data import InstructionDataModule, VisionInstructionDataModule
     from na_lora_lightning.data.classes.datamodule import LabelledImageDataModule
+    from na_lora_lightning.models.lora_inputs import keep_inputs_uncast
     from na_lora_lightning.models.targets import lora_targets
     from na_lora_lightning.modules.dual_encoder import DualEncoderLightningModule
     from na_lora_lightning.modules.fit_summary import FitSummaryCallback
