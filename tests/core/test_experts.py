@@ -13,6 +13,7 @@ from transformers import Llama4ForCausalLM, Llama4TextConfig
 from zoo.tiny_models import build
 
 from na_lora_lightning.core.controller import GateController
+from na_lora_lightning.core.discovery import expert_gates
 from na_lora_lightning.core.discovery.gates import discover_gates
 from na_lora_lightning.core.experts import expert_owners, stacked_parameters
 from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
@@ -20,7 +21,7 @@ from na_lora_lightning.core.mechanisms.step_scale_options import StepScaleOption
 from na_lora_lightning.core.observation.observer import ObserverOptions
 from na_lora_lightning.core.pre_activations import GateMethod
 from na_lora_lightning.core.sites import GateSite
-from na_lora_lightning.errors import ConfigurationError, DataError
+from na_lora_lightning.errors import ConfigurationError, DataError, DiscoveryError
 from na_lora_lightning.models.targets import lora_targets
 
 TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -194,3 +195,20 @@ def test_padding_that_does_not_fit_the_tokens_is_refused() -> None:
 @pytest.mark.parametrize("model_type", ["recurrent_gemma", "xlnet", "zamba", "reformer", "mamba2", "jetmoe", "dbrx"])
 def test_three_dimensional_parameters_that_are_no_experts(model_type: str) -> None:
     assert not list(expert_owners(build("causal-lm", model_type).model))
+
+
+@pytest.mark.parametrize(
+    ("installed", "newer"), [("0.18.1", True), ("0.19.0", True), ("0.19.1", False), ("1.0", False)]
+)
+def test_another_layout_of_an_older_peft_is_named_with_its_version(
+    installed: str, newer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expert_gates, "version", {"peft": installed}.__getitem__)
+    monkeypatch.setattr(expert_gates, "_map", lambda *_: None)
+    model = with_lora(tiny_mixtral(), ["q_proj"], target_parameters=["gate_up_proj", "down_proj"])
+    with pytest.raises(
+        DiscoveryError, match=r"do not correspond to rows and columns of lora_B of .*gate_up_proj"
+    ) as told:
+        discover_gates(model).require()
+    assert (f"; upgrade peft {installed} to 0.19.1 or newer, which has" in str(told.value)) is newer
+    assert str(told.value).endswith("take these layers out of the LoRA targets.")

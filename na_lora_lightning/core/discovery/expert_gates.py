@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 import torch
@@ -20,6 +22,8 @@ from na_lora_lightning.core.pre_activations import GATE_METHOD, ActivationInput,
 from na_lora_lightning.core.sites import GateMap, GateSite, LeftOut
 
 _ROUTED: tuple[Arrangement, ...] = ("sorted", "in_token_order")
+
+_PEFT_OF_LAYOUT = (0, 19, 1)
 
 
 @dataclass
@@ -109,6 +113,18 @@ def _without_gate(call: ExpertsCall) -> LeftOut | None:
     return LeftOut(plain_name(call.name), "experts", reason, not_supported=True)
 
 
+def _remedy_of_layout() -> str | None:
+    """Older PEFT lays LoRA on stacked experts out otherwise."""
+    try:
+        installed = version("peft")
+    except PackageNotFoundError:
+        return None
+    if tuple(map(int, re.findall(r"\d+", installed)[:3])) >= _PEFT_OF_LAYOUT:
+        return None
+    newer = ".".join(map(str, _PEFT_OF_LAYOUT))
+    return f"upgrade peft {installed} to {newer} or newer, which has LoRA on stacked experts in another layout"
+
+
 def _site(gate: _Gate, known: dict[Any, tuple[Tensor, Experts] | None]) -> GateSite | LeftOut:
     """The site of a gate; ``known`` keeps what was found out, as each gradient is as large as all experts together."""
     name = plain_name(gate.name)
@@ -127,7 +143,7 @@ def _site(gate: _Gate, known: dict[Any, tuple[Tensor, Experts] | None]) -> GateS
             if mapped is None:
                 what = f"{wrapper_name} ({wrapper.parameter_name})"
                 reason = f"its channels and experts do not correspond to rows and columns of lora_B of {what}"
-                return LeftOut(name, gate.activation.name, reason, not_supported=True)
+                return LeftOut(name, gate.activation.name, reason, not_supported=True, remedy=_remedy_of_layout())
             return GateSite(
                 name=name,
                 kind=gate.kind,
