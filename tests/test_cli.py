@@ -276,6 +276,10 @@ def test_plain_lora_is_announced(workplace: Workplace, caplog: pytest.LogCapture
         ),
         (["--model.optimizer", "Adan"], "'model.optimizer' is 'Adan', which is no known class"),
         (["--model.optimizer", "SGD", "--model.optimizer.rate", "1"], "'model.optimizer' has no option 'rate'"),
+        (
+            ["--model.optimizer", "SGD", "--model.optimizer.lr", "x"],
+            "The option 'model.optimizer.lr' cannot be 'x'; '-",
+        ),
         (["--model.optimizer", "SGD", "--model.optimizer.lr", "-1"], "Invalid learning rate"),
         (["--model.optimizer", "SparseAdam"], "The optimizer SparseAdam cannot step here (SparseAdam does"),
         (

@@ -137,6 +137,11 @@ def test_text_is_the_default_and_can_be_named(
         ),
         ({"class_path": VISION, "train": "a"}, [], "The option 'data.train' of "),
         ({"class_path": VISION, "init_args": {"trian": "a"}}, [], "The class given for 'data' has no option 'trian'"),
+        (
+            {"class_path": VISION, "init_args": {"batch_size": "x"}},
+            [],
+            "The option 'data.batch_size' cannot be 'x'; '-",
+        ),
         (None, ["--data", VISION, "--data.batch_size", "0"], "batch_size=0 is too small; set it to 1 or more"),
         (None, ["--data", VISION], "The data for 'train' is not given but is needed to fit; set data.train"),
         (None, ["--data", VISION, "--data.train", "absent.jsonl"], "The data file 'absent.jsonl' does not exist"),

@@ -14,19 +14,41 @@ import yaml
 
 from na_lora_lightning.errors import ConfigurationError, NALoRAError
 
-_KEY = re.compile(r'Parser key "(?P<key>[^"]*)":\s*(?P<rest>.*)', re.DOTALL)
-_UNKNOWN_OPTION = re.compile(r"does not accept option '(?P<key>[^']*)'")
-_UNKNOWN_ARGUMENT = re.compile(r"unrecognized arguments: (?P<arguments>.*)", re.DOTALL)
-_UNKNOWN_IN_CLASS = re.compile(r"[Oo]ption '(?P<option>[^']*)' is not accepted")
-_REQUIRED = re.compile(r"the following arguments are required: (?P<names>[\w, ]+)")
-_NO_FACTORY = re.compile(r"expects a function or a callable class: (?P<reason>[^\n]*?)\.+ Got value")
-_EXPECTED = re.compile(r"Expected an? (?P<kind>.*?)\. Got value: (?P<value>.*)", re.DOTALL)
-_NO_CLASS = re.compile(r"Expected a dot import path string: (?P<value>\S+)")
-_GIVEN = re.compile(r"Given value: (?P<value>.*)\Z", re.DOTALL)
-_NESTED = re.compile(r"NestedArg\(key='(?P<key>[^']*)', val='?(?P<value>.*?)'?\)")
+# The parser's errors are texts and nothing else. A nested option's key comes after that of what it belongs to.
+_KEY = re.compile(r'Parser key "([^"]*)":')
+_REMEDY = "cannot be {value!r}; '--help' shows what it takes."
+# What is said of a value, and how that is said here; the first that fits.
+_SENTENCES = (
+    (
+        r"[Oo]ption '(?P<name>[^']*)' is not accepted",
+        "The class given for {key!r} has no option {name!r}; correct or remove it.",
+    ),
+    (
+        r"the following arguments are required: (?P<name>\w+)(?P<more>[\w, ]*)",
+        "The class or function given for {key!r} needs {name}{more}; give it as {key}.{name}, say.",
+    ),
+    (
+        r"expects a function or a callable class: (?P<reason>[^\n]*?)\.+ Got value",
+        "The option {key!r} cannot be used: {reason}; give the import path of a class or function.",
+    ),
+    (
+        r"\AExpected .* Got value: None\Z",
+        "The option {key!r} is required; give it in the configuration or on the command line.",
+    ),
+    (
+        r"\AExpected an? (?P<kind>.*)\. Got value: (?P<value>.*)\Z",
+        "The option {key!r} is {value!r}, and must be {kind}; correct it.",
+    ),
+    (
+        # Where a number can be a tensor too, such as a learning rate, a class is hardly what was meant.
+        r"(?s)\A(?!.*<class 'float'>).*Expected a dot import path string: (?P<value>\S+)",
+        "The option {key!r} is {value!r}, which is no known class; give its import path.",
+    ),
+    (r"G(ot|iven) value: (?!NestedArg)(?P<value>.*?)(\. Got value: .*)?$", "The option {key!r} " + _REMEDY),
+    (r"NestedArg\(key='(?P<name>[^']*)', val='?(?P<value>.*?)'?\)", "The option '{key}.{name}' " + _REMEDY),
+)
 # Of a message that is quoted in full.
 _LONGEST = 400
-_CHOICES = re.compile(r"typing\.Literal\[(?P<choices>.*)\]")
 
 
 def explain(message: str, known: Collection[str], switches: Collection[str], config_files: Sequence[str]) -> str:
@@ -45,15 +67,14 @@ def explain(message: str, known: Collection[str], switches: Collection[str], con
     for file in config_files:
         for key in _keys_of_file(file, known):
             return unknown_key(key, known)
-    if match := _UNKNOWN_OPTION.search(message):
-        return unknown_key(match["key"], known)
-    if match := _UNKNOWN_ARGUMENT.search(message):
-        first = match["arguments"].split()[0]
+    _, is_unknown, arguments = message.partition("unrecognized arguments: ")
+    if is_unknown:
+        first = arguments.split()[0]
         if first.startswith("-"):
             return unknown_key(first.lstrip("-").split("=")[0], known)
         return f"The argument {first!r} belongs to no option; put '--' and the option's name before it."
-    if match := _KEY.match(message):
-        return _explain_value(match["key"], match["rest"], switches)
+    if _KEY.match(message):
+        return _explain_value(message, switches)
     return _sentence(message)
 
 
@@ -67,34 +88,21 @@ def unknown_key(key: str, known: Collection[str]) -> str:
     return f"There is no option {key!r}; {remedy}"
 
 
-def _explain_value(key: str, rest: str, switches: Collection[str]) -> str:
-    if key in switches:
-        return f"The option {key!r} takes a group of options; to switch it off, set {key}.enabled to false."
-    if match := _UNKNOWN_IN_CLASS.search(rest):
-        return f"The class given for {key!r} has no option {match['option']!r}; correct or remove it."
-    if match := _REQUIRED.search(rest):
-        names = match["names"].strip()
-        return f"The class or function given for {key!r} needs {names}; give it as {key}.{names.split(',')[0]}, say."
-    if match := _NO_FACTORY.search(rest):
-        return f"The option {key!r} cannot be used: {match['reason']}; give the import path of a class or function."
-    if match := _EXPECTED.match(rest):
-        value = match["value"].strip()
-        if value == "None":
-            return f"The option {key!r} is required; give it in the configuration or on the command line."
-        return f"The option {key!r} is {value!r}, and must be {_kind(match['kind'])}; correct it."
-    if match := _NO_CLASS.search(rest):
-        return f"The option {key!r} is {match['value']!r}, which is no known class; give its import path."
-    if match := _GIVEN.search(rest):
-        value = match["value"].strip()
-        if nested := _NESTED.fullmatch(value):
-            key, value = f"{key}.{nested['key']}", nested["value"]
-        return f"The option {key!r} cannot be {value!r}; '--help' shows what it takes."
+def _explain_value(message: str, switches: Collection[str]) -> str:
+    keys = list(dict.fromkeys(_KEY.findall(message)))
+    if keys[0] in switches:
+        return f"The option {keys[0]!r} takes a group of options; to switch it off, set {keys[0]}.enabled to false."
+    key, rest = ".".join(keys), _KEY.split(message)[-1].strip()
+    for pattern, sentence in _SENTENCES:
+        if match := re.search(pattern, rest, re.MULTILINE):
+            found = match.groupdict()
+            return sentence.format(key=key, **{**found, "kind": _kind(found.get("kind", ""))})
     return _sentence(f"{key}: {rest}" if key not in rest else rest)
 
 
 def _kind(name: str) -> str:
-    if match := _CHOICES.match(name):
-        return f"one of {match['choices']}"
+    if name.startswith("typing.Literal["):
+        return f"one of {name.removeprefix('typing.Literal[')[:-1]}"
     names = {"<class 'int'>": "a whole number", "<class 'float'>": "a number", "<class 'bool'>": "true or false"}
     return names.get(name, f"of type {name.removeprefix('<class ').removesuffix('>')}")
 
