@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from conftest import LLAMA_TARGETS, tiny_llama, with_lora
 from lightning.pytorch import LightningModule
 from lightning_models import Batches, ForeignModule, tiny_peft_model
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from tiny_models import LLAMA_TARGETS, tiny_llama, with_lora
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import GPT2_TARGETS, LLAMA_TARGETS, random_batch, tiny_gpt2, tiny_llama, with_lora
 from lightning.pytorch import Callback, LightningModule, Trainer
 from packaging.version import Version
+from tiny_models import GPT2_TARGETS, LLAMA_TARGETS, random_batch, tiny_gpt2, tiny_llama, with_lora
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from vision_helpers import IMAGE_TOKEN, picture, tiny_vlm_model, tiny_vlm_processor, tiny_vlm_tokenizer

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import LLAMA_TARGETS, tiny_llama, with_lora
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import LLAMA_TARGETS, tiny_llama, with_lora
 from torch import Tensor, nn
 
 from na_lora_lightning.core.controller import GateController

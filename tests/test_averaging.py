@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LLAMA_TARGETS, random_batch, tiny_llama, with_lora
 from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
@@ -20,6 +19,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.callbacks.spike import SpikeDetection
 from module_helpers import Batches, quiet_trainer, saved_model, some_batches
 from safetensors.torch import load_file
+from tiny_models import LLAMA_TARGETS, random_batch, tiny_llama, with_lora
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 

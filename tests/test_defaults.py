@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import reference
 import torch
-from conftest import random_batch
 from lightning.pytorch import Callback
 from lightning_models import ForeignModule, loader, lora_state, make_trainer
 from peft import PeftModel
+from tiny_models import random_batch
 from torch import Tensor, nn
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback, nonlinearity_aware

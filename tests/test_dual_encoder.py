@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PLAIN_SCALE
 from dual_encoder_helpers import (
     CLIP_END,
     LENGTH,
@@ -27,6 +26,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from module_helpers import quiet_trainer, saved_model
 from peft import PeftModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_models import PLAIN_SCALE
 from transformers import AutoModel, CLIPModel
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback, discover_gates

@@ -10,11 +10,11 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import tiny_llama
 from module_helpers import saved_model
 from peft import PeftConfig, PeftModel, get_peft_model
 from test_merging import logits
 from test_ties import tied_llama
+from tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM
 
 from na_lora_lightning.cli.main import main

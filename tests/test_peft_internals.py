@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LLAMA_TARGETS, random_batch, tiny_llama, with_lora
 from peft import LoraConfig, get_peft_model
 from peft.tuners import tuners_utils
 from peft.tuners.tuners_utils import BaseTuner
+from tiny_models import LLAMA_TARGETS, random_batch, tiny_llama, with_lora
 
 from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.discovery.gates import discover_gates

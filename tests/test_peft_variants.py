@@ -10,7 +10,9 @@ import peft
 import pytest
 import reference
 import torch
-from conftest import (
+from lightning_models import ForeignModule, loader, make_trainer
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from tiny_models import (
     GPT2_TARGETS,
     LLAMA_TARGETS,
     PLAIN_IMPORTANCE,
@@ -21,8 +23,6 @@ from conftest import (
     tiny_llama,
     with_lora,
 )
-from lightning_models import ForeignModule, loader, make_trainer
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback

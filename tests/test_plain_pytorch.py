@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LLAMA_TARGETS, random_batch, tiny_llama, with_lora
 from lightning_models import Batches, ForeignModule, assert_equal_states, loader, lora_state, make_trainer
 from peft import PeftModel
 from processes import run_in_processes
+from tiny_models import LLAMA_TARGETS, random_batch, tiny_llama, with_lora
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import reference
 import torch
-from conftest import LLAMA_TARGETS, PLAIN_IMPORTANCE, PLAIN_SCALE, random_batch, tiny_llama, with_lora
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning_models import ForeignModule, RowWatch, assert_equal_states, loader, lora_state, make_trainer
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import LLAMA_TARGETS, PLAIN_IMPORTANCE, PLAIN_SCALE, random_batch, tiny_llama, with_lora
 from torch import Tensor, nn
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM
 from zoo.tiny_models import build

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_gpt2, tiny_llama
 from module_helpers import tiny_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_merging import logits, trained
+from tiny_models import tiny_gpt2, tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 from zoo.tiny_models import build

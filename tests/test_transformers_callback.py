@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import LLAMA_TARGETS, random_batch, tiny_llama, with_lora
 from lightning_models import assert_equal_states, lora_state
 from packaging.version import Version
 from peft import PeftModel
 from processes import run_in_processes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_models import LLAMA_TARGETS, random_batch, tiny_llama, with_lora
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import LLAMA_TARGETS, random_batch, tiny_llama, with_lora
+from tiny_models import LLAMA_TARGETS, random_batch, tiny_llama, with_lora
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from na_lora_lightning import NALoRATrainerCallback

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import with_lora
 from lightning.pytorch import Callback, LightningModule
 from lightning_models import assert_equal_states, lora_state, make_trainer
+from tiny_models import with_lora
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (

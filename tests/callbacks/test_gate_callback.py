@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_llama
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_models import (
@@ -22,6 +21,7 @@ from lightning_models import (
     make_trainer,
     tiny_peft_model,
 )
+from tiny_models import tiny_llama
 from torch import nn
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback

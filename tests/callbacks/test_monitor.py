@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import PLAIN_SCALE
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning_models import ForeignModule, loader, make_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_models import PLAIN_SCALE
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LLAMA_TARGETS, random_batch, tiny_llama, with_lora
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, LearningRateFinder
 from lightning.pytorch.loggers import CSVLogger
 from lightning_models import ForeignModule, assert_equal_states, loader, lora_state, make_trainer
 from processes import run_in_processes
+from tiny_models import LLAMA_TARGETS, random_batch, tiny_llama, with_lora
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback, nonlinearity_aware
 from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions

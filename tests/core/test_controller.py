@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import LLAMA_TARGETS, enable_checkpointing, random_batch, tiny_llama, with_lora
 from peft import PeftModel
+from tiny_models import LLAMA_TARGETS, enable_checkpointing, random_batch, tiny_llama, with_lora
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 

@@ -6,7 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import (
     GATE_CHANNELS,
     GPT2_TARGETS,
     LLAMA_TARGETS,
@@ -18,9 +21,6 @@ from conftest import (
     tiny_mixtral,
     with_lora,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaForCausalLM
 

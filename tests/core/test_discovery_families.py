@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_batch
 from peft import LoraConfig, get_peft_model
+from tiny_models import random_batch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from na_lora_lightning.core.discovery.gates import discover_gates

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import reference
 import torch
-from conftest import with_lora
 from peft import LoraConfig, get_peft_model
+from tiny_models import with_lora
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (

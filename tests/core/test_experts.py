@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PLAIN_IMPORTANCE, random_batch, tiny_mixtral, with_lora
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import PLAIN_IMPORTANCE, random_batch, tiny_mixtral, with_lora
 from torch import nn
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 from zoo.tiny_models import build

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import reference
 import torch
-from conftest import LLAMA_TARGETS, PLAIN_IMPORTANCE, tiny_llama, with_lora
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import LLAMA_TARGETS, PLAIN_IMPORTANCE, tiny_llama, with_lora
 
 from na_lora_lightning.core.discovery.gates import discover_gates
 from na_lora_lightning.core.layout import Layout

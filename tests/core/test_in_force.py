@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import (
+from lightning_models import ForeignModule
+from peft import PeftModel
+from tiny_models import (
     GPT2_TARGETS,
     LLAMA_TARGETS,
     needs_stacked_experts,
@@ -21,8 +23,6 @@ from conftest import (
     tiny_mixtral,
     with_lora,
 )
-from lightning_models import ForeignModule
-from peft import PeftModel
 from torch import Tensor
 
 from na_lora_lightning import nonlinearity_aware

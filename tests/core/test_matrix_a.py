@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LLAMA_TARGETS, needs_stacked_experts, random_batch, tiny_llama, tiny_mixtral, with_lora
 from peft import PeftModel
+from tiny_models import LLAMA_TARGETS, needs_stacked_experts, random_batch, tiny_llama, tiny_mixtral, with_lora
 from torch import Tensor
 
 from na_lora_lightning.core.controller import GateController

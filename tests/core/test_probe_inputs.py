@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import with_lora
 from peft import LoraConfig, get_peft_model
 from test_encoder_decoders import BART, SMALL, WAV2VEC2, WHISPER, UNet, bart, clip, images
+from tiny_models import with_lora
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import BartConfig as DecoderConfig

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_batch
 from peft import LoraConfig, get_peft_model
+from tiny_models import random_batch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from na_lora_lightning.core.controller import GateController

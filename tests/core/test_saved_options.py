@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 import pytest
-from conftest import LLAMA_TARGETS, tiny_llama, with_lora
+from tiny_models import LLAMA_TARGETS, tiny_llama, with_lora
 
 from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.discovery.gates import discover_gates

@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
+from processes import run_in_processes
+from tiny_models import (
     GPT2_TARGETS,
     LLAMA_TARGETS,
     enable_checkpointing,
@@ -19,10 +23,6 @@ from conftest import (
     tiny_mixtral,
     with_lora,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model
-from processes import run_in_processes
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

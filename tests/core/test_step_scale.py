@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import reference
 import torch
-from conftest import LLAMA_TARGETS, PLAIN_SCALE, tiny_llama, with_lora
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import LLAMA_TARGETS, PLAIN_SCALE, tiny_llama, with_lora
 
 from na_lora_lightning.core.activations import GELU, KNOWN_ACTIVATIONS, SILU, Activation
 from na_lora_lightning.core.discovery.gates import discover_gates
