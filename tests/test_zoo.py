@@ -57,6 +57,9 @@ Mutation = Callable[[GateMap], None]
         # Padded patches, and a norm over all places.
         ("image-classification", "siglip2", 3, 3, "gelu_tanh", "plain"),
         ("image-classification", "convnextv2", 4, 4, "gelu", "plain"),
+        # Frames that stand for several, in one half and alone.
+        ("speech", "whisper", 4, 4, "gelu", "plain"),
+        ("speech", "parakeet_ctc", 4, 4, "silu", "plain"),
     ],
 )
 def test_every_row_and_every_step_is_right(

@@ -201,7 +201,7 @@ def _train(
         mixes = MIXES_PADDING.get(verdict.model_type)
         wrong = statistics_problems(root, inputs, gates.sites, verdict.notes, mixes is not None)
         if mixes is not None:
-            verdict.notes.append(f"compared with the mask, as {mixes} mix padding into real tokens")
+            verdict.notes.append(f"compared with the mask, as padding reaches real tokens through {mixes}")
         return [*wrong, *training_problems(model, gates, inputs, options, verdict.notes)]
     except DataError as error:
         wrong = [] if verdict.model_type in PADDING else [f"padding refused: {error}"]

@@ -30,18 +30,20 @@ _CONVOLUTIONS = Refusal(_NONE, "its layers are convolutions", nothing_to_find=Tr
 _BETWEEN = Refusal(
     _NONE, "in its feed-forward blocks a convolution between the two linear layers mixes tokens", nothing_to_find=True
 )
+_NO_EMBEDDINGS = Refusal(
+    "`get_input_embeddings` not auto", "PEFT cannot wrap it, because transformers does not find its embeddings"
+)
 _LAYOUT = "in a layout that PEFT's LoRA cannot adapt expert by expert"
 
 REFUSALS: dict[str, Refusal] = {
     "dbrx": Refusal(_LAYOUT, "it keeps its experts in flattened matrices, which PEFT cannot adapt one by one"),
     "falcon_mamba": _NO_GATE,
+    "granite_speech5_ctc": _NO_EMBEDDINGS,
     "ibert": Refusal(_NONE, "its layers quantise themselves and are no linear layers", nothing_to_find=True),
     "jetmoe": Refusal(_LAYOUT, "it applies the matrices of its experts in modules that PEFT cannot adapt one by one"),
     "mamba": _NO_GATE,
     "mamba2": _NO_GATE,
-    "pp_formulanet": Refusal(
-        "`get_input_embeddings` not auto", "PEFT cannot wrap it, because transformers does not find its embeddings"
-    ),
+    "pp_formulanet": _NO_EMBEDDINGS,
     "pvt_v2": _BETWEEN,
     "segformer": _BETWEEN,
     "squeezebert": Refusal(_NONE, "its layers are grouped convolutions", nothing_to_find=True),
@@ -69,6 +71,8 @@ PADDING: dict[str, str] = {
     "funnel": "its later blocks see pooled tokens",
     "git": "it puts the image before the text",
     "pegasus_x": "its encoder sees global tokens beside the text",
+    "moonshine": "it counts the frames of one recording alone",
+    "moonshine_streaming": "its convolutions make a mask of their own, of more frames than it says",
     "perceiver": "its layers see latents",
     "pi0": "its second transformer sees a state and actions",
 }
@@ -76,9 +80,19 @@ PADDING: dict[str, str] = {
 # Types in which what stands in padded places reaches real tokens, so that the mask itself says which are real.
 MIXES_PADDING: dict[str, str] = {
     "convbert": "its convolutions",
+    "hubert": "the norm over time of its feature extractor",
     "mobilebert": "its embeddings of three tokens at a time",
+    "speech_to_text": "its convolutions",
+    "whisper": "its attention to silence",
     "nystromformer": "its landmarks, which are means over all tokens",
-    "prophetnet": "its predicted streams, which come behind the text,",
+    "prophetnet": "its predicted streams, which come behind the text",
+    **dict.fromkeys(
+        (
+            *("sew", "sew-d", "speech-encoder-decoder", "speecht5", "unispeech", "unispeech-sat", "wav2vec2"),
+            *("wav2vec2-conformer", "wavlm"),
+        ),
+        "the norm over time of its feature extractor",
+    ),
     "yoso": "its hashed attention",
 }
 

@@ -30,7 +30,7 @@ LAYER = re.compile(r"(De|En)coderLayer|AlbertLayer|ConvNext(V2)?Layer|Block$")
 LINEAR_PAIRS = ({"fc1", "fc2"}, {"ffn", "ffn_output"}, {"pwconv1", "pwconv2"})
 NOT_FEED_FORWARD = re.compile(
     r"Attention|Router|Norm(Gated)?$|Mixer|DeltaNet|Indexer|Mamba|HyperConnection|HyperHead|ForgetGate|ResidualGate|"
-    r"GatedResidual|GateMLP|Modulation|ConvLayer|GatedProjection|SparseMoeBlock|Rglru|(?<!Ultrabert)Prediction|LMHead|Pooler|Embedding(?!sV3)|ForCausalLM|ForMaskedLM|ForImageClassification|"
+    r"GatedResidual|GateMLP|Modulation|ConvLayer|ConvolutionModule|(Up|Sub)sampl|Embedder$|(?<!Former)Encoder$|ConvEmbedding|PositionalConv|GatedProjection|SparseMoeBlock|Rglru|(?<!Ultrabert)Prediction|LMHead|Pooler|Embedding(?!sV3)|ForCausalLM|ForMaskedLM|ForImageClassification|"
     r"ForConditionalGeneration|Model$|xLSTMLayer"
 )
 

@@ -19,7 +19,6 @@ Mapping = Literal[
     "text-encoding",
     "image-classification",
     "speech",
-    "ctc",
 ]
 
 # Sixteen tokens, of which the second sequence has five of padding.
@@ -150,8 +149,37 @@ def boxes(inputs: dict[str, Any], config: PreTrainedConfig, generator: torch.Gen
     return {**inputs, "bbox": corners}
 
 
+def spoken_codes(inputs: dict[str, Any], config: PreTrainedConfig, generator: torch.Generator) -> dict[str, Any]:
+    """Codes of sound, several for each token of text."""
+    codes = torch.randint(*WORDS, (2, LENGTHS[0], config.num_codebooks), generator=generator)
+    return {**inputs, "input_ids": torch.cat([inputs["input_ids"][..., None], codes], -1)}
+
+
+def heard_tokens(inputs: dict[str, Any], config: PreTrainedConfig, generator: torch.Generator) -> dict[str, Any]:
+    """Sound that is added to the tokens, eight frames to each."""
+    bins: int = config.audio_config.num_mel_bins
+    return {**inputs, "input_features": noise(generator, 2, bins, 8 * LENGTHS[0])}
+
+
+def dialogue(inputs: dict[str, Any], config: PreTrainedConfig, generator: torch.Generator) -> dict[str, Any]:
+    """Text for the encoder, and what is to be heard in several codes at once."""
+    channels: int = config.decoder_config.num_channels
+    longest = max(DECODER_LENGTHS)
+    mask = torch.arange(longest)[None] < torch.tensor(DECODER_LENGTHS)[:, None]
+    codes = torch.randint(*WORDS, (2, longest, channels), generator=generator)
+    labels = codes.masked_fill(~mask[..., None], -100).transpose(1, 2).flatten(0, 1)
+    return {
+        **{name: inputs[name] for name in ("input_ids", "attention_mask", "use_cache")},
+        "decoder_input_ids": codes,
+        "decoder_attention_mask": mask.long(),
+        "labels": labels,
+    }
+
+
 SPECIAL: dict[str, Callable[[dict[str, Any], PreTrainedConfig, torch.Generator], dict[str, Any]]] = {
     "blip": with_image,
+    "dia": dialogue,
+    "kyutai_speech_to_text": spoken_codes,
     "blip-2": queries,
     "git": with_image,
     "idefics": gated_images,
@@ -166,6 +194,7 @@ SPECIAL: dict[str, Callable[[dict[str, Any], PreTrainedConfig, torch.Generator],
     "pp_formulanet": captions,
     "udop": boxes,
     "vision-encoder-decoder": captions,
+    "voxtral_realtime": heard_tokens,
 }
 
 
@@ -240,13 +269,11 @@ IMAGES: dict[str, Maker] = {
 
 # Frames or steps of a recording, of which the second sound has a third of silence; its letters are fewer.
 FRAMES, LETTERS = (48, 32), 3
-# Types whose frames come bin by bin.
-BINS_FIRST = {"whisper"}
+# Whisper's frames come bin by bin, and as many as its encoder has places for.
+WHISPER_FRAMES = (128, 84)
 
 
-def recordings(
-    mapping: Mapping, config: PreTrainedConfig, accepted: Container[str], generator: torch.Generator
-) -> dict[str, Any]:
+def recordings(config: PreTrainedConfig, accepted: Container[str], generator: torch.Generator) -> dict[str, Any]:
     """Two sounds, the second filled up, and what is said in them."""
     parts = [part for part in vars(config).values() if isinstance(part, PreTrainedConfig)]
 
@@ -254,18 +281,20 @@ def recordings(
         found = (getattr(part, name, None) for name in names for part in (config, *parts))
         return next((value for value in found if value is not None), None)
 
-    longest = max(FRAMES)
-    mask = torch.arange(longest)[None] < torch.tensor(FRAMES)[:, None]
+    frames = torch.tensor(FRAMES if config.model_type != "whisper" else WHISPER_FRAMES)[:, None]
+    mask = torch.arange(int(frames.max()))[None] < frames
     if "input_features" in accepted and setting("conv_stride") is None:
-        bins = setting("input_feat_per_channel", "feature_projection_input_dim", "num_mel_bins", "input_dim")
-        shape = (2, bins, longest) if config.model_type in BINS_FIRST else (2, longest, bins)
-        inputs = {"input_features": noise(generator, *shape), "attention_mask": mask.long()}
+        bins = setting("input_feat_per_channel", "feature_projection_input_dim", "num_mel_bins", "input_dim", "d_model")
+        bins = 4 * bins if config.model_type == "granite_speech5_ctc" else bins
+        features = noise(generator, *mask.shape, bins)
+        features = features.transpose(1, 2) if config.model_type == "whisper" else features
+        inputs = {"input_features": features, "attention_mask": mask.long()}
     else:
-        step = math.prod(setting("conv_stride") or (384,)) // 2
+        step = math.prod(setting("conv_stride") or (480,)) // 2
         mask = mask.repeat_interleave(step, dim=1)
         inputs = {"input_values": noise(generator, *mask.shape) * mask, "attention_mask": mask.long()}
-    if mapping == "ctc":
-        return {**inputs, "labels": torch.randint(*WORDS, (2, LETTERS), generator=generator)}
+    if "decoder_input_ids" not in accepted:
+        return {**inputs, "labels": torch.randint(*WORDS, (2, LETTERS), generator=generator) // 2}
     return lengths_of_its_own(inputs, generator)
 
 
@@ -280,12 +309,12 @@ def make_inputs(
     accepted = inspect.signature(cls.forward).parameters
     if mapping == "image-classification" and model_type != "shieldgemma2":
         return image(config, generator) if model_type not in IMAGES else IMAGES[model_type](config, generator)
-    if (mapping in ("speech", "ctc") and not {"input_ids", "labels"} <= set(accepted)) or model_type == "pop2piano":
-        return recordings(mapping, config, accepted, generator)
+    if mapping == "speech" and (model_type == "pop2piano" or "input_ids" not in accepted):
+        return recordings(config, accepted, generator)
     inputs = text_inputs(cls.forward, config, generator)
     if mapping == "image-classification":
         return safe_image(inputs, config, generator)
-    if mapping in ("causal-lm", "image-text-to-text"):
+    if mapping in ("causal-lm", "image-text-to-text") or (mapping in ("seq2seq", "speech") and model_type in SPECIAL):
         return SPECIAL[model_type](inputs, config, generator) if model_type in SPECIAL else inputs
     if mapping == "text-encoding":
         del inputs["labels"]

@@ -50,6 +50,7 @@ VISION_VALUES: dict[str, Any] = {
 VISION = SiglipVisionConfig(**VISION_VALUES)
 
 FOUR = [1, 1, 1, 1]
+TOKENIZER = {"num_filters": 4, "depths": [1, 1, 1], "downsampling_ratios": [2, 2]}
 SWIN = {"depths": [1, 1], "num_heads": [2, 2], "window_size": 2, "drop_path_rate": 0.0}
 PYRAMID = {
     "hidden_sizes": [8, 16, 16, 24],
@@ -113,6 +114,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 16},
     "fast_vlm": {"vision_config": VISION},
     "focalnet": {"embed_dim": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "focal_levels": [2, 2], "image_size": 32},
+    "fun_asr_nano": {
+        "adaptor_config": {
+            "hidden_size": 16,
+            "intermediate_size": 4,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 1,
+            "projector_hidden_size": 20,
+        }
+    },
     "gemma3n_audio": {"vocab_size": 8, "vocab_offset": 88},
     "gemma3n_text": {"vocab_size_per_layer_input": 80},
     "gemma4_text": {"global_head_dim": 16},
@@ -166,6 +176,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "longcat_flash": {"head_dim": 4, "num_hidden_layers": 4},
     "mamba2": {"head_dim": 16, "n_groups": 1},
     "mellum": {"layer_types": THREE},
+    "mimi": {"upsample_groups": 16, "num_filters": 4},
     "minicpm3": {"dim_model_base": 8},
     "mllama_text_model": {"num_hidden_layers": 3, "cross_attention_layers": [1]},
     "mobilevit": {
@@ -237,7 +248,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "switch_transformers": {"num_experts": 2},
     "udop": {"decoder_start_token_id": 0},
     "unlimited_ocr_sam_vision_model": {**SAM, "downsample_channels": [8, 16]},
+    "vibevoice_acoustic_tokenizer": TOKENIZER,
+    "vibevoice_acoustic_tokenizer_decoder": TOKENIZER,
+    "vibevoice_acoustic_tokenizer_encoder": TOKENIZER,
     "vision-encoder-decoder": {"pad_token_id": 0, "decoder_start_token_id": 1},
+    "speech-encoder-decoder": {"pad_token_id": 0, "decoder_start_token_id": 1},
+    "wav2vec2-bert": {"vocab_size": 32},
+    "wav2vec2-conformer": {"vocab_size": 32},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": HYBRID, "num_hidden_layers": 4},
     "zamba2": {"layers_block_type": HYBRID, "num_hidden_layers": 4},
@@ -246,7 +263,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 # Values put into the finished configuration, past its checks.
 AFTER: dict[str, dict[str, Any]] = {
     "gemma3n": {"vision_config": VISION},
+    "cohere_asr": {"pad_token_id": 0, "decoder_start_token_id": 1},
     "longt5": {"decoder_start_token_id": 0},
+    "moonshine": {"pad_token_id": 0},
+    "moonshine_streaming": {"decoder_start_token_id": 1, "num_key_value_heads": 2},
     "pop2piano": {"decoder_start_token_id": 0},
     "switch_transformers": {"decoder_start_token_id": 0},
     "t5": {"decoder_start_token_id": 0},
@@ -283,7 +303,6 @@ REASONS: dict[str, dict[str, str]] = {
             "its forward takes hidden states, keys and values of the model that it assists, and gives no loss"
         ),
     },
-    "seq2seq": {"voxtral_realtime": "it takes no text without sound, which is not made here yet"},
     "image-classification": {
         "dinat": "it needs the library natten",
         "timm_wrapper": "it needs the library timm",

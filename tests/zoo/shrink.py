@@ -78,7 +78,7 @@ RULES: list[tuple[str, Rule]] = [
     (r".*hidden_size|d_model|n_embd|dim_model|.*embed(ding)?_(dim|size)|emb_dim|.*proj_dim", HIDDEN),
     (r"(.*_)?(out|output|in|input)_(hidden_size|dim|size)|lru_width|projection_dim", HIDDEN),
     (r"(mamba_)?(d_state|state_size|ssm_state_size)", 6),
-    (r"(mamba_)?chunk_size", 8),
+    (r"(mamba_)?chunk_size|context_size", 8),
 ]
 COMPILED = [(re.compile(pattern), rule) for pattern, rule in RULES]
 TOKEN = re.compile(

@@ -114,6 +114,9 @@ def _compare(site: GateSite, count: Tensor, sums: Tensor, z: Tensor, real: Tenso
 def _real_rows(root: Any, inputs: Mapping[str, Any], site: GateSite, z: Tensor, mixes: bool) -> Tensor | None:
     """Which rows belong to real tokens, ``[rows]``; None where that cannot be told."""
     padded, everything = padded_input(inputs), torch.ones(len(z), dtype=torch.bool)
+    if mixes and root.config.is_encoder_decoder and "decoder" in site.lora_layer_name:
+        # Whether the loss depends on a row says it for the decoder, which sees mixed tokens of the encoder.
+        padded = None
     real = everything
     if padded is not None:
         name, mask = padded
@@ -151,12 +154,22 @@ def _rows_of_mask(root: Any, mask: Tensor, rows: int) -> Tensor | None:
     if rows % len(mask) == 0 and rows > mask.numel():
         # Sequences are filled up to whole windows.
         return nn.functional.pad(mask, (0, rows // len(mask) - mask.shape[1])).flatten().bool()
-    shrink = (getattr(module, "_get_feature_vector_attention_mask", None) for module in root.modules())
-    method = next((each for each in shrink if callable(each)), None)
-    if method is None or rows % len(mask):
-        return None
-    shrunk: Tensor = method(rows // len(mask), mask)
-    return shrunk.flatten().bool() if shrunk.numel() == rows else None
+    for module in root.modules():
+        if rows % len(mask) == 0 and hasattr(module, "_get_feature_vector_attention_mask"):
+            # SEW makes one token of two frames.
+            squeeze = getattr(root.config, "squeeze_factor", 1)
+            shrunk: Tensor = module._get_feature_vector_attention_mask(rows // len(mask) * squeeze + squeeze - 1, mask)
+            shrunk = nn.functional.max_pool1d(shrunk.float(), squeeze)
+        elif hasattr(module, "_get_output_attention_mask"):
+            shrunk = module._get_output_attention_mask(mask)
+        elif type(module).__name__ == "WhisperEncoder":
+            lengths = module._get_feat_extract_output_lengths(mask.sum(1))
+            shrunk = torch.arange(rows // len(mask))[None] < lengths[:, None]
+        else:
+            continue
+        if shrunk.numel() == rows:
+            return shrunk.flatten().bool()
+    return None
 
 
 def _rows_that_stay(
@@ -174,9 +187,10 @@ def _replaced(values: Tensor, mask: Tensor | None) -> Tensor:
         # What stands for an image stays.
         special = (values < WORDS[0]) | (values >= WORDS[1])
         mask = torch.zeros_like(values) if values.is_floating_point() else special
-    # Codebooks are further sequences under one mask.
+    # Codebooks are further sequences under one mask, or stand beside the words.
     mask = mask.repeat_interleave(len(values) // len(mask), dim=0)
     if not values.is_floating_point():
+        mask = mask[..., None] if mask.ndim < values.ndim else mask
         return torch.where(mask == 0, (values + 7) % 50 + 4, values)
     other = torch.randn(values.shape, generator=torch.Generator().manual_seed(4))
     if mask.ndim < values.ndim:

@@ -19,8 +19,7 @@ TITLES = {
     "masked-lm": "Masked language models (`MODEL_FOR_MASKED_LM_MAPPING`)",
     "text-encoding": "Text encoders (`MODEL_FOR_TEXT_ENCODING_MAPPING`)",
     "image-classification": "Image classification (`MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING`)",
-    "speech": "Text from speech (`MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING`)",
-    "ctc": "Speech, letter by letter (`MODEL_FOR_CTC_MAPPING`)",
+    "speech": "Speech (`MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING` and `MODEL_FOR_CTC_MAPPING`)",
 }
 HEAD = """\
 # Model zoo

@@ -31,8 +31,10 @@ MAPPINGS: dict[str, Any] = {
     "masked-lm": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     "text-encoding": modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
     "image-classification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-    "speech": modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
-    "ctc": modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES,
+    "speech": {
+        **modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+        **modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES,
+    },
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -22,7 +23,7 @@ FOREIGN = (
 )
 
 # Mappings whose models are adapted as a whole, as are those for speech that are given sound.
-WHOLE = ("text-encoding", "image-classification", "ctc")
+WHOLE = ("text-encoding", "image-classification")
 PARTS: tuple[Part, ...] = ("language",)
 
 
@@ -70,7 +71,7 @@ def with_lora(tiny: TinyModel, side: LanguageSide, seed: int = 1) -> PeftModel:
     """Wraps the model and gives every ``lora_B`` random values, so that the adapter does something."""
     model = tiny.model
     if all(name in side for name, _ in model.named_modules()):
-        targets = lora_targets(model, "all-linear", "all-experts")
+        targets = lora_targets(model, "all-linear", "all-experts", parts=get_args(Part))
     else:
         owners = [(name, owner) for name, owner, _ in expert_owners(model) if name in side]
         experts = [f"{name}.{parameter}" for name, owner in owners for parameter in stacked_parameters(owner)]

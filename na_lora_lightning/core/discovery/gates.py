@@ -24,6 +24,7 @@ from na_lora_lightning.core.discovery.expert_gates import expert_gates, plain_na
 from na_lora_lightning.core.discovery.functional_gates import functional_gates
 from na_lora_lightning.core.discovery.picked import origin_of
 from na_lora_lightning.core.discovery.probe_inputs import axes_told_apart, require_probe_inputs, what_to_give
+from na_lora_lightning.core.discovery.repeats import Repeats, share_module
 from na_lora_lightning.core.discovery.row_probe import positional_rows, probe_rows, storage_rows
 from na_lora_lightning.core.discovery.siblings import sites_of_siblings
 from na_lora_lightning.core.discovery.tracing import ActivationCall, LinearCall, Trace, trace_forward
@@ -83,10 +84,11 @@ def _discover(model: nn.Module, root: nn.Module, example_inputs: Mapping[str, An
     blocks = Blocks(root, trace, [call for module in elementwise for call in calls[module]])
     random = {module for module in elementwise if is_random(module)}
     activations = {module: activation for module, activation in elementwise.items() if module not in random}
-    found = GateMap()
+    found, repeats = GateMap(), Repeats()
     for module, activation in elementwise.items():
         outside = [call for call in calls[module] if call.experts is None]
         results = [(call, result) for call in outside for result in _classify(call, activation, blocks)]
+        results = repeats.left_out(results)
         sites = [result for _, result in results if isinstance(result, tuple)]
         left_out = [(call, result) for call, result in results if isinstance(result, LeftOut)]
         # A call without a graph (of a cycle that is not trained, say) is the gate's like the others.
@@ -96,7 +98,7 @@ def _discover(model: nn.Module, root: nn.Module, example_inputs: Mapping[str, An
             where = LeftOut(calls[module][0].name, activation.name, _RANDOM, not_supported=bool(sites))
             found.left_out.append(where)
             continue
-        found.sites += _share_module(sites, exclusive)
+        found.sites += share_module(sites, exclusive)
         if not sites:
             # One reason for a module, however often it is called.
             found.left_out += list(dict.fromkeys(reason for _, reason in left_out))
@@ -189,24 +191,6 @@ def _order(gates: GateMap, root: nn.Module) -> None:
     """Puts the sites in the order in which their LoRA layers stand in the model."""
     place = {name: index for index, (name, _) in enumerate(root.named_modules())}
     gates.sites.sort(key=lambda site: place[site.lora_layer_name])
-
-
-def _share_module(found: list[tuple[int, GateSite]], exclusive: bool) -> list[GateSite]:
-    """Sites of one activation module, by its calls: one site for each LoRA layer that it follows."""
-    shared: dict[int, GateSite] = {}
-    for index, site in found:
-        known = shared.setdefault(id(site.lora_layer), site)
-        if not torch.equal(known.rows, site.rows):
-            raise DiscoveryError(
-                f"the gate {site.name!r} uses different rows of {site.lora_layer_name!r} in different calls; "
-                "exclude this layer from the LoRA targets."
-            )
-        known.calls = frozenset({index}) | (known.calls or frozenset())
-    if exclusive and len({site.calls for site in shared.values()}) == 1:
-        # They follow the same calls, and these are all that there are.
-        for site in shared.values():
-            site.calls = None
-    return list(shared.values())
 
 
 def _identify(modules: Iterable[nn.Module], shards: Shards) -> dict[nn.Module, Activation | None]:

@@ -152,7 +152,8 @@ def _images(root: nn.Module, config: Any) -> dict[str, Any]:
 
 def _sound(root: nn.Module, config: Any) -> list[dict[str, Any]]:
     parameters = _parameters(root)
-    encoder = getattr(config, "encoder", None) or getattr(config, "audio_config", None) or config
+    parts = (getattr(config, name, None) for name in ("encoder", "audio_config", "encoder_config"))
+    encoder = next((part for part in parts if part is not None), config)
     bins = getattr(encoder, "num_mel_bins", None)
     found: list[dict[str, Any]] = []
     if "input_features" in parameters:
@@ -164,6 +165,8 @@ def _sound(root: nn.Module, config: Any) -> list[dict[str, Any]]:
             found.append({"input_features": _values(root, 1, 4 * _TOKENS, wide)})
         if isinstance(bins, int) and isinstance(longest, int):
             found.append({"input_features": _values(root, 1, bins, 2 * longest)})
+        elif isinstance(bins, int):
+            found.append({"input_features": _values(root, 1, 16 * _TOKENS, bins)})
     if "input_values" in parameters:
         longest = getattr(encoder, "max_length", None)
         if isinstance(bins, int) and isinstance(longest, int):

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-# What transformers calls the method that says how many frames its convolutions make of a recording.
-_LENGTHS = ("_get_feat_extract_output_lengths", "_get_subsampled_output_lengths")
+# What transformers calls the methods that say how many frames its convolutions make of recordings of some lengths, or
+# of those that a mask says.
+_LENGTHS = (
+    "_get_feat_extract_output_lengths",
+    "_get_subsampled_output_lengths",
+    "_get_subsampling_output_length",
+    "_compute_sub_sample_lengths_from_attention_mask",
+)
+# Models whose convolutions make a mask of their own, of more frames than the method says.
+_OTHERWISE = ("MoonshineStreaming",)
 # Settings of models that fill sequences up to a multiple of something.
 _MULTIPLES = ("attention_window", "block_size")
 # Those of models whose decoder sees streams that predict the next tokens, one after another behind the text.
@@ -26,10 +35,14 @@ class MaskFitter:
 
     def __init__(self, root: nn.Module) -> None:
         config = getattr(root, "config", None)
-        methods = (getattr(module, name, None) for module in root.modules() for name in _LENGTHS)
-        self._lengths: Callable[..., Any] | None = next((method for method in methods if callable(method)), None)
+        modules = [module for module in root.modules() if not type(module).__name__.startswith(_OTHERWISE)]
+        methods = [getattr(module, name) for module in modules for name in _LENGTHS if hasattr(module, name)]
+        # The same method of several modules would say the same.
+        alike = {getattr(method, "__func__", method): method for method in reversed(methods)}
+        self._methods: list[Callable[..., Any]] = list(reversed(alike.values()))
         self._streams = sum(_integers(getattr(config, _STREAMS, None)))
         self._multiples = [value for name in _MULTIPLES for value in _integers(getattr(config, name, None))]
+        self._squeezes = [1, *_integers(getattr(config, "squeeze_factor", None))]
 
     def __call__(self, mask: Tensor, tokens: int) -> Tensor | None:
         """The mask of a sequence of ``tokens``.
@@ -42,24 +55,34 @@ class MaskFitter:
             ``[batch, tokens]`` boolean; None where it is not known which of them are real.
         """
         length = mask.shape[1]
-        for attempt in self._frames(length, tokens):
-            real = attempt(mask.sum(dim=1))
-            return torch.arange(tokens, device=mask.device)[None] < real.to(mask.device)[:, None]
+        for count in self._counts():
+            whole, real = count(torch.ones_like(mask)), count(mask)
+            for squeeze in self._squeezes:
+                if whole is not None and real is not None and int(whole[0]) // squeeze == tokens:
+                    # A token that is squeezed out of several frames is real where one of these is.
+                    return torch.arange(0, tokens * squeeze, squeeze, device=mask.device)[None] < real[:, None]
         if tokens == length * (1 + self._streams):
             return mask.repeat(1, 1 + self._streams)
         if any(tokens == -(-length // multiple) * multiple for multiple in self._multiples):
             return nn.functional.pad(mask, (0, tokens - length))
         return None
 
-    def _frames(self, length: int, tokens: int) -> Iterator[Callable[[Tensor], Tensor]]:
-        """The model's own count of frames, where it makes ``tokens`` of ``length``."""
-        method = self._lengths
-        if method is None:
-            return
-        choices = ({}, {"add_adapter": False}) if "add_adapter" in inspect.signature(method).parameters else ({},)
-        for options in choices:
-            if int(method(torch.tensor([length]), **options)[0]) == tokens:
-                yield lambda lengths, options=options: method(lengths, **options)  # type: ignore[misc]
+    def _counts(self) -> Iterator[Callable[[Tensor], Tensor | None]]:
+        """The model's own counts of frames, by a mask ``[batch, length]``."""
+        for method in self._methods:
+            names = inspect.signature(method).parameters
+            for options in ({}, {"add_adapter": False}) if "add_adapter" in names else ({},):
+                yield partial(_count, method, options, "attention_mask" in names)
+
+
+def _count(method: Callable[..., Any], options: dict[str, Any], by_mask: bool, mask: Tensor) -> Tensor | None:
+    try:
+        lengths = method(mask if by_mask else mask.sum(dim=1), **options)
+    except (TypeError, ValueError, RuntimeError):
+        # Some count the frames of one recording alone.
+        return None
+    fits = isinstance(lengths, Tensor) and lengths.shape == (len(mask),)
+    return lengths.to(mask.device) if fits else None
 
 
 def _integers(value: Any) -> list[int]:
