@@ -237,10 +237,8 @@ class DualEncoderLightningModule(AdapterTrainingModule):
     def _sums(self, batch: Mapping[str, Any]) -> TokenSums:
         """Loss and correct answers of a batch, an image being one target."""
         logits, label = self.class_logits(batch), batch[LABEL]
-        correct = (logits.argmax(dim=-1) == label).sum()
-        return TokenSums(
-            functional.cross_entropy(logits, label, reduction="sum"), torch.tensor(len(label)).to(label), correct
-        )
+        loss = functional.cross_entropy(logits, label, reduction="sum")
+        return TokenSums(loss, torch.tensor(len(label)).to(label), (logits.argmax(dim=-1) == label).sum())
 
     # ---- evaluation ----
 

@@ -1,0 +1,28 @@
+# The public names and where they are: for type checkers, and for __init__.py, which imports each on first use.
+from na_lora_lightning.arguments import AdapterArguments as AdapterArguments
+from na_lora_lightning.arguments import EvaluationArguments as EvaluationArguments
+from na_lora_lightning.arguments import LoRAArguments as LoRAArguments
+from na_lora_lightning.arguments import LossArguments as LossArguments
+from na_lora_lightning.arguments import ScheduleArguments as ScheduleArguments
+from na_lora_lightning.callbacks.gate_importance import GateImportanceCallback as GateImportanceCallback
+from na_lora_lightning.callbacks.step_scale import StepScaleCallback as StepScaleCallback
+from na_lora_lightning.checkpoints.callbacks import ResumableCurves as ResumableCurves
+from na_lora_lightning.checkpoints.callbacks import RunCheckpoint as RunCheckpoint
+from na_lora_lightning.checkpoints.files import AtomicCheckpointIO as AtomicCheckpointIO
+from na_lora_lightning.core.discovery.gates import discover_gates as discover_gates
+from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions as ImportanceOptions
+from na_lora_lightning.core.mechanisms.importance_options import ImportanceVariant as ImportanceVariant
+from na_lora_lightning.core.mechanisms.step_scale_options import StepScaleOptions as StepScaleOptions
+from na_lora_lightning.core.observation.observer import ObserverOptions as ObserverOptions
+from na_lora_lightning.data import InstructionDataModule as InstructionDataModule
+from na_lora_lightning.data import VisionInstructionDataModule as VisionInstructionDataModule
+from na_lora_lightning.data.classes.datamodule import LabelledImageDataModule as LabelledImageDataModule
+from na_lora_lightning.models.lora_inputs import keep_inputs_uncast as keep_inputs_uncast
+from na_lora_lightning.models.targets import lora_targets as lora_targets
+from na_lora_lightning.modules.dual_encoder import DualEncoderLightningModule as DualEncoderLightningModule
+from na_lora_lightning.modules.fit_summary import FitSummaryCallback as FitSummaryCallback
+from na_lora_lightning.modules.language import NALoRALightningModule as NALoRALightningModule
+from na_lora_lightning.plain_pytorch import nonlinearity_aware as nonlinearity_aware
+from na_lora_lightning.transformers_callback import NALoRATrainerCallback as NALoRATrainerCallback
+
+__version__: str
