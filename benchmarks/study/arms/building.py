@@ -30,8 +30,9 @@ from na_lora_lightning.core.sites import GateMap
 ALL_LINEAR, FEED_FORWARD = "all-linear", "ffn"
 # Cells are named after where their hooks were when they ran, and keep their names.
 _MOVED = {
-    f"benchmarks.study.{name}": f"benchmarks.study.arms.{name}"
-    for name in ("candidates", "dora_layers", "temporal_candidates")
+    "benchmarks.study.candidates": "benchmarks.study.arms.candidates",
+    "benchmarks.study.dora_layers": "benchmarks.study.arms.hooks",
+    "benchmarks.study.temporal_candidates": "benchmarks.study.arms.temporal_candidates",
 }
 
 

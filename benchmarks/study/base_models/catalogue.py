@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.study.base_models import language, vision
-from benchmarks.study.base_models.folders import FOLDER, SHIPPED, take_shipped
+from benchmarks.study.base_models.loading import FOLDER, SHIPPED, take_shipped
 from benchmarks.study.errors import StudyError
 
 

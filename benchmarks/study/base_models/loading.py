@@ -1,8 +1,12 @@
-"""Base models as cells take them."""
+"""Base models: shipped with the project, a zip of each folder, and unpacked into a cache that cells load them from."""
 
 from __future__ import annotations
 
 import copy
+import json
+import shutil
+import tempfile
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,13 +23,51 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.study.base_models.folders import FOLDER, take_shipped
 from benchmarks.study.base_models.language import token_stream, weights_digest, windows_of
 from benchmarks.study.errors import StudyError
 from benchmarks.study.tasks import pools
 from benchmarks.study.tasks.encoding import tokenizer_of
 
+FOLDER = Path(".cache/study/models")
+# Another machine's processor would pretrain others, bit for bit.
+SHIPPED = Path(__file__).parents[1] / "models"
 _HELD_OUT_WINDOWS, _HELD_OUT_LENGTH = 32, 128
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """``pretraining.json`` of a model.
+
+    Raises:
+        StudyError: There is none.
+    """
+    file = folder / "pretraining.json"
+    if not file.is_file():
+        raise StudyError(
+            f"{str(folder)!r} holds no pretrained model of the study; make it with "
+            f"`python -m benchmarks.study pretrain {folder.name}`."
+        )
+    return dict(json.loads(file.read_text()))
+
+
+def take_shipped(folder: Path) -> bool:
+    """Unpacks the model of a folder's name, if the project ships it, whole or not at all.
+
+    Args:
+        folder: Where the model should be; one that exists is left alone.
+
+    Returns:
+        Whether it was unpacked.
+    """
+    shipped = SHIPPED / f"{folder.name}.zip"
+    if folder.exists() or not shipped.is_file():
+        return False
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as scratch:
+        shutil.unpack_archive(shipped, partial := Path(scratch) / folder.name)
+        # Another process may have been faster.
+        with suppress(OSError):
+            partial.rename(folder)
+    return True
 
 
 @lru_cache(maxsize=2)

@@ -29,8 +29,8 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from benchmarks.study.base_models.folders import read_record
 from benchmarks.study.base_models.language import mean_loss, weights_digest
+from benchmarks.study.base_models.loading import read_record
 from benchmarks.study.tasks import corpus
 from benchmarks.study.tasks.encoding import collate, encode
 from benchmarks.study.tasks.examples import Example

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.study.base_models import catalogue, folders, language, loading, vision
+from benchmarks.study.base_models import catalogue, language, loading, vision
 from benchmarks.study.errors import StudyError
 from benchmarks.study.tasks import corpus
 
@@ -24,7 +24,7 @@ def test_a_pretrained_model_is_loaded_as_it_was_saved(
     mean_loss = language.mean_loss
     monkeypatch.setattr(language, "mean_loss", lambda model, windows: scored.append(model) or mean_loss(model, windows))  # type: ignore[func-returns-value]
     record = language.pretrain(name, tmp_path, steps=2, batch_size=2, length=8)
-    assert folders.read_record(tmp_path / name) == record
+    assert loading.read_record(tmp_path / name) == record
     folder = str(tmp_path / name)
     model = loading.fresh_model(folder, "float32", torch.device("cpu"))
     assert language.weights_digest(model) == record["weights_sha256"]
@@ -49,19 +49,19 @@ def test_a_shipped_model_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "pretraining.json").write_text('{"name": "llama-silu"}')
     shutil.make_archive(str(tmp_path / "shipped" / "llama-silu"), "zip", tmp_path / "made")
-    monkeypatch.setattr(folders, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(loading, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setattr(language, "pretrain", lambda *args, **kwargs: pytest.fail("pretrained"))
     catalogue.pretrain_missing(["llama-silu"], tmp_path / "models")
     catalogue.pretrain_missing(["llama-silu"], tmp_path / "models")
-    assert folders.read_record(tmp_path / "models" / "llama-silu") == {"name": "llama-silu"}
+    assert loading.read_record(tmp_path / "models" / "llama-silu") == {"name": "llama-silu"}
 
 
 def test_a_cell_takes_a_shipped_model_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    model = loading.fresh_model(str(folders.FOLDER / "llama-silu"), "float32", torch.device("cpu"))
-    record = folders.read_record(folders.FOLDER / "llama-silu")
+    model = loading.fresh_model(str(loading.FOLDER / "llama-silu"), "float32", torch.device("cpu"))
+    record = loading.read_record(loading.FOLDER / "llama-silu")
     assert language.weights_digest(model) == record["weights_sha256"]
-    assert [place.name for place in folders.FOLDER.iterdir()] == ["llama-silu"]
+    assert [place.name for place in loading.FOLDER.iterdir()] == ["llama-silu"]
     with pytest.raises(StudyError, match="there is no model in"):
         loading.fresh_model(str(Path("elsewhere") / "llama-silu"), "float32", torch.device("cpu"))
 
@@ -70,12 +70,12 @@ def test_a_missing_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="there is no model in"):
         loading.fresh_model(str(tmp_path), "float32", torch.device("cpu"))
     with pytest.raises(StudyError, match="holds no pretrained model"):
-        folders.read_record(tmp_path)
+        loading.read_record(tmp_path)
 
 
 def test_a_model_that_sees_is_made_after_its_language_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
-    monkeypatch.setattr(folders, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(loading, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setattr(language, "pretrain", lambda name, folder, steps: made.append(name))
     monkeypatch.setattr(vision, "pretrain", lambda name, folder: made.append(name))
     catalogue.pretrain_missing(["llava-silu"], tmp_path / "models", steps=1)

@@ -13,16 +13,16 @@ from peft import LoraConfig, get_peft_model
 
 from benchmarks.study.arms.building import target_names
 from benchmarks.study.base_models import loading
-from benchmarks.study.base_models.folders import read_record, take_shipped
 from benchmarks.study.base_models.language import make_tokenizer, mean_loss, weights_digest
+from benchmarks.study.base_models.loading import read_record, take_shipped
 from benchmarks.study.base_models.vision import make_processor
 from benchmarks.study.errors import StudyError
 from benchmarks.study.run import training
-from benchmarks.study.run.evaluation import evaluate, evaluation_batches
 from benchmarks.study.run.reproduce import decided, reproduce
 from benchmarks.study.run.runner import run_study
 from benchmarks.study.run.specification import Cell
 from benchmarks.study.run.storage import Results
+from benchmarks.study.run.training import evaluate, evaluation_batches
 from benchmarks.study.tasks import corpus, pools, sources
 from benchmarks.study.tasks.encoding import IGNORED, collate, encode, inputs_of
 from benchmarks.study.tasks.examples import Example
