@@ -1,0 +1,47 @@
+"""The documentation's site: ``make docs``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from sphinx.application import Sphinx
+
+from na_lora_lightning import __version__
+
+sys.path.insert(0, str(Path(__file__).parent / "_extensions"))
+
+project = "NA-LoRA for PyTorch Lightning"
+author = "the authors of na-lora-lightning"
+version = release = __version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "options_page", "outside_pages"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = "NA-LoRA"
+html_show_copyright = False
+# Code stands in many sentences.
+smartquotes = False
+
+# Links to headings, and names of options as definitions.
+myst_heading_anchors = 4
+myst_enable_extensions = ["deflist"]
+# Diagrams of code with … in it.
+suppress_warnings = ["misc.highlighting_failure"]
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
+autodoc_preserve_defaults = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+
+
+def _escape_bars(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Magnitudes such as |ρ'| are substitutions in reStructuredText."""
+    lines[:] = [line.replace("|", r"\|") for line in lines]
+
+
+def setup(app: Sphinx) -> None:
+    """Registers what docstrings need."""
+    # After napoleon, which reads them as they are.
+    app.connect("autodoc-process-docstring", _escape_bars, priority=900)

@@ -1,0 +1,71 @@
+"""The README and the documentation: no link leads nowhere."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *(ROOT / folder / "README.md" for folder in ("benchmarks/study", "examples/vlm_digits")),
+    ROOT / "benchmarks" / "study" / "hypotheses.md",
+]
+_FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)")
+
+
+def prose(page: Path) -> str:
+    """A page without its code."""
+    return re.sub(r"`[^`\n]*`", "code", _FENCE.sub("", page.read_text(encoding="utf-8")))
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that GitHub and the site give to headings."""
+    text = _FENCE.sub("", page.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+\s+(.*?)\s*$", text, re.MULTILINE)
+    return {slug(heading) for heading in headings}
+
+
+def slug(heading: str) -> str:
+    kept = "".join(c for c in heading.lower() if c in "-_ " or unicodedata.category(c)[0] in "LN")
+    return kept.replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    dead = []
+    for match in _LINK.finditer(prose(page)):
+        target, _, anchor = match["target"].partition("#")
+        if re.match(r"\w+:", target):
+            continue
+        file = (page.parent / target).resolve() if target else page
+        if not match["text"] or not file.exists() or (anchor and anchor not in anchors(file)):
+            dead.append(match[0])
+    assert dead == []
+
+
+def test_the_readme_is_short_and_begins_with_what_matters() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 150
+    first_screen = "\n".join(lines[:32])
+    for part in ("does *not* beat plain LoRA", "pip install", "GateImportanceCallback()", "docs/figures/gates.png"):
+        assert part in first_screen
+
+
+def test_every_page_of_the_documentation_is_in_its_index() -> None:
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    listed = {line for block in re.findall(r"```\{toctree\}(.*?)```", index, re.DOTALL) for line in block.split()}
+    assert {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"} <= listed
+
+
+def test_the_reference_has_every_public_name() -> None:
+    import na_lora_lightning
+
+    reference = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    public = set(na_lora_lightning.__all__) - {"__version__"}
+    assert {name for name in public if not re.search(rf"\b{name}\b", reference)} == set()
