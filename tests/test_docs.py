@@ -69,3 +69,12 @@ def test_the_reference_has_every_public_name() -> None:
     reference = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     public = set(na_lora_lightning.__all__) - {"__version__"}
     assert {name for name in public if not re.search(rf"\b{name}\b", reference)} == set()
+
+
+def test_the_map_of_the_code_names_what_there_is() -> None:
+    named = re.findall(r"`((?:[a-z_]+/)*[a-z_]+(?:\.py|/))`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    package = ROOT / "na_lora_lightning"
+    places = (ROOT, package, package / "core", package / "data")
+    assert len(named) > 30
+    # rows.py is named in full before.
+    assert [name for name in named if name != "rows.py" and not any((place / name).exists() for place in places)] == []
