@@ -207,7 +207,7 @@ def _train(
         wrong = [] if verdict.model_type in PADDING else [f"padding refused: {error}"]
         verdict.notes.append(f"trained without padding: {PADDING.get(verdict.model_type, error)}")
     whole = {name: value for name, value in inputs.items() if name != "attention_mask"}
-    if "decoder_input_ids" in whole or (root.config.is_encoder_decoder and "labels" in whole):
+    if "decoder_input_ids" in whole or (getattr(root.config, "is_encoder_decoder", False) and "labels" in whole):
         whole["labels"] = whole["labels"].masked_fill(whole["labels"] < 0, 5)
     wrong += statistics_problems(root, whole, gates.sites, verdict.notes)
     return [*wrong, *training_problems(model, gates, whole, options, verdict.notes)]

@@ -27,10 +27,13 @@ FEED_FORWARD = re.compile(
 )
 # Classes of whole layers count where their own linear layers are those of a feed-forward block.
 LAYER = re.compile(r"(De|En)coderLayer|AlbertLayer|ConvNext(V2)?Layer|Block$")
-LINEAR_PAIRS = ({"fc1", "fc2"}, {"ffn", "ffn_output"}, {"pwconv1", "pwconv2"})
+# Of diffusers: activations that hold the layer before them, and networks of one vector for each sample.
+WITH_PROJECTION = {"GEGLU", "GELU", "ApproximateGELU", "SwiGLU"}
+EMBEDDING = re.compile(r"TimestepEmbedding$|AlphaTextProjection$")
+LINEAR_PAIRS = ({"proj_mlp", "proj_out"}, {"fc1", "fc2"}, {"ffn", "ffn_output"}, {"pwconv1", "pwconv2"})
 NOT_FEED_FORWARD = re.compile(
     r"Attention|Router|Norm(Gated)?$|Mixer|DeltaNet|Indexer|Mamba|HyperConnection|HyperHead|ForgetGate|ResidualGate|"
-    r"GatedResidual|GateMLP|Modulation|ConvLayer|ConvolutionModule|(Up|Sub)sampl|Embedder$|(?<!Former)Encoder$|ConvEmbedding|PositionalConv|GatedProjection|SparseMoeBlock|Rglru|(?<!Ultrabert)Prediction|LMHead|Pooler|Embedding(?!sV3)|ForCausalLM|ForMaskedLM|ForImageClassification|"
+    r"GatedResidual|GateMLP|Modulation|ConvLayer|AdaLayerNorm|NormZero|NormContinuous|Resnet|MBConv|UNet|Transformer[23]DModel|ConvolutionModule|(Up|Sub)sampl|Embedder$|(?<!Former)Encoder$|ConvEmbedding|PositionalConv|GatedProjection|SparseMoeBlock|Rglru|(?<!Ultrabert)Prediction|LMHead|Pooler|Embedding(?!sV3)|ForCausalLM|ForMaskedLM|ForImageClassification|"
     r"ForConditionalGeneration|Model$|xLSTMLayer"
 )
 
@@ -100,6 +103,10 @@ def looks_like_feed_forward(module: nn.Module) -> bool | None:
     if LAYER.search(name):
         linear = {child for child, _ in module.named_children()}
         return any(pair <= linear for pair in LINEAR_PAIRS)
+    if name in WITH_PROJECTION:
+        return hasattr(module, "proj") or None
+    if EMBEDDING.search(name):
+        return True
     if NOT_FEED_FORWARD.search(name) or (name == "Sequential" and not _has_linear_layers(module)):
         return False
     return True if FEED_FORWARD.search(name) else None

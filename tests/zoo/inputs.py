@@ -19,6 +19,7 @@ Mapping = Literal[
     "text-encoding",
     "image-classification",
     "speech",
+    "diffusers",
 ]
 
 # Sixteen tokens, of which the second sequence has five of padding.

@@ -88,7 +88,7 @@ def statistics_problems(
 
 def _rows_of_streams(root: Any, inputs: Mapping[str, Any], site: GateSite, rows: int) -> Tensor | None:
     """What a decoder's mask says where predicted streams of the same lengths stand behind the text; None elsewhere."""
-    of_labels = root.config.is_encoder_decoder and "labels" in inputs
+    of_labels = getattr(root.config, "is_encoder_decoder", False) and "labels" in inputs
     mask = inputs["labels"] >= 0 if of_labels else inputs.get("attention_mask")
     streams = 1 + getattr(root.config, "ngram", 0)
     if mask is None or streams == 1 or "decoder" not in site.lora_layer_name or rows != streams * mask.numel():
@@ -114,7 +114,7 @@ def _compare(site: GateSite, count: Tensor, sums: Tensor, z: Tensor, real: Tenso
 def _real_rows(root: Any, inputs: Mapping[str, Any], site: GateSite, z: Tensor, mixes: bool) -> Tensor | None:
     """Which rows belong to real tokens, ``[rows]``; None where that cannot be told."""
     padded, everything = padded_input(inputs), torch.ones(len(z), dtype=torch.bool)
-    if mixes and root.config.is_encoder_decoder and "decoder" in site.lora_layer_name:
+    if mixes and getattr(root.config, "is_encoder_decoder", False) and "decoder" in site.lora_layer_name:
         # Whether the loss depends on a row says it for the decoder, which sees mixed tokens of the encoder.
         padded = None
     real = everything
@@ -129,7 +129,7 @@ def _real_rows(root: Any, inputs: Mapping[str, Any], site: GateSite, z: Tensor, 
             padded = padded if said is None else None
         elif not seen:
             padded = None
-    if root.config.is_encoder_decoder and "labels" in inputs and bool((inputs["labels"] < 0).any()):
+    if getattr(root.config, "is_encoder_decoder", False) and "labels" in inputs and bool((inputs["labels"] < 0).any()):
         # What is padded in a decoder has no label, and what fills up an encoder's windows is seen by no decoder.
         behind = _rows_behind_loss(root, inputs, site)
         return None if behind is None else real & behind

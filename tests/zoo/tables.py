@@ -20,6 +20,7 @@ TITLES = {
     "text-encoding": "Text encoders (`MODEL_FOR_TEXT_ENCODING_MAPPING`)",
     "image-classification": "Image classification (`MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING`)",
     "speech": "Speech (`MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING` and `MODEL_FOR_CTC_MAPPING`)",
+    "diffusers": "Denoisers of diffusers",
 }
 HEAD = """\
 # Model zoo
@@ -135,6 +136,8 @@ def _section(mapping: str, outcomes: list[Outcome]) -> list[str]:
         f"{len(outcomes)} types, {len(buildable(outcomes))} buildable, {right} of these fully right "
         f"({share_right(outcomes):.1%}), {len(refused)} refused for a reason, {len(red)} wrong or unexplained.\n",
     ]
+    if mapping == "diffusers" and found:
+        lines.append(f"Made with diffusers {version('diffusers')}; all of a model has LoRA.\n")
     if without:
         lines.append(
             f"{without} of the refused have no feed-forward block of linear layers alone, so that there is nothing to "

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, get_args
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from zoo import diffusion
+from zoo.diffusion import DENOISERS
 from zoo.inputs import Mapping, make_inputs
 from zoo.overrides import FOR_MAPPING, REASONS
 from zoo.shrink import tiny_config
@@ -31,6 +34,7 @@ MAPPINGS: dict[str, Any] = {
     "masked-lm": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     "text-encoding": modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
     "image-classification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    "diffusers": DENOISERS,
     "speech": {
         **modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
         **modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES,
@@ -130,6 +134,12 @@ def build(mapping: Mapping, model_type: str, seed: int = 0, **values: Any) -> Ti
     Raises:
         NotBuildable: The type needs what is not here; the message says what.
     """
+    if mapping == "diffusers":
+        if find_spec("diffusers") is None:
+            raise NotBuildable("it needs the library diffusers")
+        denoiser, arguments = diffusion.build(model_type, seed)
+        liven(denoiser, seed)
+        return TinyModel(model_type, mapping, denoiser.float().train(), arguments)
     if model_type in REASONS.get(mapping, {}):
         raise NotBuildable(REASONS[mapping][model_type])
     with quiet():

@@ -12,7 +12,7 @@ from torch import nn
 
 from na_lora_lightning.core.experts import expert_owners, stacked_parameters
 from na_lora_lightning.core.model_parts import Part
-from na_lora_lightning.models.targets import lora_targets
+from na_lora_lightning.models.targets import LoRATargets, lora_targets
 from zoo.expectations import LANGUAGE_SIDE, NOT_CALLED
 from zoo.tiny_models import TinyModel
 
@@ -23,7 +23,7 @@ FOREIGN = (
 )
 
 # Mappings whose models are adapted as a whole, as are those for speech that are given sound.
-WHOLE = ("text-encoding", "image-classification")
+WHOLE = ("text-encoding", "image-classification", "diffusers")
 PARTS: tuple[Part, ...] = ("language",)
 
 
@@ -70,7 +70,9 @@ def language_side(tiny: TinyModel) -> LanguageSide:
 def with_lora(tiny: TinyModel, side: LanguageSide, seed: int = 1) -> PeftModel:
     """Wraps the model and gives every ``lora_B`` random values, so that the adapter does something."""
     model = tiny.model
-    if all(name in side for name, _ in model.named_modules()):
+    if tiny.mapping == "diffusers":
+        targets = LoRATargets([name for name, module in model.named_modules() if type(module) is nn.Linear], None, None)
+    elif all(name in side for name, _ in model.named_modules()):
         targets = lora_targets(model, "all-linear", "all-experts", parts=get_args(Part))
     else:
         owners = [(name, owner) for name, owner, _ in expert_owners(model) if name in side]

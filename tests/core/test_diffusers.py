@@ -1,0 +1,96 @@
+"""Denoisers of diffusers: step statistics are those of the slow reference, in a UNet and in its kinds of blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import reference
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from zoo.diffusion import build
+
+from na_lora_lightning.core.controller import GateController
+from na_lora_lightning.core.discovery import discover_gates
+from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
+from na_lora_lightning.core.observation.observer import ObserverOptions
+
+pytest.importorskip("diffusers", reason="the denoisers are those of diffusers, which is no dependency")
+
+# It deprecates what it uses itself.
+pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated and will be removed:FutureWarning")
+BLOCK = "attentions.0.transformer_blocks.0.ff.net.0.proj"
+# What makes each gate of the UNet, and its rows: the samples, or the places of pictures of 8 or 4 by themselves.
+UNET = {
+    "time_embedding.linear_1": 2,
+    "time_embedding.linear_2": 2,
+    f"down_blocks.0.{BLOCK}": 2 * 64,
+    f"mid_block.{BLOCK}": 2 * 16,
+    f"up_blocks.1.{BLOCK}": 2 * 64,
+    f"up_blocks.1.{BLOCK.replace('attentions.0', 'attentions.1')}": 2 * 64,
+}
+
+
+def observed(name: str) -> dict[str, tuple[Any, list[float], Tensor]]:
+    """By LoRA layer: its site, what one training step says of its channels, and what it put out, ``[rows, out]``."""
+    base, inputs = build(name)
+    linear = [layer for layer, module in base.named_modules() if isinstance(module, nn.Linear)]
+    torch.manual_seed(0)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=linear, init_lora_weights=False))
+    gates = discover_gates(model, inputs).require()
+    controller = GateController(model, gates, ObserverOptions(max_tokens=None))
+    controller.set_importance(ImportanceOptions(criterion="output_derivative", warmup_steps=0))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    controller.attach([optimizer])
+    seen: dict[str, Tensor] = {}
+    for site in gates:
+
+        def keep(_: nn.Module, __: Any, output: Tensor, layer: str = site.lora_layer_name) -> None:
+            seen[layer] = output.detach().double().flatten(0, -2)
+
+        site.lora_layer.register_forward_hook(keep)
+    model(**inputs)[0].square().sum().backward()
+    optimizer.step()
+    controller.detach()
+    importance = controller.importance.importance.split([site.channels for site in gates])  # type: ignore[union-attr]
+    return {
+        site.lora_layer_name: (site, found.tolist(), seen[site.lora_layer_name])
+        for site, found in zip(gates, importance, strict=True)
+    }
+
+
+def as_in_the_reference(site: Any, importance: list[float], z: Tensor) -> None:
+    expected = reference.responsiveness("output_derivative", site.activation.name, z[:, site.rows].tolist())
+    assert importance == pytest.approx(expected, abs=2e-6), site.name
+
+
+def test_a_unet() -> None:
+    found = observed("UNet2DConditionModel")
+    assert {layer: len(z) for layer, (_, _, z) in found.items()} == UNET
+    for site, importance, z in found.values():
+        as_in_the_reference(site, importance, z)
+
+
+@pytest.mark.parametrize(
+    ("function", "activation", "kind"),
+    [("geglu", "gelu", "gated"), ("gelu-approximate", "gelu_tanh", "plain"), ("swiglu", "silu", "gated")],
+)
+def test_blocks_of_a_transformer(function: str, activation: str, kind: str) -> None:
+    found = observed(f"Transformer2DModel ({function})")
+    assert [(site.activation.name, site.kind) for site, _, _ in found.values()] == [(activation, kind)] * 2
+    for site, importance, z in found.values():
+        assert len(z) == 2 * 64
+        as_in_the_reference(site, importance, z)
+
+
+def test_both_streams_of_a_double_block_and_the_single_block_of_flux() -> None:
+    found = observed("FluxTransformer2DModel")
+    rows = {layer: len(z) for layer, (_, _, z) in found.items() if "transformer_blocks" in layer}
+    assert rows == {
+        "transformer_blocks.0.ff.net.0.proj": 2 * 16,
+        "transformer_blocks.0.ff_context.net.0.proj": 2 * 7,
+        "single_transformer_blocks.0.proj_mlp": 2 * 23,
+    }
+    for site, importance, z in found.values():
+        as_in_the_reference(site, importance, z)
