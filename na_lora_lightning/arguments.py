@@ -32,8 +32,8 @@ class LoRAArguments:
         parts: Of a model for images and text, the parts whose layers may be adapted: ``"language"``, ``"vision"`` (its
             image encoder) and ``"projector"`` (what joins the two).
         layers_to_transform: Indices of the only blocks to adapt; None stands for all.
-        target_parameters: Names of parameters that are no layer's weight, or ``"all-experts"`` for all experts that the
-            model keeps stacked in parameters. They take neither dropout nor DoRA.
+        target_parameters: Names of parameters that are not the weight of a layer, or ``"all-experts"`` for all experts
+            that the model keeps stacked in parameters. They take neither dropout nor DoRA.
         modules_to_save: Names of modules to train in full and save with the adapter.
         rank_pattern: Rank by layer name or regular expression, where it is not ``r``.
         alpha_pattern: ``alpha`` by layer name or regular expression, where it is not ``alpha``.
@@ -184,7 +184,7 @@ class EvaluationArguments:
         ignore_case: Compare without regard to upper and lower case.
 
     Raises:
-        ConfigurationError: A value is out of range, or the pattern is no regular expression.
+        ConfigurationError: A value is out of range, or the pattern is not a valid regular expression.
     """
 
     generate: bool = False
@@ -203,7 +203,8 @@ class EvaluationArguments:
             re.compile(self.answer_pattern or "")
         except re.error as error:
             raise ConfigurationError(
-                f"evaluation.answer_pattern={self.answer_pattern!r} is no regular expression ({error}); correct it."
+                f"evaluation.answer_pattern={self.answer_pattern!r} is not a valid regular expression ({error}); "
+                "correct it."
             ) from error
 
 

@@ -1,4 +1,4 @@
-"""Errors that a user can cause and mend.
+"""Errors that a user can cause and fix.
 
 Each message is one sentence that names the thing, the reason and the remedy. The command line prints it
 without a traceback and exits with status 2.

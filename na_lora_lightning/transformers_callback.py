@@ -118,7 +118,7 @@ class NALoRATrainerCallback(TrainerCallback, ExportableState):
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         if args.restore_callback_states_from_checkpoint and self._example_inputs is not None:
             raise ConfigurationError(
-                "restore_callback_states_from_checkpoint makes this callback anew from the checkpoint, which cannot "
+                "restore_callback_states_from_checkpoint recreates this callback from the checkpoint, which cannot "
                 "hold example_inputs; set it to False."
             )
         self.detach()
@@ -242,7 +242,7 @@ class NALoRATrainerCallback(TrainerCallback, ExportableState):
         if entry is None:
             warnings.warn(
                 "training resumes from a checkpoint that was saved without this callback, so the statistics of the "
-                "gates and the warm-up begin anew.",
+                "gates and the warm-up start over.",
                 stacklevel=2,
             )
             # Trainer expects every callback of this kind to have an entry when it saves.

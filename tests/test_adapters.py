@@ -164,6 +164,6 @@ def test_an_older_adapter_is_replaced_and_anything_else_is_not(tmp_path: Path) -
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.txt").write_text("mine")
-    with pytest.raises(ConfigurationError, match="is no adapter folder, so it is not overwritten"):
+    with pytest.raises(ConfigurationError, match="is not an adapter folder, so it is not overwritten"):
         write_adapter_folder(module.peft_model, other)
     assert [file.name for file in other.iterdir()] == ["thesis.txt"]

@@ -94,10 +94,10 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_named(tmp_path: Path
     before, path = saved(tmp_path / "before.ckpt", age=1), saved(tmp_path / "a.ckpt")
     path.write_bytes(path.read_bytes()[:500])
     plugin = AtomicCheckpointIO()
-    with pytest.raises(CheckpointError, match=r"a\.ckpt' is damaged: it is incomplete; go on from '.*before\.ckpt'"):
+    with pytest.raises(CheckpointError, match=r"a\.ckpt' is damaged: it is incomplete; resume from '.*before\.ckpt'"):
         plugin.load_checkpoint(path)
     before.unlink()
-    with pytest.raises(CheckpointError, match="there is no intact one beside it, so training has to begin anew"):
+    with pytest.raises(CheckpointError, match="there is no intact one beside it, so training has to start over"):
         plugin.load_checkpoint(path)
     with pytest.raises(CheckpointError, match=r"before\.ckpt' does not exist"):
         plugin.load_checkpoint(before)

@@ -274,7 +274,7 @@ def test_plain_lora_is_announced(workplace: Workplace, caplog: pytest.LogCapture
             ["--model.lora.target_modules", "[nothing]"],
             "has 'nothing', and the model has no such layer; its layers are embed_tokens, q_proj",
         ),
-        (["--model.optimizer", "Adan"], "'model.optimizer' is 'Adan', which is no known class"),
+        (["--model.optimizer", "Adan"], "'model.optimizer' is 'Adan', which is not a known class"),
         (["--model.optimizer", "SGD", "--model.optimizer.rate", "1"], "'model.optimizer' has no option 'rate'"),
         (
             ["--model.optimizer", "SGD", "--model.optimizer.lr", "x"],
@@ -297,7 +297,7 @@ def test_plain_lora_is_announced(workplace: Workplace, caplog: pytest.LogCapture
         (["--trainer.accelerator", "abacus"], "invalid accelerator name"),
         (["--trainer.precision", "3"], "'trainer.precision' cannot be '3'"),
         (["--trainer.max_epochs"], "--trainer.max_epochs: expected one argument"),
-        (["--trainer.callbacks", "Foo"], "'trainer.callbacks' is 'Foo', which is no known class"),
+        (["--trainer.callbacks", "Foo"], "'trainer.callbacks' is 'Foo', which is not a known class"),
         (["--ckpt_path", "missing.ckpt"], "checkpoint 'missing.ckpt' does not exist"),
         (["--data.train", "missing.jsonl"], "missing.jsonl"),
         (["--model.model_name_or_path", "./missing"], "The model folder './missing' does not exist"),

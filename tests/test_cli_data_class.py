@@ -127,7 +127,7 @@ def test_text_is_the_default_and_can_be_named(
         (
             None,
             ["--data", "Nonsense"],
-            "The option 'data' is 'Nonsense', which is no known class; give its import path",
+            "The option 'data' is 'Nonsense', which is not a known class; give its import path",
         ),
         (None, ["--data", VISION, "--data.batch_size", "x"], "The option 'data.batch_size' cannot be 'x'; '--help'"),
         (

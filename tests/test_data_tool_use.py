@@ -109,12 +109,12 @@ IGNORANT = "{% for message in messages %}{{ message.role }}{{ message.content }}
             TOOL_TEMPLATE,
             "has 'functions', an older name of 'tools' that chat templates do not know; rename",
         ),
-        ({**PAIR, "tools": "[1]"}, TOOL_TEMPLATE, "has 'tools' that are no list of functions; give"),
+        ({**PAIR, "tools": "[1]"}, TOOL_TEMPLATE, "has 'tools' that are not a list of functions; give"),
         ({**PAIR, "tools": "now"}, TOOL_TEMPLATE, r"has 'tools' that are no JSON \(.*\); correct"),
         (
             {"messages": [*conversation("a"), {"role": "assistant", "tool_calls": "now"}]},
             TOOL_TEMPLATE,
-            "has 'tool_calls' in message 2 that are no list of calls; give",
+            "has 'tool_calls' in message 2 that are not a list of calls; give",
         ),
         (
             {"messages": [*conversation("a"), {"role": "assistant", "content": None, "tool_calls": []}]},

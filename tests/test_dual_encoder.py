@@ -391,7 +391,7 @@ def test_the_lightning_cli_takes_module_and_data(clip: str, train: str, monkeypa
 
 def test_a_model_of_another_type_is_refused(tmp_path: Path) -> None:
     module = make_module(saved_model(tmp_path / "llama"), class_names=NAMES)
-    with pytest.raises(ConfigurationError, match="is of type 'llama', which is no dual encoder") as caught:
+    with pytest.raises(ConfigurationError, match="is of type 'llama', which is not a dual encoder") as caught:
         module.configure_model()
     assert str(caught.value).count(". ") == 0
     tiny_clip().vision_model.save_pretrained(tmp_path / "vision")

@@ -71,7 +71,7 @@ def test_sigterm_ends_the_step_and_saves(workplace: Workplace, finished: Path, t
     status, _ = fit(arguments, tmp_path / "log", trap=send_at(3, signal.SIGTERM))
     assert status == 143
     path = tmp_path / "run" / "lightning_logs" / "version_0" / "checkpoints" / "epoch=0-step=2.ckpt"
-    expected = f"Stopped by SIGTERM after 2 optimizer steps; go on with --ckpt_path last, which is {str(path)!r}."
+    expected = f"Stopped by SIGTERM after 2 optimizer steps; resume with --ckpt_path last, which is {str(path)!r}."
     assert stopped(tmp_path / "log") == [expected]
     assert "Traceback" not in (tmp_path / "log").read_text()
     assert fit([*arguments, "--ckpt_path=last"], tmp_path / "log")[0] == 0
@@ -84,7 +84,7 @@ def test_an_interrupt_names_the_last_checkpoint(workplace: Workplace, tmp_path: 
     status, _ = fit(arguments, tmp_path / "log", trap=send_at(4, signal.SIGINT))
     assert status == 130
     (line,) = stopped(tmp_path / "log")
-    assert line.startswith("Stopped by SIGINT after 3 optimizer steps; go on with --ckpt_path last")
+    assert line.startswith("Stopped by SIGINT after 3 optimizer steps; resume with --ckpt_path last")
     assert line.endswith("epoch=0-step=3.ckpt'.")
 
 

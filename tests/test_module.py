@@ -445,7 +445,7 @@ def test_training_logs_the_loss_and_reports_the_parameters(
         (lambda: ScheduleArguments(warmup_fraction=1.0), "schedule.warmup_fraction is 1.0"),
         (lambda: ScheduleArguments(warmup_steps=-1), "schedule.warmup_steps is -1"),
         (lambda: EvaluationArguments(max_new_tokens=0), "evaluation.max_new_tokens is 0"),
-        (lambda: EvaluationArguments(answer_pattern="("), "is no regular expression"),
+        (lambda: EvaluationArguments(answer_pattern="("), "is not a valid regular expression"),
         (lambda: AdapterArguments(write="x"), "adapter.write='x' is unknown"),  # type: ignore[arg-type]
         (lambda: NALoRALightningModule("x", dtype="half"), "dtype='half' is unknown"),  # type: ignore[arg-type]
         (lambda: NALoRALightningModule("x", lora={"rank": 3}), "lora has no option 'rank'"),  # type: ignore[arg-type]
@@ -461,7 +461,7 @@ def test_optimizer_options_that_cannot_work_are_refused(llama: str, tmp_path: Pa
     module = make_module(llama, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=-1.0))
     with pytest.raises(ConfigurationError, match="Invalid learning rate"):
         quiet_trainer(tmp_path).fit(module, Batches(some_batches(1)))
-    with pytest.raises(ConfigurationError, match="is no imported optimizer class"):
+    with pytest.raises(ConfigurationError, match="is not an imported optimizer class"):
         make_module(llama, optimizer={"class_path": "os.system", "init_args": {}})
 
 

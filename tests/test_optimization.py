@@ -77,7 +77,7 @@ def of_anything(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("path", ["os.system", "json.dumps", f"{__name__}.of_anything", f"{__name__}.of_parameters"])
 def test_a_checkpoint_cannot_have_any_function_called(path: str) -> None:
-    with pytest.raises(ConfigurationError, match="is no imported optimizer class"):
+    with pytest.raises(ConfigurationError, match="is not an imported optimizer class"):
         optimizer_factory({"class_path": path, "init_args": {}})
 
 

@@ -383,7 +383,7 @@ class _NoHooks:
     [
         (lambda p: Averaging(p, lr=0.1), r"Averaging has train\(\) and eval\(\)"),
         (lambda p: _Lookahead(torch.optim.SGD(p, lr=0.1)), "_Lookahead wraps SGD and may move weights after"),
-        (_NoHooks, "_NoHooks is no torch.optim.Optimizer with hooks"),
+        (_NoHooks, "_NoHooks is not a torch.optim.Optimizer with hooks"),
     ],
 )
 def test_optimizers_that_move_rows_unseen_are_refused(make: Callable[..., Any], message: str) -> None:

@@ -106,7 +106,7 @@ def run(plain: Path, tmp_path: Path) -> Iterator[Run]:
 
 
 def line(changes: str) -> list[str]:
-    return [f"Training goes on with other options than the checkpoint's: {changes}."]
+    return [f"Training resumes with other options than the checkpoint's: {changes}."]
 
 
 MIDDLE, LAST = "epoch=1-step=4.ckpt", "epoch=1-step=6.ckpt"
@@ -322,8 +322,8 @@ def test_a_mask_of_now_is_in_force_at_once(run: Run) -> None:
     changed = importance(keep_fraction=0.25)
     run.fit("epoch=1-step=5.ckpt", callbacks=[changed, StepScaleCallback(matrix_a_factor=0.5)])
     assert run.lines == [
-        "GateImportanceCallback goes on with other options than the checkpoint's: keep_fraction 1.0 → 0.25.",
-        "StepScaleCallback goes on with other options than the checkpoint's: matrix_a_factor 1.0 → 0.5.",
+        "GateImportanceCallback resumes with other options than the checkpoint's: keep_fraction 1.0 → 0.25.",
+        "StepScaleCallback resumes with other options than the checkpoint's: matrix_a_factor 1.0 → 0.5.",
     ]
     assert changed.controller is not None
     assert changed.controller.importance is not None

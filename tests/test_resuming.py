@@ -175,14 +175,14 @@ def test_weights_alone_are_nothing_to_go_on_from(tmp_path: Path) -> None:
         continue_last_run(trainer)
     assert str(caught.value) == (
         f"Every checkpoint in {str(path.parent)!r} is of no use (a.ckpt: {reason}); give the path of another run's, or "
-        "begin anew without ckpt_path."
+        "start over without ckpt_path."
     )
     # They can be evaluated.
     assert last_checkpoint(trainer) == str(path)
     with pytest.raises(CheckpointError) as caught:
         require_training_state(str(path))
     assert str(caught.value) == (
-        f"Training cannot go on from {str(path)!r}, as {reason}; give a checkpoint that has it, or begin anew."
+        f"Training cannot resume from {str(path)!r}, as {reason}; give a checkpoint that has it, or start over."
     )
     checkpoint(tmp_path / "checkpoints" / "older.ckpt", 10**17)
     with pytest.warns(DamagedCheckpointWarning, match=r"a\.ckpt' is of no use: it has the weights alone"):
@@ -227,13 +227,13 @@ def test_the_owner_of_a_folder_of_checkpoints_goes_on(tmp_path: Path) -> None:
     assert trainer.loggers[0].version == 2
 
 
-# ---- nothing to go on from ----
+# ---- nothing to resume from ----
 
 
 def nothing(place: Path, holds: str) -> str:
     return (
-        f"ckpt_path is 'last', and the last run, in {str(place)!r}, has no checkpoint to go on from (it holds "
-        f"{holds}); give the path of a checkpoint, or begin anew without ckpt_path."
+        f"ckpt_path is 'last', and the last run, in {str(place)!r}, has no checkpoint to resume from (it holds "
+        f"{holds}); give the path of a checkpoint, or start over without ckpt_path."
     )
 
 

@@ -125,7 +125,7 @@ def test_an_adapter_takes_the_place_of_nothing_else(workplace: Workplace, root: 
         command = workplace.arguments(root / "run", SHORT, f"--model.adapter.folder={folder}")
         assert fit(command, root / "log", trap=no_step)[0] == 2
         assert error_of(root / "log") == (
-            f"error: {folder!r} exists and is no adapter folder, so it is not overwritten; set adapter.folder to "
+            f"error: {folder!r} exists and is not an adapter folder, so it is not overwritten; set adapter.folder to "
             "another name."
         )
 
@@ -162,7 +162,7 @@ def test_a_fit_that_fails_at_once_hides_no_run(workplace: Workplace, root: Path)
     assert fit([*command, "--ckpt_path=last", "--trainer.max_steps=2"], log)[0] == 0
     # An error of the fit itself, before its first step.
     assert fit([*command, "--model.adapter.folder=link/..", "--checkpoint.dirpath=b"], log)[0] == 2
-    assert "exists and is no adapter folder" in error_of(log)
+    assert "exists and is not an adapter folder" in error_of(log)
     assert read_record(root / "b") is None or read_record(root / "b").state == "untrained"  # type: ignore[union-attr]
     assert fit([*command, "--ckpt_path=last", "--trainer.max_steps=3"], log)[0] == 0
     assert last_run(root / "run").name == "version_0"

@@ -51,7 +51,7 @@ ONE = {"target_modules": ["q_proj"]}
         ),
         ({"target_modules": "q_proj, v_proj"}, r"names are given in a list: \[q_proj, v_proj\]"),
         ({"target_modules": r".*\.queries"}, "names are such as 'model.layers.0.self_attn.q_proj'"),
-        ({"target_modules": r".*\.(q_proj"}, r"has '\.\*\\\\\.\(q_proj', which is no regular expression"),
+        ({"target_modules": r".*\.(q_proj"}, r"has '\.\*\\\\\.\(q_proj', which is not a valid regular expression"),
         ({"exclude_modules": ["donw_proj"]}, "lora.exclude_modules has 'donw_proj', .*did you mean 'down_proj'"),
         ({"exclude_modules": r".*\.nothing"}, "lora.exclude_modules is '.*', a regular expression that no layer's"),
         ({**ONE, "modules_to_save": ["lm_haed"]}, "lora.modules_to_save has 'lm_haed', .*did you mean 'lm_head'"),
@@ -65,7 +65,7 @@ ONE = {"target_modules": ["q_proj"]}
             "lora.rank_pattern has 'v_proj', and the model has no such layer with LoRA; did you mean 'q_proj'",
         ),
         ({**ONE, "alpha_pattern": {"q_porj": 4}}, "lora.alpha_pattern has 'q_porj', .*did you mean 'q_proj'"),
-        ({**ONE, "rank_pattern": {"q_(": 4}}, "lora.rank_pattern has .* which is no regular expression"),
+        ({**ONE, "rank_pattern": {"q_(": 4}}, "lora.rank_pattern has .* which is not a valid regular expression"),
         (
             {**ONE, "layers_to_transform": [0, 2]},
             "lora.layers_to_transform has 2, and no layer of that number has a target; the model's blocks are numbered "

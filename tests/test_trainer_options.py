@@ -180,4 +180,4 @@ def test_going_on_with_a_run_that_began_with_last_names_its_epochs_alone(
     caplog.clear()
     assert fit("--ckpt_path=last", "--trainer.max_epochs=2") == 0
     changes = [record.getMessage() for record in caplog.records if "other options" in record.getMessage()]
-    assert changes == ["Training goes on with other options than the checkpoint's: trainer.max_epochs 1 → 2."]
+    assert changes == ["Training resumes with other options than the checkpoint's: trainer.max_epochs 1 → 2."]

@@ -120,7 +120,7 @@ def test_keeping_all_rows_at_full_scale_is_bitwise_plain_lora(tmp_path: Path) ->
     assert_equal_states(lora_state(watched), lora_state(plain))
 
 
-# Trainer of 4.57 and 5.0 counts the first label of a row too, which is no target.
+# Trainer of 4.57 and 5.0 counts the first label of a row too, which is not a target.
 FIRST_TARGET = 0 if Version(version("transformers")) < Version("5.1") else 1
 
 
@@ -337,7 +337,7 @@ def test_resumed_training_is_bitwise_the_uninterrupted_one(tmp_path: Path) -> No
     assert callback.controller is not None
     assert callback.controller.steps == 8
 
-    # Trainer can make its callbacks anew, from what it has saved of them.
+    # Trainer can recreate its callbacks, from what it has saved of them.
     default = NALoRATrainerCallback()
     restored = resume(tmp_path, [default], checkpoint, restore_callback_states_from_checkpoint=True)
     assert_equal_states(lora_state(restored), expected)
@@ -363,7 +363,7 @@ def test_resumed_training_is_bitwise_the_uninterrupted_one(tmp_path: Path) -> No
 def test_a_checkpoint_of_plain_lora_begins_anew_and_says_so(tmp_path: Path) -> None:
     make_trainer(tmp_path, llama(), save_steps=3, save_strategy="steps").train()
     callback = NALoRATrainerCallback(**OPTIONS)
-    with pytest.warns(UserWarning, match="the statistics of the gates and the warm-up begin anew"):
+    with pytest.warns(UserWarning, match="the statistics of the gates and the warm-up start over"):
         resume(tmp_path, [callback], tmp_path / "checkpoint-3")
     assert callback.controller is not None
     assert callback.controller.steps == 5

@@ -60,7 +60,7 @@ def test_the_line_comes_once_and_a_resumed_training_says_where_it_goes_on(
     assert told(caplog) == [LINE]
     caplog.clear()
     assert train(tmp_path, MASK, max_steps=4, resume=str(tmp_path / "checkpoint-3"))[1] == []
-    assert told(caplog) == [f"{LINE[:-1].replace('from step', 'since step')}; going on at step 4."]
+    assert told(caplog) == [f"{LINE[:-1].replace('from step', 'since step')}; resuming at step 4."]
 
 
 def test_a_training_within_the_warmup_is_warned_of(tmp_path: Path) -> None:

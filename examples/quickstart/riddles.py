@@ -71,7 +71,7 @@ def build_records(seed: int, size: int, held_out: bool) -> list[Record]:
         Records with the riddle as ``prompt`` and the number as ``completion``.
 
     Raises:
-        QuickstartError: If there are not so many different riddles, or package ``reasoning-gym`` is missing.
+        QuickstartError: There are not so many different riddles, or package ``reasoning-gym`` is missing.
     """
     try:
         import reasoning_gym
@@ -125,7 +125,7 @@ def write_data(folder: Path, train_size: int, held_out_size: int) -> tuple[Path,
         The two files: training, held out.
 
     Raises:
-        QuickstartError: If a question would be on both sides.
+        QuickstartError: A question would be on both sides.
     """
     held_out = build_records(HELD_OUT_SEED, held_out_size, held_out=True)
     train = build_records(TRAIN_SEED, train_size, held_out=False)

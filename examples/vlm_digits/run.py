@@ -143,7 +143,7 @@ def ensure_language_model(folder: Path) -> None:
         folder: Its folder.
 
     Raises:
-        ExampleError: If it cannot be got.
+        ExampleError: It cannot be got.
     """
     if str(QUICKSTART) not in sys.path:
         # Behind this example's own files.

@@ -147,7 +147,7 @@ class GateCallback(Callback, ABC):
         return self.controller.mechanisms.state_of(self._mechanism)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Says so where a fit goes on from a checkpoint that was trained without this callback."""
+        """Says so where a fit resumes from a checkpoint that was trained without this callback."""
         if trainer.state.fn == "fit" and self.state_key not in checkpoint.get("callbacks", {}):
             rank_zero_warn(
                 f"The checkpoint holds no state of {self.state_key}, because it was trained without it; its statistics "
@@ -168,7 +168,7 @@ class GateCallback(Callback, ABC):
         changes = self._fitted().controller.load_state_of(self._mechanism, state)
         if changes:
             name = type(self).__name__
-            say(f"{name} goes on with other options than the checkpoint's: {in_words(changes)}.")
+            say(f"{name} resumes with other options than the checkpoint's: {in_words(changes)}.")
 
     def _join(self, session: GateSession) -> None:
         self._session = session

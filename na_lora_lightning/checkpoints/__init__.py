@@ -1,1 +1,1 @@
-"""What a run leaves on disk, and how another goes on from it."""
+"""What a run leaves on disk, and how another resumes from it."""

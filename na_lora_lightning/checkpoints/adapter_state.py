@@ -193,7 +193,7 @@ def write_adapter_folder(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
-            f"The adapter could not be written to {str(folder)!r} ({error}); make room, and go on from the last "
+            f"The adapter could not be written to {str(folder)!r} ({error}); make room, and resume from the last "
             "checkpoint (--ckpt_path last), which writes it again."
         ) from error
     return folder
@@ -207,7 +207,7 @@ def require_adapter_folder(folder: Path) -> None:
     """
     if folder.exists() and (not folder.is_dir() or not _holds_adapter_or_nothing(folder)):
         raise ConfigurationError(
-            f"{str(folder)!r} exists and is no adapter folder, so it is not overwritten; set adapter.folder to "
+            f"{str(folder)!r} exists and is not an adapter folder, so it is not overwritten; set adapter.folder to "
             "another name."
         )
 

@@ -104,7 +104,7 @@ def weight_averaging(trainer: Trainer) -> list[WeightAveraging]:
 
 
 def restore_averages(checkpoint: dict[str, Any], base: Mapping[str, Tensor], averages_go_on: bool) -> None:
-    """Makes a checkpoint with averages what a fit goes on from.
+    """Makes a checkpoint with averages what a fit resumes from.
 
     Args:
         checkpoint: Changed in place.

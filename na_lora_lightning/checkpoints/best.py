@@ -13,7 +13,7 @@ from na_lora_lightning.errors import ConfigurationError
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-# What grows by itself is no metric: the best of it is the last.
+# What grows by itself is not a metric: the best of it is the last.
 _COUNTERS = ("step", "epoch")
 
 

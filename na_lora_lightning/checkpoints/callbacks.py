@@ -31,7 +31,7 @@ _CURVES_KEY = "na_lora_lightning_curves"
 class RunCheckpoint(ModelCheckpoint):
     """Saves a checkpoint every so many optimizer steps and after each epoch, and keeps the newest ones.
 
-    A run that goes on from any of them comes to the same weights and curves as one that was never interrupted. For
+    A run that resumes from any of them comes to the same weights and curves as one that was never interrupted. For
     that, a checkpoint that is due where validation follows is saved after the validation, whose curves would
     otherwise be missing; and none is saved between the micro-batches of a step. On SIGTERM a single process
     finishes and saves the step under way, unless validation follows it, before the trainer stops.
@@ -58,7 +58,7 @@ class RunCheckpoint(ModelCheckpoint):
             mode="max",
             save_top_k=keep,
             every_n_train_steps=every_n_steps,
-            # A step that is taken again after an interruption writes its checkpoint anew.
+            # A step that is taken again after an interruption rewrites its checkpoint.
             enable_version_counter=False,
         )
         self.every_n_steps, self.keep = every_n_steps, keep

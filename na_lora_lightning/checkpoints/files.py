@@ -93,7 +93,7 @@ def describe_content(path: Path) -> tuple[str | None, str | None]:
         path: As for :func:`damage`.
 
     Returns:
-        Why training cannot go on from it, or None; and the run that it says it is of, or None.
+        Why training cannot resume from it, or None; and the run that it says it is of, or None.
     """
     if path.is_dir():
         return None, None
@@ -118,7 +118,7 @@ def newest_first(paths: Iterable[Path]) -> list[Path]:
 def newest_intact(
     paths: Iterable[Path], run: str | None = None, trains: bool = True
 ) -> tuple[Path | None, dict[Path, str]]:
-    """Finds the checkpoint to go on from.
+    """Finds the checkpoint to resume from.
 
     Args:
         paths: Checkpoints.
@@ -270,5 +270,5 @@ def _local(path: str | Path) -> Path | None:
 def _remedy(path: Path) -> str:
     intact, _ = newest_intact(other for other in checkpoints_below(path.parent) if other != path)
     if intact is None:
-        return "there is no intact one beside it, so training has to begin anew"
-    return f"go on from {str(intact)!r}, the newest intact one beside it"
+        return "there is no intact one beside it, so training has to start over"
+    return f"resume from {str(intact)!r}, the newest intact one beside it"

@@ -1,4 +1,4 @@
-"""Going on with the last run: which one that is, which of its checkpoints, and where its curves continue."""
+"""Resuming the last run: which one that is, which of its checkpoints, and where its curves continue."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def continue_last_run(trainer: Trainer) -> str | None:
     if path is None:
         _require_unsaved(trainer, run)
         where = next((repr(str(place)) for place in run.places), f"below {str(runs_root(trainer) or _root(trainer))!r}")
-        rank_zero_info(f"There is no checkpoint to go on from {where}, so training begins.")
+        rank_zero_info(f"There is no checkpoint to resume from {where}, so training begins.")
     if run.record is not None or path is not None or (run.folder is not None and run.folder.is_dir()):
         (run_callback(trainer) or RunFolder()).adopt(trainer, run.folder, run.record)
     return None if path is None else str(path)
@@ -114,7 +114,7 @@ def require_training_state(path: str) -> None:
     reason = describe_content(Path(path))[0] if Path(path).is_file() else None
     if reason is not None:
         raise CheckpointError(
-            f"Training cannot go on from {path!r}, as {reason}; give a checkpoint that has it, or begin anew."
+            f"Training cannot resume from {path!r}, as {reason}; give a checkpoint that has it, or start over."
         )
 
 
@@ -229,7 +229,7 @@ def _usable(trainer: Trainer, run: LastRun, trains: bool = True) -> Path | None:
             kind, _, detail = reason.partition(": ")
             raise CheckpointError(
                 f"Every checkpoint in {str(other.parent)!r} is {kind} ({other.name}: {detail}); give the path of "
-                "another run's, or begin anew without ckpt_path."
+                "another run's, or start over without ckpt_path."
             )
         rank_zero_warn(
             f"The checkpoint {str(other)!r} is {reason}; the newest intact one is used, {str(path)!r}.",
@@ -239,7 +239,7 @@ def _usable(trainer: Trainer, run: LastRun, trains: bool = True) -> Path | None:
 
 
 def _require_unsaved(trainer: Trainer, run: LastRun) -> None:
-    """Refuses to begin anew where there was more than a run that saved nothing."""
+    """Refuses to start over where there was more than a run that saved nothing."""
     folder, seen = run.folder, run.seen()
     if run.record is not None:
         is_lost = run.record.state in ("saved", "ended")
@@ -259,8 +259,8 @@ def _require_unsaved(trainer: Trainer, run: LastRun) -> None:
         place = folder or run.places[0]
         names = ", ".join(seen[:_MOST_NAMES]) + (", ..." if len(seen) > _MOST_NAMES else "") or "nothing else"
         raise CheckpointError(
-            f"ckpt_path is 'last', and the last run, in {str(place)!r}, has no checkpoint to go on from (it holds "
-            f"{names}); give the path of a checkpoint, or begin anew without ckpt_path."
+            f"ckpt_path is 'last', and the last run, in {str(place)!r}, has no checkpoint to resume from (it holds "
+            f"{names}); give the path of a checkpoint, or start over without ckpt_path."
         )
 
 

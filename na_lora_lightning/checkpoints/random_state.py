@@ -10,7 +10,7 @@ RANDOM_STATE_KEY = "na_lora_lightning_random_state"
 
 
 class OtherProcessesWarning(UserWarning):
-    """A checkpoint was written by more or fewer processes than go on from it."""
+    """A checkpoint was written by more or fewer processes than resume from it."""
 
 
 def get_random_state(device: torch.device) -> Tensor:
@@ -34,8 +34,8 @@ def random_state_of_process(states: Tensor, rank: int, processes: int) -> Tensor
     if len(states) != processes:
         rank_zero_warn(
             f"The checkpoint was written by {len(states)} processes and this run has {processes}, so dropout and the "
-            "order of the data go on otherwise than without the interruption, and a step is over "
-            f"{processes}/{len(states)} of the records; to go on exactly, use as many processes as before.",
+            "order of the data differ from those of an uninterrupted run, and a step is over "
+            f"{processes}/{len(states)} of the records; to resume exactly, use as many processes as before.",
             category=OtherProcessesWarning,
         )
         return None

@@ -119,7 +119,7 @@ def continue_loggers(trainer: Trainer, folder: Path, record: RunRecord | None) -
         if (kind or type(logger).__name__) != type(logger).__name__ or version is None:
             continue
         if version_of(logger) is None and not set_version(logger, version):
-            rank_zero_info(f"{type(logger).__name__} cannot go on with {version!r}, so it shows the rest as a new run.")
+            rank_zero_info(f"{type(logger).__name__} cannot continue {version!r}, so it shows the rest as a new run.")
     continue_csv_files(trainer)
     return given_folder(trainer) == folder
 

@@ -56,7 +56,7 @@ def _way_on(trainer: Trainer) -> str:
     checkpoint = newest_checkpoint(trainer)
     if checkpoint is None:
         return "there is no checkpoint yet, so begin again"
-    return f"go on with --ckpt_path last, which is {checkpoint!r}"
+    return f"resume with --ckpt_path last, which is {checkpoint!r}"
 
 
 @contextmanager

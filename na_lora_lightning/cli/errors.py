@@ -42,7 +42,7 @@ _SENTENCES = (
     (
         # Where a number can be a tensor too, such as a learning rate, a class is hardly what was meant.
         r"(?s)\A(?!.*<class 'float'>).*Expected a dot import path string: (?P<value>\S+)",
-        "The option {key!r} is {value!r}, which is no known class; give its import path.",
+        "The option {key!r} is {value!r}, which is not a known class; give its import path.",
     ),
     (r"G(ot|iven) value: (?!NestedArg)(?P<value>.*?)(\. Got value: .*)?$", "The option {key!r} " + _REMEDY),
     (r"NestedArg\(key='(?P<name>[^']*)', val='?(?P<value>.*?)'?\)", "The option '{key}.{name}' " + _REMEDY),

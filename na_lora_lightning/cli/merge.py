@@ -219,7 +219,7 @@ def _from_checkpoint(arguments: MergeArguments) -> tuple[PeftModel, BaseModelSou
             arguments.trust_remote_code,
         )
     except Exception as error:
-        # Whatever a file that is no checkpoint makes torch raise.
+        # Whatever a file that is not a checkpoint makes torch raise.
         raise _no_checkpoint(path, error) from error
     refuse_inputs_as_output(arguments.output, path, source.name_or_path)
     _require_base(source, arguments)
@@ -247,7 +247,7 @@ def _from_checkpoint(arguments: MergeArguments) -> tuple[PeftModel, BaseModelSou
 
 def _no_checkpoint(path: Path, error: Exception) -> ConfigurationError:
     return ConfigurationError(
-        f"The file {str(path)!r} is no checkpoint of this package ({one_line(error)}); give an adapter folder or a "
+        f"The file {str(path)!r} is not a checkpoint of this package ({one_line(error)}); give an adapter folder or a "
         ".ckpt file of 'na-lora fit'."
     )
 

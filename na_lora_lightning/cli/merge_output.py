@@ -81,7 +81,7 @@ def written_whole(output: Path) -> Iterator[Path]:
             # One step, so that there is no folder with half of its files.
             partial.rename(output)
             return
-        # Without its configuration it is no model until all is there.
+        # Without its configuration it is not a model until all is there.
         (output / _CONFIG).unlink(missing_ok=True)
         for pattern in _FORMER_FILES:
             for file in output.glob(pattern):

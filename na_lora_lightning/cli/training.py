@@ -255,7 +255,7 @@ class NALoRACLI(LightningCLI):
             super()._run_subcommand(subcommand)
 
     def fit(self, model: NALoRALightningModule, **options: Any) -> None:
-        """Trains, and says how to go on if training is stopped from outside."""
+        """Trains, and says how to resume if training is stopped from outside."""
         model.draws_seed = self._draws_seed
         require_metrics(self.trainer, model, self.datamodule)
         with stopped_from_outside(self.trainer), quiet_writers():
@@ -291,7 +291,7 @@ def _refuse_twice(listed: Iterable[Callback]) -> None:
 
 
 def _saves_by_itself(callback: Callback) -> bool:
-    # The one for failures saves nothing to go on from after a kill.
+    # The one for failures saves nothing to resume from after a kill.
     return isinstance(callback, Checkpoint) and not isinstance(callback, OnExceptionCheckpoint)
 
 

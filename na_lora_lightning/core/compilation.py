@@ -36,7 +36,7 @@ def outside_of_graphs(hook: Hook) -> Hook:
 
 
 def forget_graphs() -> None:
-    """Has compiled models be compiled anew when they are called next, with the hooks that they have then."""
+    """Makes compiled models compile again when they are next called, with the hooks that they have then."""
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None and dynamo.utils.counters["frames"]["total"]:
         torch.compiler.reset()

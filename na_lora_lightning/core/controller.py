@@ -50,7 +50,7 @@ from na_lora_lightning.core.stepping.rows import RowUpdate
 from na_lora_lightning.core.stepping.skipped_steps import Aside, GradientWatch
 from na_lora_lightning.errors import ConfigurationError, UpdateError
 
-# Optimizers whose steps are corrected: twice would be once too often.
+# Optimizers whose steps are corrected: none may be corrected twice.
 _corrected: WeakSet[Optimizer] = WeakSet()
 
 
@@ -285,7 +285,7 @@ class GateController:
         self.steps = int(state["steps"])
         self._begin_step()
         if changes:
-            say(f"NA-LoRA goes on with other options than its saved state has: {in_words(changes)}.")
+            say(f"NA-LoRA resumes with other options than its saved state has: {in_words(changes)}.")
         return changes
 
     @torch.no_grad()

@@ -67,7 +67,7 @@ def describe(gates: GateMap, mechanisms: MechanismSet) -> str:
         parts.append("plain LoRA, watched")
     steps = max((mechanism.steps for mechanism in mechanisms), default=0)
     if steps:
-        parts.append(f"going on at step {steps + 1}")
+        parts.append(f"resuming at step {steps + 1}")
     return f"NA-LoRA: {'; '.join(parts)}."
 
 

@@ -30,7 +30,7 @@ def local_part(parameter: Tensor) -> Tensor:
         return parameter.detach()
     sharded: Any = parameter
     with torch.no_grad():
-        # At every use anew: loading a checkpoint may move it.
+        # Looked up at each use: loading a checkpoint may move it.
         part: Tensor = sharded.to_local()
     return part
 

@@ -92,9 +92,9 @@ class ResumableDataModule(LightningDataModule, ABC):
             stage: ``fit``, ``validate``, ``test`` or ``predict``; None stands for all data that is given.
 
         Raises:
-            ConfigurationError: If the stage needs data that was not given, or the model's tokenizer, processor or
+            ConfigurationError: The stage needs data that was not given, or the model's tokenizer, processor or
                 classes do not fit.
-            DataError: If the data, or a record of it, cannot be used.
+            DataError: The data, or a record of it, cannot be used.
         """
         # Lightning gives an enumeration whose members equal, but do not print as, their names.
         stage = getattr(stage, "value", stage)

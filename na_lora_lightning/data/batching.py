@@ -114,7 +114,7 @@ class EpochSampler(DistributedSampler[int]):
             former: The plan of the interrupted run.
 
         Raises:
-            ConfigurationError: If the plans differ.
+            ConfigurationError: The plans differ.
         """
         changed = {name: value for name, value in self.plan.items() if former.get(name) != value}
         if changed:

@@ -46,7 +46,7 @@ class ImageReader:
             The image, of mode RGB.
 
         Raises:
-            ImageError: If there is no such image, or it is broken or too large. The message lacks its subject,
+            ImageError: There is no such image, or it is broken or too large. The message lacks its subject,
                 which the caller knows.
         """
         path = value.get("path") if isinstance(value, dict) else value
@@ -122,7 +122,7 @@ def content_of(value: Any) -> str | bytes | Image.Image:
     """What an entry of an image column holds: a path, the bytes of a file, or an image.
 
     Raises:
-        ImageError: If it holds none of them.
+        ImageError: It holds none of them.
     """
     content = value
     if isinstance(value, dict):
@@ -149,7 +149,7 @@ def _pillow_limited_to(pixels: int) -> Iterator[None]:
     Image.MAX_IMAGE_PIXELS = pixels
     try:
         with warnings.catch_warnings():
-            # Oddities of metadata are no matter of the user's; images that are really broken raise errors.
+            # Oddities of metadata are not the user's concern; images that are really broken raise errors.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield

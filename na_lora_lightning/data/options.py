@@ -19,7 +19,7 @@ class DataOptions:
     """The options of all data modules.
 
     Raises:
-        ConfigurationError: If an option has a value that cannot work.
+        ConfigurationError: An option has a value that cannot work.
     """
 
     train: str | None
@@ -49,7 +49,7 @@ class TextOptions(DataOptions):
     """The options of data modules for texts.
 
     Raises:
-        ConfigurationError: If an option has a value that cannot work, or two do not go together.
+        ConfigurationError: An option has a value that cannot work, or two contradict each other.
     """
 
     max_length: int
@@ -77,7 +77,7 @@ def require_at_least(minimum: int, **options: int | None) -> None:
     """Refuses options that are smaller than a minimum; None is none.
 
     Raises:
-        ConfigurationError: If one is.
+        ConfigurationError: One is.
     """
     for name, value in options.items():
         if value is not None and value < minimum:

@@ -26,7 +26,7 @@ def load_processor(name_or_path: str, *, revision: str | None, trust_remote_code
         A processor with ``tokenizer`` and ``image_processor``.
 
     Raises:
-        ConfigurationError: If there is none, or the model takes no images.
+        ConfigurationError: There is none, or the model takes no images.
     """
     folder = Path(name_or_path).expanduser()
     if not folder.is_dir() and name_or_path.startswith(("/", "./", "../", "~")):
@@ -58,7 +58,7 @@ def image_token_of(processor: Any) -> str:
     """The text that stands for an image in what a processor is given.
 
     Raises:
-        ConfigurationError: If the processor has none.
+        ConfigurationError: The processor has none.
     """
     for owner in (processor, processor.tokenizer):
         token = getattr(owner, "image_token", None)

@@ -30,7 +30,7 @@ class RecordImages:
         reader: What to read images with.
 
     Raises:
-        DataError: If the data has no such column.
+        DataError: The data has no such column.
     """
 
     def __init__(self, records: Dataset, source: str, reader: ImageReader) -> None:
@@ -81,7 +81,7 @@ class RecordImages:
             count: How many images.
 
         Raises:
-            ImageError: If one of them cannot be used; the message names the record.
+            ImageError: One of them cannot be used; the message names the record.
         """
         record = self._records[index]
         values = next((_as_list(record[name]) for name in self.columns if record[name] is not None), [])

@@ -79,8 +79,8 @@ def load_dual_encoder(source: BaseModelSource, device: torch.device) -> PreTrain
 def _require_dual_encoder(name: str, model_type: str) -> None:
     if model_type not in DUAL_ENCODERS:
         raise ConfigurationError(
-            f"The model {name!r} is of type {model_type!r}, which is no dual encoder of images and texts; give one of "
-            f"type {', '.join(DUAL_ENCODERS[:-1])} or {DUAL_ENCODERS[-1]}, or use NALoRALightningModule."
+            f"The model {name!r} is of type {model_type!r}, which is not a dual encoder of images and texts; give one "
+            f"of type {', '.join(DUAL_ENCODERS[:-1])} or {DUAL_ENCODERS[-1]}, or use NALoRALightningModule."
         )
 
 

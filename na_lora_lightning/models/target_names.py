@@ -161,7 +161,7 @@ def _compiled(option: str, expression: str) -> re.Pattern[str]:
         return re.compile(expression)
     except re.error as error:
         raise ConfigurationError(
-            f"lora.{option} has {expression!r}, which is no regular expression ({error}); correct it."
+            f"lora.{option} has {expression!r}, which is not a valid regular expression ({error}); correct it."
         ) from error
 
 

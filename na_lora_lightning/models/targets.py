@@ -99,7 +99,7 @@ def lora_targets(
     dense = _short_names([f"{name}.weight" for name in lost], [name for name, _ in model.named_parameters()])
     replaced = set(converted.target_parameters or ())
     if target_modules == ALL_LINEAR:
-        # Routers are no linear layers in any other model either.
+        # Routers are not linear layers in any other model either.
         replaced = {name for name in replaced if not name.endswith("gate.weight")}
     names = {*replaced, *dense}
     needed = {name for name in names if not any(name.endswith(f".{other}") for other in names)}

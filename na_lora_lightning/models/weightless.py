@@ -36,7 +36,7 @@ def model_without_weights(source: BaseModelSource) -> PreTrainedModel:
         The model, to which LoRA can be added; it cannot run before :func:`fill_in`.
 
     Raises:
-        ConfigurationError: There is no such model, or its configuration is no causal language model's.
+        ConfigurationError: There is no such model, or its configuration is not that of a causal language model.
     """
     require_model(source)
     try:

@@ -153,7 +153,7 @@ class AdapterModule(LightningModule):
 
     @override
     def on_fit_end(self) -> None:
-        """Writes the adapter where the checkpoint to go on from was the last one, so that there was no training."""
+        """Writes the adapter where the checkpoint to resume from was the last one, so that there was no training."""
         is_due = self.adapter.write != "never" and not self._is_written and self.trainer.global_step > 0
         if is_due and not is_dry_run(self.trainer):
             self._write_trained()

@@ -13,7 +13,7 @@ from na_lora_lightning.errors import NonFiniteError
 
 OnNonFinite = Literal["stop", "skip"]
 
-# So many are no accident of the data, and nothing is learned meanwhile.
+# So many are not an accident of the data, and nothing is learned meanwhile.
 _MOST_SKIPPED_IN_A_ROW = 20
 
 
@@ -74,7 +74,7 @@ def loss_error(where: str, value: float, origin: str) -> NonFiniteError:
         origin: What :func:`nonfinite_origin` said.
     """
     return NonFiniteError(
-        f"The loss of {where} is {value}, and {origin}; go on from the last checkpoint with a lower learning rate or "
+        f"The loss of {where} is {value}, and {origin}; resume from the last checkpoint with a lower learning rate or "
         "another precision, look at this batch, or set model.loss.on_nonfinite to 'skip'."
     )
 
@@ -94,7 +94,7 @@ def require_finite(state: Mapping[str, Tensor], step: int) -> None:
     name = _first_nonfinite(state.items())
     if name is not None:
         raise NonFiniteError(
-            f"The weights {name!r} are not finite after optimizer step {step}, so they are not saved; go on from the "
+            f"The weights {name!r} are not finite after optimizer step {step}, so they are not saved; resume from the "
             "last checkpoint with a lower learning rate or another precision."
         )
 

@@ -117,7 +117,7 @@ def optimizer_factory(description: OptimizerFactory | Mapping[str, Any]) -> Opti
     path = str(description.get("class_path"))
     kind = _imported(path)
     if not (_is_optimizer(kind) or _makes_optimizer_of_model(kind)):
-        raise ConfigurationError(f"The optimizer {path!r} is no imported optimizer class; import its module first.")
+        raise ConfigurationError(f"The optimizer {path!r} is not an imported optimizer class; import its module first.")
     arguments = dict(description.get("init_args") or {})
     for name, value in arguments.items():
         if isinstance(value, str) and _is_optimizer(_imported(value)):

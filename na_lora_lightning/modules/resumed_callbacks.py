@@ -1,4 +1,4 @@
-"""Options of callbacks in a checkpoint that training goes on from."""
+"""Options of callbacks in a checkpoint that training resumes from."""
 
 from __future__ import annotations
 

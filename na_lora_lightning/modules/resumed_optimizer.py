@@ -1,4 +1,4 @@
-"""The options of an optimizer's groups and of its schedule in a checkpoint that training goes on from."""
+"""The options of an optimizer's groups and of its schedule in a checkpoint that training resumes from."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def require_same_optimizer(former_class: str | None, saved: Mapping[str, Any], o
     if is_other:
         former = "another one" if former_class is None else former_class
         raise ConfigurationError(
-            f"The checkpoint was trained with the optimizer {former} and this run has {now}, which cannot go on from "
+            f"The checkpoint was trained with the optimizer {former} and this run has {now}, which cannot resume from "
             f"the other's state; set model.optimizer as it was, or {_START}."
         )
     sizes, sizes_now = ([len(group["params"]) for group in each] for each in (groups, optimizer.param_groups))

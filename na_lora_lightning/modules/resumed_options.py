@@ -1,4 +1,4 @@
-"""Going on from a checkpoint with other options than it was trained with.
+"""Resuming from a checkpoint with other options than it was trained with.
 
 A checkpoint holds more than weights: learning rates and all else of the optimizer's groups, the schedule's base rates,
 the random state, and options of callbacks, which loading it would put over those that are given now. Here those of now
@@ -58,11 +58,11 @@ _GROUPS_OF_MODULE = ("schedule", "loss")
 
 
 class ResumedOptions:
-    """The options of a fit, compared with those of the checkpoint that it goes on from.
+    """The options of a fit, compared with those of the checkpoint that it resumes from.
 
     Args:
         checkpoint: What Lightning has loaded and is going to restore from; None where training begins.
-        draws_seed: Whether the seed is drawn anew for each run, so that another one is no other option.
+        draws_seed: Whether the seed is drawn for each run, so that a different one is not a changed option.
     """
 
     def __init__(self, checkpoint: dict[str, Any] | None = None, draws_seed: bool = False) -> None:
@@ -142,7 +142,7 @@ class ResumedOptions:
             changes += self._adopt_optimizer(checkpoint, number, optimizer, trainer, known=bool(changes))
         changes += adopt_callback_options(checkpoint, self._saved.get("callbacks", {}), trainer)
         if changes:
-            say(f"Training goes on with other options than the checkpoint's: {', '.join(changes)}.")
+            say(f"Training resumes with other options than the checkpoint's: {', '.join(changes)}.")
 
     def _adopt_optimizer(
         self, checkpoint: dict[str, Any], number: int, optimizer: Optimizer, trainer: Trainer, known: bool

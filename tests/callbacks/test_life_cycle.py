@@ -94,7 +94,7 @@ def test_a_trainer_that_fits_twice(tmp_path: Path) -> None:
     clean = hooks_of(module)
     trainer.fit_loop.max_epochs = 4
     trainer.fit(module, loader())
-    # Statistics begin anew with each fit.
+    # Statistics start over with each fit.
     assert trainer.global_step == 16
     assert callbacks[0].controller.importance.steps == 8
     assert hooks_of(module) == clean

@@ -48,9 +48,9 @@ def test_changed_options_are_in_force_and_named(tmp_path: Path, caplog: pytest.L
         resume(tmp_path, [importance, watch, scale])
     assert watch.masked == 4 * 48 // 2
     assert lines_of(caplog) == [
-        "GateImportanceCallback goes on with other options than the checkpoint's: "
+        "GateImportanceCallback resumes with other options than the checkpoint's: "
         "max_tokens 128 → 5, keep_fraction 1.0 → 0.5, beta 0.9 → 0.5.",
-        "StepScaleCallback goes on with other options than the checkpoint's: "
+        "StepScaleCallback resumes with other options than the checkpoint's: "
         "max_tokens 128 → 5, matrix_a_factor 0.5 → 1.0.",
     ]
 

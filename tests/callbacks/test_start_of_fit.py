@@ -71,7 +71,7 @@ def test_each_fit_says_it_and_a_resumed_one_says_where_it_goes_on(
     assert told(caplog) == [LINE]
     caplog.clear()
     assert fit(tmp_path, [mask()], 6, tmp_path / "end.ckpt", max_epochs=2) == []
-    assert told(caplog) == [f"{LINE[:-1].replace('from step', 'since step')}; going on at step 7."]
+    assert told(caplog) == [f"{LINE[:-1].replace('from step', 'since step')}; resuming at step 7."]
 
 
 @pytest.mark.parametrize(

@@ -230,7 +230,7 @@ def test_what_cannot_be_followed_is_refused_before_the_sweep(tmp_path: Path) -> 
 
 
 def test_a_sweep_before_a_resumed_fit(tmp_path: Path, controllers: list[GateController]) -> None:
-    """The sweep goes on from the checkpoint's statistics, and so does the fit after it."""
+    """The sweep resumes from the checkpoint's statistics, and so does the fit after it."""
     trainer = trainer_of(tmp_path, both(), max_steps=4)
     trainer.fit(Tunable())
     trainer.save_checkpoint(tmp_path / "four.ckpt")

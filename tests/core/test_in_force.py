@@ -179,7 +179,7 @@ def test_the_line_comes_once_with_the_first_forward_pass(caplog: pytest.LogCaptu
         controller.load_state_dict(state)
         assert told(caplog) == []
         model(**random_batch(0)).loss.backward()
-    assert told(caplog) == [f"{line[:-1].replace('from step 4', 'since step 4')}; going on at step 8."]
+    assert told(caplog) == [f"{line[:-1].replace('from step 4', 'since step 4')}; resuming at step 8."]
 
 
 def test_a_logger_silences_the_line(caplog: pytest.LogCaptureFixture) -> None:

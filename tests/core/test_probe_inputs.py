@@ -90,7 +90,7 @@ def test_a_unet_is_probed_from_its_configuration() -> None:
     targets = ["time_embedding.0", "net.0.proj"]
     model = get_peft_model(Denoiser(), LoraConfig(r=2, target_modules=targets))
     assert len(discover_gates(model).require()) == 3
-    # What tells the network the time is no part of it where none of that has LoRA.
+    # What tells the network the time is not part of it where none of that has LoRA.
     model = get_peft_model(Denoiser(), LoraConfig(r=2, target_modules=["net.0.proj"]))
     gates = discover_gates(model).require()
     assert [site.lora_layer_name for site in gates] == ["blocks.0.net.0.proj", "blocks.1.net.0.proj"]

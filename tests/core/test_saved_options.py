@@ -32,7 +32,7 @@ def test_a_controller_says_what_is_other_than_its_state(caplog: pytest.LogCaptur
         changes = make_controller(max_tokens=None, beta=0.5).load_state_dict(state)
     assert changes == {"max_tokens": (5, None), "importance.beta": (0.9, 0.5)}
     assert caplog.messages == [
-        "NA-LoRA goes on with other options than its saved state has: max_tokens 5 → None, importance.beta 0.9 → 0.5."
+        "NA-LoRA resumes with other options than its saved state has: max_tokens 5 → None, importance.beta 0.9 → 0.5."
     ]
 
 

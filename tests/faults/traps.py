@@ -113,7 +113,7 @@ OF_LOGGERS = {
     "a point of a curve is written": "TensorBoard",
     "rows of a CSV file are written": "CSV",
     "rows of a CSV file are written, the checkpoint is not": "CSV",
-    "a CSV file is written anew": "CSV",
+    "a CSV file is rewritten": "CSV",
 }
 
 # Each with the largest number that falls into a run of every setting that it is used for.
@@ -135,7 +135,7 @@ TRAPS: dict[str, tuple[Trap, int]] = {
     "a point of a curve is written": (_at_call(SummaryWriter, "add_scalar"), 110),
     "rows of a CSV file are written": (_at_call(ContinuedWriter, "save"), 4),
     "rows of a CSV file are written, the checkpoint is not": (_at_call(ContinuedWriter, "save", after=True), 4),
-    "a CSV file is written anew": (_at_call(ContinuedWriter, "_write"), 1),
+    "a CSV file is rewritten": (_at_call(ContinuedWriter, "_write"), 1),
     "half of the adapter is written": (_at_call(adapters, "_take_place"), 1),
     "the adapter is written": (_at_call(adapters, "_take_place", after=True), 1),
     "the summary is printed": (_at_call(FitSummaryCallback, "_print"), 1),

@@ -1,4 +1,4 @@
-"""Random options of ``na-lora fit``, of which some do not go together, on purpose."""
+"""Random options of ``na-lora fit``, some of which contradict each other on purpose."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@
     cd tests && python -m fuzz.options --combinations 500
 
 Right is: losses are finite; rows that a mask holds do not move; a run that only watches is plain LoRA bit by bit; the
-adapter folder gives the trained model's logits in PEFT alone; and a run that goes on from one of its checkpoints comes
+adapter folder gives the trained model's logits in PEFT alone; and a run that resumes from one of its checkpoints comes
 to the same weights. The second runs that some of this takes are made for every third combination.
 """
 
@@ -115,7 +115,7 @@ def _checks(combination: Combination, folder: Path) -> list[str]:
     if checkpoints and combination.number % 3 == 0:
         _again(combination, folder, "resumed", ckpt_path=str(checkpoints[0]))
         if Spy.last.module is not None:
-            require_equal(trained(_module()), weights, f"a fit that goes on from {checkpoints[0].name}")
+            require_equal(trained(_module()), weights, f"a fit that resumes from {checkpoints[0].name}")
             done.append("resumed")
     return done
 

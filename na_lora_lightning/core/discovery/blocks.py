@@ -152,7 +152,7 @@ class Blocks:
         return reason or Block(tuple(producers), consumer, "gated" if gated else "plain")
 
     def why_not_feed_forward(self, branches: list[LinearCall], consumer: LinearCall) -> str | None:
-        """Why ``branches`` and ``consumer`` are no feed-forward block; None where they are.
+        """Why ``branches`` and ``consumer`` are not a feed-forward block; None where they are.
 
         In one, what the consumer takes is made of the branches token by token and from one input.
         """
@@ -216,7 +216,7 @@ class Blocks:
         return None
 
     def _inside_of(self, name: str) -> str | None:
-        """The class of an enclosing module that is no feed-forward block whatever it computes, told by its name.
+        """The class of an enclosing module that is not a feed-forward block whatever it computes, told by its name.
 
         Small networks inside these make the weights of a norm, a residual or experts, and select no features.
         """

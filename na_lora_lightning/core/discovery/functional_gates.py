@@ -49,7 +49,7 @@ def functional_gates(blocks: Blocks) -> GateMap:
         blocks: Linear layers and activations of the model that was traced.
 
     Returns:
-        Sites, and whatever else bends what a linear layer puts out on its way to another, and why it is no site.
+        Sites, and whatever else bends what a linear layer puts out on its way to another, and why it is not a site.
     """
     found: dict[tuple[str, ...], _Found] = {}
     known: dict[tuple[Any, ...], FunctionalGate | str | None] = {}

@@ -3,7 +3,7 @@
 A gate is an element-wise activation whose input comes from a linear layer and whose output, alone (*plain*) or
 times another branch (*gated*), is consumed by a linear layer, token by token and from one common input. Its LoRA rows
 are found by :mod:`na_lora_lightning.core.discovery.row_probe`. Stacked experts are the subject of
-:mod:`na_lora_lightning.core.discovery.expert_gates`, activations that are no modules that of
+:mod:`na_lora_lightning.core.discovery.expert_gates`, activations that are not modules that of
 :mod:`na_lora_lightning.core.discovery.functional_gates`.
 """
 
@@ -243,7 +243,7 @@ def _classify(call: ActivationCall, activation: Activation, blocks: Blocks) -> l
     if sites:
         return sites
     return left_out(
-        f"what makes it is no linear layer: its channels are not one to one outputs of {', '.join(names)}",
+        f"what makes it is not a linear layer: its channels are not one to one outputs of {', '.join(names)}",
         not_supported=True,
     )
 

@@ -34,7 +34,7 @@ class ImportanceVariant:
         mask_gradient_to_a: Also mask the gradient that reaches ``lora_A`` through the masked rows, so that the
             shared rank directions are learned from the kept channels alone.
         control: ``"random"`` keeps as many channels at random, ``"reversed"`` the least important ones. For
-            experiments: a gain that a control has too is no gain of the method.
+            experiments: a gain that a control has too is not a gain of the method.
         seed: Seed of the random control.
     """
 

@@ -44,7 +44,7 @@ def require_reachable(optimizer: Any) -> None:
     name = type(optimizer).__name__
     if not hasattr(optimizer, "_optimizer_step_post_hooks"):
         raise UpdateError(
-            f"{name} is no torch.optim.Optimizer with hooks on its steps, so the update of a gate's rows cannot be "
+            f"{name} is not a torch.optim.Optimizer with hooks on its steps, so the update of a gate's rows cannot be "
             "reached; train with a subclass that calls super().__init__()."
         )
     swaps = callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))

@@ -36,7 +36,7 @@ def read_csv(paths: list[Path], names: frozenset[str]) -> Table:
         The columns and the rows.
 
     Raises:
-        DataError: If a file is malformed; the message names the line.
+        DataError: A file is malformed; the message names the line.
     """
     columns: dict[str, Value] = {}
     for path in paths:

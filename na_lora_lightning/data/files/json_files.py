@@ -28,13 +28,13 @@ def read_json(paths: list[Path], names: frozenset[str]) -> Table:
 
     Args:
         paths: The files.
-        names: The columns that matter, which are no different here.
+        names: The columns that matter, which make no difference here.
 
     Returns:
         The columns, which hold JSON unless all of their values are text, integers, or booleans; and the rows.
 
     Raises:
-        DataError: If a file is malformed; the message names the line.
+        DataError: A file is malformed; the message names the line.
     """
     kinds: dict[str, str | None] = {}
     for record in _records(paths):
@@ -47,7 +47,7 @@ def read_json(paths: list[Path], names: frozenset[str]) -> Table:
     features = {
         key: JsonText() if kind == _ANYTHING else Value(kind or _TEXT)
         for key, kind in kinds.items()
-        # Half a character can be no part of the name of a column.
+        # Half a character cannot be part of the name of a column.
         if _kind_of(key) == _TEXT
     }
 
@@ -106,7 +106,7 @@ class _Scanner:
             self.refuse("there is something after the end of its array")
 
     def next_character(self) -> str:
-        """Goes to the next character that is no white space; the empty string stands for the end."""
+        """Goes to the next character that is not white space; the empty string stands for the end."""
         while True:
             end = self._end_of_space()
             self.line += self.buffer.count("\n", self.position, end)

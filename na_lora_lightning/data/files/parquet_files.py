@@ -27,7 +27,7 @@ def read_parquet(paths: list[Path], names: frozenset[str]) -> Table:
         The columns and the rows.
 
     Raises:
-        DataError: If a column that is needed cannot be read.
+        DataError: A column that is needed cannot be read.
     """
     features: dict[str, Any] = {}
     for path in paths:

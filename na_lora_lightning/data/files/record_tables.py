@@ -41,8 +41,8 @@ def read_table(paths: list[Path], read: Reader, names: frozenset[str]) -> Datase
         names: The columns that matter.
 
     Raises:
-        DataError: If a file is malformed.
-        OSError: If a file cannot be read, or the cache cannot be written.
+        DataError: A file is malformed.
+        OSError: A file cannot be read, or the cache cannot be written.
     """
     folder = cache_folder(read.__name__, sorted(names), [_identity(path) for path in paths])
     table = folder / "records.arrow"
@@ -101,7 +101,7 @@ class Splits(Mapping[str, int]):
         """What an instruction such as ``train[:90%]`` says.
 
         Raises:
-            ValueError: If there is no such split, or it is no instruction.
+            ValueError: There is no such split, or it is not an instruction.
         """
         if instruction in self._names:
             return self.table(instruction)

@@ -50,7 +50,7 @@ def load_records(
         columns: Names of columns to be had, and the names in the data that they stand for.
 
     Raises:
-        DataError: If the source does not exist, cannot be read, or has no records.
+        DataError: The source does not exist, cannot be read, or has no records.
     """
     name, split = separate_split(source)
     path = local_path(name)

@@ -29,7 +29,7 @@ def open_text(path: Path, *, newline: str | None = None) -> Iterator[TextIO]:
         newline: As for the built-in ``open``.
 
     Raises:
-        DataError: If the file turns out to be in another encoding.
+        DataError: The file turns out to be in another encoding.
     """
     encoding = _encoding_of(path)
     try:

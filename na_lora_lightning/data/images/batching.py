@@ -72,7 +72,7 @@ class VisionCollator:
     number for each token the part of the prompts, padded on the left, and the images as they are.
 
     Records that cannot be used because of their images are left out of the batch if that is wanted. If none remains,
-    the batch has one token, which is no target.
+    the batch has one token, which is not a target.
 
     Args:
         encoder: What encoded the records; has the processor.
@@ -223,7 +223,7 @@ class VisionDataLoader(ResumableDataLoader):
         """Iterates over as many batches as an epoch has.
 
         Raises:
-            DataError: If a record cannot be used.
+            DataError: A record cannot be used.
         """
         batches: Any = super().__iter__()
         for loaded in batches:

@@ -85,7 +85,7 @@ class VisionInstructionDataModule(SupervisedDataModule):
         trust_remote_code: Whether a processor from the hub may run code of its own.
 
     Raises:
-        ConfigurationError: If an argument has a value that cannot work.
+        ConfigurationError: An argument has a value that cannot work.
     """
 
     COLUMNS = ("image", "images", "messages", "prompt", "completion", "tools")
@@ -176,7 +176,7 @@ class VisionInstructionDataModule(SupervisedDataModule):
         Nothing is read: this is for those who need to see what passes through a model, and not what data says.
 
         Raises:
-            ConfigurationError: If the training data is not set up.
+            ConfigurationError: The training data is not set up.
         """
         encoded = self._prepared_split("train")
         rows = enumerate(zip(encoded["images"], encoded["tokens"], strict=True))

@@ -56,7 +56,7 @@ class VisionRecordEncoder(RecordEncoder):
         system_prompt: The system message for records that have none.
 
     Raises:
-        ConfigurationError: If the processor lacks what the other arguments need.
+        ConfigurationError: The processor lacks what the other arguments need.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class VisionRecordEncoder(RecordEncoder):
                         f"({text[max(begin - 8, 0) : begin + 8]!r}), so that generation would begin elsewhere; "
                         "separate them by a space or a line break, or use another chat template."
                     )
-                # A token across the border to the next turn is no part of the answer.
+                # A token across the border to the next turn is not part of the answer.
                 length = _common_length(self._tokenize(text[:end]), ids)
                 start = len(prompt_ids)
                 stop = start + self._length_to_end_of_turn(ids[start:length])
@@ -213,7 +213,7 @@ class VisionRecordEncoder(RecordEncoder):
             For each answer its first token and the token after its last one.
 
         Raises:
-            DataError: If the tokens are not those of the text. The message lacks its subject, which the caller knows.
+            DataError: The tokens are not those of the text. The message lacks its subject, which the caller knows.
         """
         found = []
         text, text_ids = row["text"], row["text_ids"]
@@ -244,7 +244,7 @@ def require_options_of(processor: Any, options: dict[str, Any]) -> None:
     """Refuses options that the image processor does not have.
 
     Raises:
-        ConfigurationError: If there is one.
+        ConfigurationError: There is one.
     """
     known = sorted(set(getattr(getattr(processor.image_processor, "valid_kwargs", None), "__annotations__", ())))
     unknown = sorted(set(options) - set(known)) if known else []

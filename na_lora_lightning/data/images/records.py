@@ -22,7 +22,7 @@ def read_vision_conversation(record: dict[str, Any], images: int, *, needs_compl
         needs_completion: Whether a record without completion is an error.
 
     Raises:
-        DataError: If the record cannot be used. The message lacks its subject, which the caller knows.
+        DataError: The record cannot be used. The message lacks its subject, which the caller knows.
     """
     parts_of_turn: dict[int, list[Part]] = {}
     messages = record.get("messages")

@@ -74,7 +74,7 @@ class ChatTemplate:
         """Renders a conversation, with the beginning of the next answer if it is a prompt.
 
         Raises:
-            DataError: If the template refuses it. The message lacks its subject, which the caller knows.
+            DataError: The template refuses it. The message lacks its subject, which the caller knows.
         """
         owner: Any = self.tokenizer if self.processor is None else self.processor
         options = {"tokenize": False, "add_generation_prompt": is_prompt, **self.options}
@@ -85,7 +85,7 @@ class ChatTemplate:
         """Splits a rendered conversation into answers and the text between them; tells which are answers.
 
         Raises:
-            DataError: If the template refuses it, or its answers cannot be told from the rest.
+            DataError: The template refuses it, or its answers cannot be told from the rest.
         """
         return self._marked_pieces(messages) if self.marks_answers else self._added_pieces(messages)
 

@@ -69,7 +69,7 @@ class InstructionDataModule(SupervisedDataModule):
         trust_remote_code: Whether a tokenizer from the hub may run code of its own.
 
     Raises:
-        ConfigurationError: If an argument has a value that cannot work.
+        ConfigurationError: An argument has a value that cannot work.
     """
 
     COLUMNS = ("messages", "prompt", "completion", "tools")

@@ -50,7 +50,7 @@ class RecordEncoder:
         system_prompt: The system message for records that have none.
 
     Raises:
-        ConfigurationError: If the tokenizer lacks what the other arguments need.
+        ConfigurationError: The tokenizer lacks what the other arguments need.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class RecordEncoder:
             needs_completion: Whether a record without completion is an error.
 
         Raises:
-            DataError: If the record cannot be used.
+            DataError: The record cannot be used.
         """
         record = dict(record)
         try:
@@ -176,7 +176,7 @@ class RecordEncoder:
         """The tokens that end an answer of which nothing is known.
 
         Raises:
-            DataError: If the chat template refuses a conversation of one question and one answer.
+            DataError: The chat template refuses a conversation of one question and one answer.
         """
         return self._ends_of(*self._encode_complete(self.template.question_and_answer()))
 

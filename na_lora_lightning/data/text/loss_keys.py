@@ -21,7 +21,7 @@ def refuse_keys_of_records(record: dict[str, Any], loss_on: Literal["completion"
     """Refuses keys of a record that ask for another loss than all records have.
 
     Raises:
-        DataError: If there is one. The message lacks its subject, which the caller knows.
+        DataError: There is one. The message lacks its subject, which the caller knows.
     """
     key = next((key for key in _ON_OF_RECORDS if key in record and _meaning(record[key]) is not True), None)
     key = key or next((key for key in _DETAILS_OF_RECORDS if record.get(key)), None)
@@ -38,7 +38,7 @@ def refuse_keys_of_messages(messages: Iterable[dict[str, Any]], loss_on: Literal
     """Refuses keys of turns that ask for another loss than ``loss_on``.
 
     Raises:
-        DataError: If there is one. The message lacks its subject, which the caller knows.
+        DataError: There is one. The message lacks its subject, which the caller knows.
     """
     for number, message in enumerate(messages, start=1):
         is_target = loss_on == "all" or message["role"] == "assistant"

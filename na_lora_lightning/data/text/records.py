@@ -27,7 +27,7 @@ def read_conversation(
         loss_on: What the loss is on; a key that asks for another one is an error.
 
     Raises:
-        DataError: If the record cannot be used. The message lacks its subject, which the caller knows.
+        DataError: The record cannot be used. The message lacks its subject, which the caller knows.
     """
     record = _without_nulls(record)
     keys = ", ".join(repr(key) for key in record) or "none"
@@ -42,7 +42,7 @@ def read_conversation(
             f"has neither 'messages' nor 'prompt' (its keys are {keys}); rename them or use the option columns."
         )
     if not isinstance(messages, list) or not messages or not all(isinstance(turn, dict) for turn in messages):
-        raise DataError("has 'messages' that are no list of turns; give each turn a 'role' and a 'content'.")
+        raise DataError("has 'messages' that are not a list of turns; give each turn a 'role' and a 'content'.")
     messages = [_read_turn(turn, number, "messages" in record) for number, turn in enumerate(messages, start=1)]
     roles = [message["role"] for message in messages]
     if needs_completion and "assistant" not in roles:
@@ -60,7 +60,7 @@ def read_tools(record: dict[str, Any]) -> list[dict[str, Any]] | None:
     """Returns the tools of a record: a list, or the JSON text of one; None where it has none.
 
     Raises:
-        DataError: If they are something else. The message lacks its subject, which the caller knows.
+        DataError: They are something else. The message lacks its subject, which the caller knows.
     """
     tools = record.get("tools")
     if isinstance(tools, str):
@@ -69,7 +69,7 @@ def read_tools(record: dict[str, Any]) -> list[dict[str, Any]] | None:
         except ValueError as error:
             raise DataError(f"has 'tools' that are no JSON ({error}); correct or remove them.") from error
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise DataError("has 'tools' that are no list of functions; give the JSON schema of each.")
+        raise DataError("has 'tools' that are not a list of functions; give the JSON schema of each.")
     if not tools and record.get("messages") is not None and record.get("functions"):
         raise DataError(
             "has 'functions', an older name of 'tools' that chat templates do not know; rename them, or remove them."
@@ -106,7 +106,7 @@ def _read_turn(turn: Message, number: int, described_as_message: bool) -> Messag
 def _check_calls(message: Message, number: int) -> None:
     calls = message.get("tool_calls", [])
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise DataError(f"has 'tool_calls' in message {number} that are no list of calls; give each a 'function'.")
+        raise DataError(f"has 'tool_calls' in message {number} that are not a list of calls; give each a 'function'.")
 
 
 def _require_characters(value: Any, name: str) -> None:

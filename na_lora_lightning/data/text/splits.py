@@ -49,7 +49,7 @@ def encode_split(records: Dataset, encoder: RecordEncoder, *, source: str, split
             completion is an error but for ``predict``.
 
     Raises:
-        DataError: If a record cannot be used.
+        DataError: A record cannot be used.
     """
     evaluation = split != "train"
     encoded = records.map(

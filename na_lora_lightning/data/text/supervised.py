@@ -68,8 +68,8 @@ class SupervisedDataModule(ResumableDataModule):
             max_new_tokens: The number of tokens that are generated after prompts; 0 if none are.
 
         Raises:
-            ConfigurationError: If an option asks for more than the model has.
-            DataError: If a record does.
+            ConfigurationError: An option asks for more than the model has.
+            DataError: A record does.
         """
         for split, encoded in self._prepared.items():
             source = str(self.sources[split])

@@ -27,7 +27,7 @@ def settle_tool_use(messages: list[Message], template: ChatTemplate) -> list[Mes
         The turns as the template is to have them.
 
     Raises:
-        DataError: If the template leaves something out. The message lacks its subject, which the caller knows.
+        DataError: The template leaves something out. The message lacks its subject, which the caller knows.
     """
     has_tools = template.options.get("tools") is not None
     if not has_tools and not any(key in message for message in messages for key in (*CALLS, *_REASONING)):
