@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from peft import PeftModel
 
 from na_lora_lightning.core.discovery.gates import discover_gates
@@ -207,6 +208,8 @@ def _train(
         wrong = [] if verdict.model_type in PADDING else [f"padding refused: {error}"]
         verdict.notes.append(f"trained without padding: {PADDING.get(verdict.model_type, error)}")
     whole = {name: value for name, value in inputs.items() if name != "attention_mask"}
+    if "encoder_attention_mask" in whole:
+        whole["encoder_attention_mask"] = torch.ones_like(whole["encoder_attention_mask"])
     if "decoder_input_ids" in whole or (getattr(root.config, "is_encoder_decoder", False) and "labels" in whole):
         whole["labels"] = whole["labels"].masked_fill(whole["labels"] < 0, 5)
     wrong += statistics_problems(root, whole, gates.sites, verdict.notes)

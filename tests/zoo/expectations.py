@@ -73,6 +73,8 @@ PADDING: dict[str, str] = {
     "pegasus_x": "its encoder sees global tokens beside the text",
     "moonshine": "it counts the frames of one recording alone",
     "moonshine_streaming": "its convolutions make a mask of their own, of more frames than it says",
+    "Lumina2Transformer2DModel": "some of its layers see the text",
+    "PixArtTransformer2DModel": "a layer of it sees the text alone",
     "perceiver": "its layers see latents",
     "pi0": "its second transformer sees a state and actions",
 }

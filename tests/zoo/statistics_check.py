@@ -27,6 +27,7 @@ MASKS = {
     "pixel_values": ("pixel_attention_mask",),
     "input_features": ("attention_mask", "input_features_mask"),
     "input_values": ("attention_mask", "padding_mask"),
+    "encoder_hidden_states": ("encoder_attention_mask",),
 }
 
 
@@ -125,8 +126,10 @@ def _real_rows(root: Any, inputs: Mapping[str, Any], site: GateSite, z: Tensor, 
         if seen and bool(real.all()):
             # The model hides what stands in padded places, or mixes it into all tokens.
             said = _rows_of_mask(root, mask, len(z))
+            # What is denoised sees nothing of padding in a text beside it.
+            is_told = said is not None or name == "encoder_hidden_states"
             real = everything if said is None else said
-            padded = padded if said is None else None
+            padded = None if is_told else padded
         elif not seen:
             padded = None
     if getattr(root.config, "is_encoder_decoder", False) and "labels" in inputs and bool((inputs["labels"] < 0).any()):
@@ -151,7 +154,7 @@ def _rows_of_mask(root: Any, mask: Tensor, rows: int) -> Tensor | None:
         return mask.flatten().bool()
     if rows == len(mask):
         return torch.ones(rows, dtype=torch.bool)
-    if rows % len(mask) == 0 and rows > mask.numel():
+    if rows % len(mask) == 0 and rows > mask.numel() and not hasattr(root.config, "_diffusers_version"):
         # Sequences are filled up to whole windows.
         return nn.functional.pad(mask, (0, rows // len(mask) - mask.shape[1])).flatten().bool()
     for module in root.modules():

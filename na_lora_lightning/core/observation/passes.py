@@ -22,6 +22,7 @@ from na_lora_lightning.core.model_entry import MASKS
 from na_lora_lightning.core.observation.mask_fitting import MaskFitter
 from na_lora_lightning.core.observation.tokens import (
     TokenSelection,
+    mask_beside,
     mask_of_branch,
     shared_mask,
     token_mask_of_call,
@@ -152,7 +153,8 @@ class ForwardPasses:
         if module not in self._branches:
             mask = token_mask_of_call(module, args, kwargs, self._exclude_prompt, self.labels)
             self._shared_mask = shared_mask(module, args, kwargs)
-        self.selection = self._select(mask)
+        beside = mask_beside(module, args, kwargs) if mask is None else None
+        self.selection = self._select(mask, beside)
         self._outermost = module
         self.forward_passes += 1
         self._pass_begins()
@@ -197,8 +199,8 @@ class ForwardPasses:
                 mask = self._shared_mask
             self._of_branches[branch] = self._select(mask)
 
-    def _select(self, mask: Tensor | None) -> TokenSelection:
-        return TokenSelection(mask, self._max_tokens, self.forward_passes, self._fit, self._warn_of_order)
+    def _select(self, mask: Tensor | None, beside: Tensor | None = None) -> TokenSelection:
+        return TokenSelection(mask, self._max_tokens, self.forward_passes, self._fit, self._warn_of_order, beside)
 
     def _warn_of_order(self, name: str) -> None:
         """Says with the first batch what a later one would end the training for."""

@@ -27,6 +27,8 @@ class TokenSelection:
         fit: Makes a mask for another number of tokens, or None where it cannot.
         unordered: Called with the name of a site that sees all tokens in an order that the mask does not tell, which
             does not matter while none of them is padding.
+        beside: Which tokens of a text are real that a denoiser is given beside what it denoises, ``[batch, length]``,
+            or None where it is given none.
     """
 
     def __init__(
@@ -36,8 +38,10 @@ class TokenSelection:
         offset: int,
         fit: Callable[[Tensor, int], Tensor | None] | None = None,
         unordered: Callable[[str], None] | None = None,
+        beside: Tensor | None = None,
     ) -> None:
         self._mask = token_mask
+        self._beside = beside
         self._fit = fit
         self._unordered = unordered
         self._fitted: dict[int, Tensor | None] = {}
@@ -147,6 +151,12 @@ class TokenSelection:
         return (torch.arange(tokens, device=device) if positions is None else positions), weights
 
     def _check(self, leading: tuple[int, ...], name: str) -> None:
+        if self._beside is not None and leading == tuple(self._beside.shape) and not bool(self._beside.all()):
+            raise DataError(
+                f"the gate {name!r} sees as many tokens as encoder_attention_mask is for, {leading}, and some of them "
+                "are padding, which would enter the statistics; exclude this layer from the LoRA targets, or train on "
+                "texts without padding."
+            )
         if (
             self._mask is None
             or 0 in leading
@@ -198,6 +208,14 @@ def mask_of_branch(branch: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
 def _mask_of_padding(given: Mapping[str, Any]) -> Tensor | None:
     padding = next((given[name] for name in PADDING_MASKS if isinstance(given.get(name), Tensor)), None)
     return ~padding if padding is not None and padding.ndim == 2 and padding.dtype == torch.bool else None
+
+
+def mask_beside(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The ``encoder_attention_mask`` of a call of a denoiser, ``[batch, length]`` boolean: which of a text is real."""
+    given = by_name(module, args, kwargs)
+    mask = given.get("encoder_attention_mask")
+    denoises = "timestep" in given and isinstance(mask, Tensor) and mask.ndim == 2 and not mask.is_floating_point()
+    return mask.bool() if denoises else None  # type: ignore[union-attr]
 
 
 def shared_mask(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
