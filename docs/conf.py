@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -31,7 +32,6 @@ suppress_warnings = ["misc.highlighting_failure"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
-autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
@@ -41,7 +41,18 @@ def _escape_bars(app: Sphinx, what: str, name: str, obj: object, options: object
     lines[:] = [line.replace("|", r"\|") for line in lines]
 
 
+def _shorten_defaults(
+    app: Sphinx, what: str, name: str, obj: object, options: object, signature: str | None, returns: str | None
+) -> tuple[str | None, str | None]:
+    """Groups of options are named without their values, and functions without their addresses."""
+    if signature:
+        signature = re.sub(r"\b(\w+(?:Options|Variant|Arguments))\([^()]*\)", r"\1()", signature)
+        signature = re.sub(r"<function .*?<lambda>>", "...", signature)
+    return signature, returns
+
+
 def setup(app: Sphinx) -> None:
-    """Registers what docstrings need."""
+    """Registers what docstrings and signatures need."""
+    app.connect("autodoc-process-signature", _shorten_defaults)
     # After napoleon, which reads them as they are.
     app.connect("autodoc-process-docstring", _escape_bars, priority=900)

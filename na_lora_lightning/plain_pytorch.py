@@ -45,7 +45,7 @@ def nonlinearity_aware(
 ) -> Iterator[GateController]:
     """Trains nonlinearity-aware inside of a ``with`` block, and takes every hook off at its end, whatever happens.
 
-    Write the loop as ever. Statistics come from the forward passes that are run with gradients, so evaluate under
+    Write the loop as usual. Statistics come from the forward passes that are run with gradients, so evaluate under
     ``torch.no_grad()``; the updates are corrected in the optimizer's own ``step``, so accumulation, clipping,
     schedulers and closures need nothing. A step that a ``GradScaler`` skips counts for nothing, which is seen from its
     gradients: they are cleared though no step was taken.

@@ -47,7 +47,7 @@ def load_records(
         source: A file, a folder or a hub name, with ``:split`` after it or not.
         default_split: The split of a folder or a hub data set when ``source`` names none.
         config: The configuration of a hub data set that has several.
-        columns: Names of columns to be had, and the names in the data that they stand for.
+        columns: Names of the columns that are wanted, and the names that they have in the data.
 
     Raises:
         DataError: The source does not exist, cannot be read, or has no records.
