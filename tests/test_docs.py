@@ -78,3 +78,15 @@ def test_the_map_of_the_code_names_what_there_is() -> None:
     assert len(named) > 30
     # rows.py is named in full before.
     assert [name for name in named if name != "rows.py" and not any((place / name).exists() for place in places)] == []
+
+
+def test_the_tests_that_documents_name_exist() -> None:
+    sources = "\n".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("test_*.py"))
+    defined = set(re.findall(r"^def (test_\w+)", sources, re.MULTILINE))
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md"))
+    named = set(re.findall(r"`(test_\w+)`", pages))
+    assert len(named) > 50
+    assert named - defined == set()
+    # Where a name is long, its start is given.
+    starts = set(re.findall(r"`(test_\w+)…`", pages))
+    assert {start for start in starts if not any(name.startswith(start) for name in defined)} == set()

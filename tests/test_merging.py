@@ -134,7 +134,7 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "does not fit" in one_line_error(
         capsys, "--adapter", tmp_path / "adapter", "--output", output, "--base", other
     )
-    assert "no checkpoint of this package" in one_line_error(
+    assert "is not a checkpoint of this package" in one_line_error(
         capsys, "--adapter", tmp_path / "text.ckpt", "--output", output
     )
     assert "'llama' and the current one is 'gpt2'" in one_line_error(
