@@ -9,10 +9,10 @@ OLDEST_WAYS_IN := tests/callbacks/test_foreign_projects.py tests/callbacks/test_
 	tests/test_peft_internals.py tests/test_versions.py
 # Models of the zoo are made from configurations that transformers 5.0 does not have.
 OLDEST_TESTS := tests/core --ignore tests/core/test_branches.py --ignore tests/core/test_experts.py \
-	--ignore tests/core/test_probe_inputs.py \
+	--ignore tests/core/discovery/test_probe_inputs.py \
 	--deselect tests/core/test_in_force.py::test_experts_without_tokens_are_told_at_the_end \
-	tests/callbacks/test_life_cycle.py tests/test_merging.py tests/test_resume.py \
-	tests/test_cli.py::test_fit_then_evaluate_predict_resume_and_merge $(OLDEST_WAYS_IN)
+	tests/callbacks/test_life_cycle.py tests/cli/test_merging.py tests/checkpoints/test_resume.py \
+	tests/cli/test_cli.py::test_fit_then_evaluate_predict_resume_and_merge $(OLDEST_WAYS_IN)
 MODEL := .cache/quickstart/SmolLM2-135M-Instruct
 
 .DEFAULT_GOAL := help

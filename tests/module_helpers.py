@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny_models import tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.data import DataLoader
 from transformers import (
@@ -18,6 +20,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from na_lora_lightning import LoRAArguments, NALoRALightningModule, ScheduleArguments
 
 VOCABULARY = 64
 END = 1
@@ -138,3 +142,34 @@ def write_records(path: Path, count: int = 8) -> str:
     lines = [json.dumps({"prompt": f"{index}+1=", "completion": f"{index + 1}"}) for index in range(count)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return str(path)
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    batch = some_batches(1, rows=3)[0]
+    with torch.no_grad():
+        output: Any = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    return output.logits
+
+
+def trained(base: str, folder: Path, **lora: Any) -> NALoRALightningModule:
+    """Leaves an adapter in ``folder/adapter`` and a checkpoint in ``folder/checkpoints/last.ckpt``."""
+    seed_everything(0, verbose=False)
+    module = NALoRALightningModule(
+        base,
+        lora=LoRAArguments(r=2, alpha=4, **lora),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=5e-2),
+        schedule=ScheduleArguments(name="constant", warmup_fraction=0.0),
+    )
+    saver = ModelCheckpoint(folder / "checkpoints", save_last=True)
+    quiet_trainer(folder, enable_checkpointing=True, callbacks=[saver]).fit(module, Batches(some_batches(3)))
+    return module
+
+
+def tied_llama(folder: Path, dtype: torch.dtype = torch.float32) -> str:
+    torch.manual_seed(0)
+    config = tiny_llama().config
+    config.tie_word_embeddings = True
+    config.pad_token_id = None
+    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)

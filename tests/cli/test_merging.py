@@ -6,38 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
-from module_helpers import Batches, quiet_trainer, saved_model, some_batches
+from module_helpers import logits, saved_model, trained
 from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from na_lora_lightning.arguments import LoRAArguments, ScheduleArguments
 from na_lora_lightning.cli.main import main
 from na_lora_lightning.cli.merge import MergeArguments, merge_adapter
 from na_lora_lightning.errors import ConfigurationError
-from na_lora_lightning.modules.language import NALoRALightningModule
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    batch = some_batches(1, rows=3)[0]
-    with torch.no_grad():
-        output: Any = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    return output.logits
-
-
-def trained(base: str, folder: Path, **lora: Any) -> NALoRALightningModule:
-    """Leaves an adapter in ``folder/adapter`` and a checkpoint in ``folder/checkpoints/last.ckpt``."""
-    seed_everything(0, verbose=False)
-    module = NALoRALightningModule(
-        base,
-        lora=LoRAArguments(r=2, alpha=4, **lora),
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=5e-2),
-        schedule=ScheduleArguments(name="constant", warmup_fraction=0.0),
-    )
-    saver = ModelCheckpoint(folder / "checkpoints", save_last=True)
-    quiet_trainer(folder, enable_checkpointing=True, callbacks=[saver]).fit(module, Batches(some_batches(3)))
-    return module
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -10,10 +10,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from module_helpers import saved_model
+from module_helpers import logits, saved_model, tied_llama
 from peft import PeftConfig, PeftModel, get_peft_model
-from test_merging import logits
-from test_ties import tied_llama
 from tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM
 

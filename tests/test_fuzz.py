@@ -1,4 +1,4 @@
-"""A few of the random combinations of options; ``python -m fuzz.options`` runs many."""
+"""A few odd data files and random combinations of options; ``python -m fuzz.data_files`` tries a thousand."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 
 import pytest
+from fuzz.data_files import Figures, run
 from fuzz.option_space import draw
 from fuzz.options import fuzz
 
@@ -30,3 +31,11 @@ def test_a_combination_follows_from_its_number_and_seed() -> None:
     first, again = (draw(5, 1, kinds, "data", Path("run")) for _ in range(2))
     assert first == again
     assert draw(6, 1, kinds, "data", Path("run")) != first
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_odd_files_are_trained_on_to_the_letter_or_refused_in_one_sentence() -> None:
+    figures = Figures()
+    run(30, 0, figures)
+    assert figures.files >= 30
+    assert figures.accepted.total() >= 10

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from module_helpers import tiny_tokenizer
+from module_helpers import logits, tied_llama, trained
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_merging import logits, trained
 from tiny_models import tiny_gpt2, tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
@@ -21,16 +20,6 @@ from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.models.lora import add_lora
 from na_lora_lightning.models.source import BaseModelSource
 from na_lora_lightning.models.ties import require_untiable, tied_adapted_weights, untie_adapted_weights
-
-
-def tied_llama(folder: Path, dtype: torch.dtype = torch.float32) -> str:
-    torch.manual_seed(0)
-    config = tiny_llama().config
-    config.tie_word_embeddings = True
-    config.pad_token_id = None
-    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")

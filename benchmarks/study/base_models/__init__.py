@@ -1,1 +1,0 @@
-"""What is fine-tuned: small models that the study pretrains itself, once, and ships."""

@@ -1,1 +1,0 @@
-"""Kills, full disks and long runs of ``na-lora fit``: ``make faults`` and ``make soak``."""

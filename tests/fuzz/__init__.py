@@ -1,1 +1,0 @@
-"""Random input for the package, by commands of their own."""

@@ -1,1 +1,0 @@
-"""Tiny randomly initialised models of every model type that transformers can build, for tests that go wide."""
