@@ -48,6 +48,8 @@ Mutation = Callable[[GateMap], None]
         ("causal-lm", "llama4_text", 5, 11, "silu", "gated"),
         ("causal-lm", "deepseek_v3", 5, 11, "silu", "gated"),
         ("image-text-to-text", "qwen2_5_vl", 2, 2, "silu", "gated"),
+        # A decoder alone in a model that may also hold an encoder-decoder.
+        ("image-text-to-text", "blip-2", 2, 2, "relu", "plain"),
         # Halves with lengths of their own, and experts in a dictionary.
         ("seq2seq", "bart", 4, 4, "gelu", "plain"),
         ("seq2seq", "t5gemma", 4, 4, "gelu_tanh", "gated"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -130,8 +130,12 @@ def part_of(root: nn.Module, language_model: str | None, name: str) -> Part:
 
 def has_decoder(module: nn.Module) -> bool:
     """Whether a module is an encoder with a decoder, whose ``attention_mask`` is the encoder's."""
+    config: Any = getattr(module, "config", None)
     if any(name.startswith("decoder_") for name in inspect.signature(module.forward).parameters):
-        return True
+        # BLIP-2 takes such arguments for one of its language models, and may hold one that is a decoder alone.
+        parts: tuple[Any, ...] = (config, getattr(config, "text_config", None))
+        told = [part.is_encoder_decoder for part in parts if hasattr(part, "is_encoder_decoder")]
+        return len(told) < 2 or any(told)
     # The two halves have the configuration of the whole.
     is_half = any(True for _ in module.children()) and not any("decoder" in name for name, _ in module.named_modules())
-    return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False)) and not is_half
+    return bool(getattr(config, "is_encoder_decoder", False)) and not is_half
