@@ -153,7 +153,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     A file is written beside its place under the name ``.<name>.partial``, brought to the disk, and then put into its
     place in one step, so that a kill or a power failure at any moment leaves the former file, or the new one.
     (Lightning's own plugin writes to the temporary folder of the machine, from where a file system of its own is copied
-    to, which is no single step.) Where writing fails, as on a full disk, training goes on with a
+    to, which takes more than one step.) Where writing fails, as on a full disk, training goes on with a
     :class:`CheckpointNotWrittenWarning`, and no older checkpoint is removed until one can be written again. Loading
     checks the whole file first.
     """

@@ -110,7 +110,7 @@ IGNORANT = "{% for message in messages %}{{ message.role }}{{ message.content }}
             "has 'functions', an older name of 'tools' that chat templates do not know; rename",
         ),
         ({**PAIR, "tools": "[1]"}, TOOL_TEMPLATE, "has 'tools' that are not a list of functions; give"),
-        ({**PAIR, "tools": "now"}, TOOL_TEMPLATE, r"has 'tools' that are no JSON \(.*\); correct"),
+        ({**PAIR, "tools": "now"}, TOOL_TEMPLATE, r"has 'tools' that are not JSON \(.*\); correct"),
         (
             {"messages": [*conversation("a"), {"role": "assistant", "tool_calls": "now"}]},
             TOOL_TEMPLATE,

@@ -67,7 +67,7 @@ def read_tools(record: dict[str, Any]) -> list[dict[str, Any]] | None:
         try:
             tools = json.loads(tools) if tools.strip() else None
         except ValueError as error:
-            raise DataError(f"has 'tools' that are no JSON ({error}); correct or remove them.") from error
+            raise DataError(f"has 'tools' that are not JSON ({error}); correct or remove them.") from error
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise DataError("has 'tools' that are not a list of functions; give the JSON schema of each.")
     if not tools and record.get("messages") is not None and record.get("functions"):
