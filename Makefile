@@ -57,7 +57,7 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 		--target $(OLDEST)/transformers4 transformers==4.57.1 huggingface_hub==0.34.0
 	@touch $@
 
-ZOO ?= causal-lm image-text-to-text seq2seq masked-lm text-encoding image-classification speech
+ZOO ?= causal-lm image-text-to-text seq2seq masked-lm text-encoding image-classification speech diffusers
 zoo: install ## Check gates on a tiny model of every type of transformers, and write docs/model_zoo.md
 	cd tests && ../$(BIN)/python -m zoo.report --jobs 2 $(ZOO:%=--mapping %) --output ../docs/model_zoo.md
 
