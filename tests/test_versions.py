@@ -24,7 +24,7 @@ def pins(file: str) -> dict[str, str]:
 
 def declared() -> dict[str, str]:
     project = (ROOT / "pyproject.toml").read_text()
-    extras = re.search(r"^test = .*$", project, flags=re.MULTILINE)
+    extras = re.search(r"^test = \[.*?\]$", project, flags=re.MULTILINE | re.DOTALL)
     assert extras
     needed = project[project.index("dependencies = [") : project.index("[project.optional-dependencies]")] + extras[0]
     return dict(re.findall(r'"([\w-]+)(?:\[\w+\])?>=([\d.]+)"', needed))

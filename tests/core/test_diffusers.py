@@ -16,7 +16,7 @@ from na_lora_lightning.core.discovery import discover_gates
 from na_lora_lightning.core.mechanisms.importance import ImportanceOptions
 from na_lora_lightning.core.observation.observer import ObserverOptions
 
-pytest.importorskip("diffusers", reason="the denoisers are those of diffusers, which the tests on the oldest versions do without")
+pytest.importorskip("diffusers", reason="on the oldest versions there is no diffusers")
 
 # It deprecates what it uses itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated and will be removed:FutureWarning")
