@@ -15,7 +15,7 @@ from zoo.check import Verdict, check
 from zoo.tables import Outcome, document, share_right
 from zoo.tiny_models import Mapping, build
 
-from na_lora_lightning.callbacks import gate_callback
+from na_lora_lightning.callbacks import session
 from na_lora_lightning.core.activations import KNOWN_ACTIVATIONS
 from na_lora_lightning.core.discovery.gates import discover_gates
 from na_lora_lightning.core.observation import passes, routed_rows
@@ -136,7 +136,7 @@ def mutated(monkeypatch: pytest.MonkeyPatch, model_type: str, mutation: Mutation
         return gates
 
     monkeypatch.setattr(zoo_check, "discover_gates", discover)
-    monkeypatch.setattr(gate_callback, "discover_gates", discover)
+    monkeypatch.setattr(session, "discover_gates", discover)
     return check(build("causal-lm", model_type))
 
 
