@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
-from pillow_processors import CLIPImageProcessorPil, Siglip2ImageProcessorPil, SiglipImageProcessorPil
+from tiny_models import CLIPImageProcessorPil, Siglip2ImageProcessorPil, SiglipImageProcessorPil
 from transformers import (
     CLIPConfig,
     CLIPModel,

@@ -13,8 +13,8 @@ import reference
 import torch
 from lightning.pytorch import Callback
 from lightning_models import ForeignModule, RowWatch, assert_equal_states, loader, lora_state, make_trainer
-from optimizer_stand_ins import Averaging, Lion, ScheduleFree
 from peft import PeftModel
+from stand_ins import Averaging, Lion, ScheduleFree
 from tiny_models import LLAMA_TARGETS, random_batch, tiny_llama, with_lora
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler

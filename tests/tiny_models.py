@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -133,3 +134,16 @@ def enable_checkpointing(model: PeftModel, use_reentrant: bool = False) -> None:
     enable = getattr(base, f"{name}_checkpointing_enable")
     enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": use_reentrant}})
     base.enable_input_require_grads()
+
+
+# Image processors that need no torchvision: transformers' plain ones in 5.0, and later those that end in Pil.
+def _pillow(name: str) -> Any:
+    return getattr(transformers, f"{name}ImageProcessorPil", None) or getattr(transformers, f"{name}ImageProcessor")
+
+
+CLIPImageProcessorPil = _pillow("CLIP")
+Gemma3ImageProcessorPil = _pillow("Gemma3")
+Idefics3ImageProcessorPil = _pillow("Idefics3")
+Qwen2VLImageProcessorPil = _pillow("Qwen2VL")
+SiglipImageProcessorPil = _pillow("Siglip")
+Siglip2ImageProcessorPil = _pillow("Siglip2")

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pillow_processors import (
+from test_data_helpers import byte_tokenizer, write_jsonl
+from tiny_models import (
     CLIPImageProcessorPil,
     Gemma3ImageProcessorPil,
     Idefics3ImageProcessorPil,
     Qwen2VLImageProcessorPil,
 )
-from test_data_helpers import byte_tokenizer, write_jsonl
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
