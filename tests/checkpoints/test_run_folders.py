@@ -20,16 +20,16 @@ CSV = ["--trainer.logger=lightning.pytorch.loggers.CSVLogger", "--trainer.logger
 LOGGERS = {
     "CSV": CSV,
     "none": ["--trainer.logger=false"],
-    "W&B": ["--trainer.logger=logger_stand_ins.OfflineWandb", "--trainer.logger.save_dir={root}"],
-    "MLflow": ["--trainer.logger=logger_stand_ins.OfflineMLFlow", "--trainer.logger.save_dir={root}"],
+    "W&B": ["--trainer.logger=stand_ins.OfflineWandb", "--trainer.logger.save_dir={root}"],
+    "MLflow": ["--trainer.logger=stand_ins.OfflineMLFlow", "--trainer.logger.save_dir={root}"],
     "MLflow on a server": [
-        "--trainer.logger=logger_stand_ins.OfflineMLFlow",
+        "--trainer.logger=stand_ins.OfflineMLFlow",
         "--trainer.logger.save_dir={root}",
         "--trainer.logger.tracking_uri=sqlite://",
     ],
-    "one's own": ["--trainer.logger=logger_stand_ins.Fleeting", "--trainer.logger.save_dir={root}"],
+    "one's own": ["--trainer.logger=stand_ins.Fleeting", "--trainer.logger.save_dir={root}"],
     "several": [
-        "--trainer.logger+=logger_stand_ins.OfflineWandb",
+        "--trainer.logger+=stand_ins.OfflineWandb",
         "--trainer.logger.save_dir={root}",
         "--trainer.logger+=lightning.pytorch.loggers.TensorBoardLogger",
         "--trainer.logger.save_dir={root}/tb",
