@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from fuzz.odd_files import END, START, OddFile, odd_files
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from test_data_helpers import END_OF_TURN, byte_tokenizer
 
-from fuzz.odd_files import END, START, OddFile, odd_files
 from na_lora_lightning.data import InstructionDataModule
 from na_lora_lightning.errors import ConfigurationError, DataError
 

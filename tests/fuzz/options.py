@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fuzz.option_checks import Spy, WrongError, require_equal, require_finite, require_plain_adapter, trained
+from fuzz.option_space import Combination, draw
 from module_helpers import saved_model, tiny_tokenizer, write_records
 from tiny_models import tiny_mixtral
 
-from fuzz.option_checks import Spy, WrongError, require_equal, require_finite, require_plain_adapter, trained
-from fuzz.option_space import Combination, draw
 from na_lora_lightning.cli.main import main
 
 _PLAIN = {"gate_importance.enabled": False, "step_scale.enabled": False}

@@ -10,11 +10,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-
-from na_lora_lightning.core.discovery.gates import discover_gates
-from na_lora_lightning.core.model_entry import root_of
-from na_lora_lightning.core.sites import GateMap, LeftOut
-from na_lora_lightning.errors import DataError, DiscoveryError
 from zoo.expectations import MIXES_PADDING, MORE_INPUTS, NOT_CALLED, PADDING, REFUSALS, WITHOUT_SITE
 from zoo.feed_forward import Blocks, find_blocks, has_linear_layers_alone
 from zoo.row_check import row_problems
@@ -22,6 +17,11 @@ from zoo.statistics_check import statistics_problems
 from zoo.tiny_models import TinyModel, quiet
 from zoo.training_check import training_problems
 from zoo.wrapping import LanguageSide, language_side, with_lora
+
+from na_lora_lightning.core.discovery.gates import discover_gates
+from na_lora_lightning.core.model_entry import root_of
+from na_lora_lightning.core.sites import GateMap, LeftOut
+from na_lora_lightning.errors import DataError, DiscoveryError
 
 
 @dataclass

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-
 from zoo.tiny_models import TinyModel
 
 

@@ -21,7 +21,6 @@ from typing import get_args
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
-
 from zoo.tables import Outcome, document, share_right, summary, with_blocks
 from zoo.tiny_models import Mapping, NotBuildable, build, model_types
 

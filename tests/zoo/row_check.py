@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from zoo.watching import Seen, changed_rows, look, moved_row, rows_of_experts
 
 from na_lora_lightning.core.pre_activations import ActivationInput
 from na_lora_lightning.core.sites import GateSite
-from zoo.watching import Seen, changed_rows, look, moved_row, rows_of_experts
 
 MOVES = (1.0, -1.0, 4.0, -4.0)
 UNCHANGED = 1e-3

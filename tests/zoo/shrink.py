@@ -15,7 +15,6 @@ from functools import cache
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
-
 from zoo.overrides import AFTER, BEFORE, MROPE, OVERRIDES
 
 VOCABULARY = 96

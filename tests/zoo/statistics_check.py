@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from zoo.inputs import WORDS
+from zoo.tiny_models import loss_of
+from zoo.watching import evaluating, look, rows_of_experts
 
 from na_lora_lightning.core.activations import ActivationValues
 from na_lora_lightning.core.observation.observer import GateObserver, ObserverOptions
 from na_lora_lightning.core.sites import GateSite
-from zoo.inputs import WORDS
-from zoo.tiny_models import loss_of
-from zoo.watching import evaluating, look, rows_of_experts
 
 SAME = 1e-4
 # Inputs that may be padded, and under which names they are told so.

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 from rich.table import Table
-
 from zoo.check import Verdict
 
 LONGEST = 300

@@ -20,7 +20,6 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
-
 from zoo import diffusion
 from zoo.diffusion import DENOISERS
 from zoo.inputs import Mapping, make_inputs

@@ -12,13 +12,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from zoo.tiny_models import loss_of, quiet
+from zoo.watching import lora_b
 
 from na_lora_lightning.callbacks.gate_importance import GateImportanceCallback
 from na_lora_lightning.callbacks.step_scale import StepScaleCallback
 from na_lora_lightning.core.sites import GateMap, GateSite
 from na_lora_lightning.errors import ConfigurationError
-from zoo.tiny_models import loss_of, quiet
-from zoo.watching import lora_b
 
 KEEP = 0.5
 HOOKS = (

@@ -9,12 +9,12 @@ from typing import get_args
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from zoo.expectations import LANGUAGE_SIDE, NOT_CALLED
+from zoo.tiny_models import TinyModel
 
 from na_lora_lightning.core.experts import expert_owners, stacked_parameters
 from na_lora_lightning.core.model_parts import Part
 from na_lora_lightning.models.targets import LoRATargets, lora_targets
-from zoo.expectations import LANGUAGE_SIDE, NOT_CALLED
-from zoo.tiny_models import TinyModel
 
 # Parts of a path that lead away from the language side, wherever they stand.
 FOREIGN = (
