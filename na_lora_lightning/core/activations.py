@@ -12,17 +12,14 @@ Any other element-wise function is differentiated by autograd (:class:`Elementwi
 from __future__ import annotations
 
 import math
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 _GRID_LIMIT = 12.0
-# Enough elements that even one in a thousand shows.
-_DRAWS = 1 << 15
 _SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
 
 
@@ -119,17 +116,17 @@ class Activation(ABC):
     @cached_property
     def has_constant_selection(self) -> bool:
         """Whether ρ' vanishes almost everywhere (ReLU, LeakyReLU), so that |ρ'| ranks nothing."""
-        return bool(self.evaluate(_grid()).selection_derivative.abs().max() < 1e-6)
+        return bool(self.evaluate(grid()).selection_derivative.abs().max() < 1e-6)
 
     @cached_property
     def has_constant_homogeneity(self) -> bool:
         """Whether E is constant on the support of φ (ReLU, ReLU², identity): no partition is meaningful."""
-        values = self.evaluate(_grid())
+        values = self.evaluate(grid())
         supported = values.homogeneity[values.output.abs() > 1e-9]
         return bool(supported.max() - supported.min() < 1e-3) if supported.numel() else True
 
 
-def _grid(points: int = 4000, limit: float = _GRID_LIMIT) -> Tensor:
+def grid(points: int = 4000, limit: float = _GRID_LIMIT) -> Tensor:
     """Float64 points in [−limit, limit] that avoid 0, where ρ = φ/z is not defined by division."""
     return torch.linspace(-limit, limit, points, dtype=torch.float64)
 
@@ -233,7 +230,7 @@ class ElementwiseActivation(Activation):
 
     def _looks_self_gated(self) -> bool:
         """φ(0) = 0 and φ(z)/z non-negative, non-decreasing and not constant."""
-        z = _grid().to(torch.float32)
+        z = grid().to(torch.float32)
         with torch.no_grad():
             at_zero = self._function(torch.zeros(1))
             ratio = self._function(z) / z
@@ -285,83 +282,3 @@ RELU = RectifiedPower("relu", power=1)
 RELU_SQUARED = RectifiedPower("relu_squared", power=2)
 
 KNOWN_ACTIVATIONS: tuple[Activation, ...] = (SILU, GELU, GELU_TANH, QUICK_GELU, RELU, RELU_SQUARED)
-
-
-def is_elementwise(function: Callable[[Tensor], Tensor]) -> bool:
-    """Whether ``function`` maps each element by itself: same shape, and the same on a part as on the whole.
-
-    Straight lines, the identity among them (and so dropout in evaluation mode), are not counted as activations.
-    """
-    z = _grid(64).to(torch.float32)
-    try:
-        with torch.no_grad():
-            # Clones, because the function may work in place.
-            whole, part, row = function(z.clone()), function(z[::3].clone()), function(z.clone().view(8, 8))
-    except Exception:  # A module that cannot take a plain vector is not an element-wise activation.
-        return False
-    if not (isinstance(whole, Tensor) and whole.shape == z.shape and isinstance(part, Tensor)):
-        return False
-    same = torch.allclose(whole[::3], part, atol=1e-6) and torch.allclose(whole.view(8, 8), row, atol=1e-6)
-    # Evenly spaced points show a straight line by equal differences.
-    steps = whole.diff()
-    return same and not torch.allclose(steps, steps[:1].expand_as(steps), rtol=1e-3, atol=1e-5)
-
-
-def is_random(module: nn.Module) -> bool:
-    """Whether a module that works element by element draws random numbers, in evaluation or in training mode.
-
-    Call it where the random state is kept.
-
-    Args:
-        module: The module, whose mode is as it was afterwards.
-    """
-    z = _grid(_DRAWS).to(torch.float32)
-    training = module.training
-    try:
-        for mode in (False, True):
-            module.train(mode)
-            answers = []
-            for seed in range(2):
-                torch.manual_seed(seed)
-                with torch.no_grad():
-                    answers.append(module(z.clone()))
-            if not torch.equal(*answers):
-                return True
-        return False
-    finally:
-        module.train(training)
-
-
-def activation_of(module: nn.Module) -> Activation | None:
-    """Identifies the activation that ``module`` computes, by its values rather than by its class name.
-
-    Args:
-        module: A module without children. It is evaluated on a small CPU grid (a copy is moved if it holds
-            parameters elsewhere).
-
-    Returns:
-        One of the closed forms where the values agree to 1e-5, an :class:`ElementwiseActivation` for any other
-        element-wise module, or None where the module is not element-wise, or is the identity.
-    """
-    learnable = any(True for _ in module.parameters())
-    if learnable:
-        # Parameters live on the model's device and change in training: never self-gated by assumption.
-        if not is_elementwise(module):
-            return None
-        return ElementwiseActivation(name_of(module), module.forward, self_gated=False)
-    if not is_elementwise(module):
-        return None
-    z = _grid(512).to(torch.float32)
-    with torch.no_grad():
-        values = module(z.clone())
-    for known in KNOWN_ACTIVATIONS:
-        if torch.allclose(known.evaluate(z).output, values, atol=1e-5, rtol=1e-5):
-            return known
-    # Not the module itself, whose hooks would call back here.
-    return ElementwiseActivation(name_of(module), module.forward)
-
-
-def name_of(module: nn.Module) -> str:
-    """A name for what a module computes, from that of its class."""
-    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(module).__name__).lower()
-    return re.sub(r"_?activation$", "", name) or name

@@ -23,9 +23,8 @@ from na_lora_lightning.core.activations import (
     SILU,
     Activation,
     ElementwiseActivation,
-    activation_of,
-    is_elementwise,
 )
+from na_lora_lightning.core.discovery.activation_modules import activation_of, is_elementwise
 
 NAMES = [activation.name for activation in KNOWN_ACTIVATIONS]
 SMOOTH = [SILU, GELU, GELU_TANH, QUICK_GELU]

@@ -15,8 +15,8 @@ from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.discovery.gates import discover_gates
 from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
 from na_lora_lightning.core.model_parts import branch_name, is_multimodal, language_model_name, part_of
+from na_lora_lightning.core.observation.masks_of_calls import mask_of_branch, token_mask_of_call
 from na_lora_lightning.core.observation.observer import ObserverOptions
-from na_lora_lightning.core.observation.tokens import mask_of_branch, token_mask_of_call
 from na_lora_lightning.errors import DiscoveryError
 from na_lora_lightning.models.targets import lora_targets
 

@@ -291,21 +291,3 @@ MROPE = {
     "hunyuan_vl_text",
     "qwen2_5_omni_text",
 }
-
-# Why a type cannot be built at all, by mapping.
-REASONS: dict[str, dict[str, str]] = {
-    "causal-lm": {
-        "gemma4_assistant": (
-            "transformers 5.23 cannot make it: its configuration demands that all layers share keys and values, "
-            "which the attention of Gemma 4 rejects"
-        ),
-        "gemma4_unified_assistant": (
-            "its forward takes hidden states, keys and values of the model that it assists, and gives no loss"
-        ),
-    },
-    "image-classification": {
-        "dinat": "it needs the library natten",
-        "timm_wrapper": "it needs the library timm",
-    },
-    "image-text-to-text": {"diffusion_gemma": "its forward takes no labels and gives no loss"},
-}

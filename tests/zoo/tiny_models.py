@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 import time
 import warnings
@@ -22,8 +23,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from zoo import diffusion
 from zoo.diffusion import DENOISERS
-from zoo.inputs import Mapping, make_inputs
-from zoo.overrides import FOR_MAPPING, REASONS
+from zoo.images_and_sound import IMAGES, image, recordings, safe_image
+from zoo.inputs import SPECIAL, Mapping, lengths_of_its_own, shifted, some_labels, text_inputs
+from zoo.overrides import FOR_MAPPING
 from zoo.shrink import tiny_config
 
 MAPPINGS: dict[str, Any] = {
@@ -38,6 +40,24 @@ MAPPINGS: dict[str, Any] = {
         **modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
         **modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES,
     },
+}
+
+# Why a type cannot be built at all, by mapping.
+REASONS: dict[str, dict[str, str]] = {
+    "causal-lm": {
+        "gemma4_assistant": (
+            "transformers 5.23 cannot make it: its configuration demands that all layers share keys and values, "
+            "which the attention of Gemma 4 rejects"
+        ),
+        "gemma4_unified_assistant": (
+            "its forward takes hidden states, keys and values of the model that it assists, and gives no loss"
+        ),
+    },
+    "image-classification": {
+        "dinat": "it needs the library natten",
+        "timm_wrapper": "it needs the library timm",
+    },
+    "image-text-to-text": {"diffusion_gemma": "its forward takes no labels and gives no loss"},
 }
 
 
@@ -119,6 +139,35 @@ def liven(model: nn.Module, seed: int) -> None:
             buffer.normal_(0.0, 0.05, generator=generator)
         elif name.endswith("tid2eid"):  # The experts of each token, where these do not depend on the hidden state.
             buffer.copy_(torch.rand(len(buffer), 4, generator=generator).argsort(-1)[:, : buffer.shape[1]])
+
+
+def make_inputs(
+    mapping: Mapping,
+    model_type: str,
+    cls: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    generator: torch.Generator,
+) -> dict[str, Any]:
+    """The arguments of a training step of a model of class ``cls``."""
+    accepted = inspect.signature(cls.forward).parameters
+    if mapping == "image-classification" and model_type != "shieldgemma2":
+        return image(config, generator) if model_type not in IMAGES else IMAGES[model_type](config, generator)
+    if mapping == "speech" and (model_type == "pop2piano" or "input_ids" not in accepted):
+        return recordings(config, accepted, generator)
+    inputs = text_inputs(cls.forward, config, generator)
+    if mapping == "image-classification":
+        return safe_image(inputs, config, generator)
+    if mapping in ("causal-lm", "image-text-to-text") or (mapping in ("seq2seq", "speech") and model_type in SPECIAL):
+        return SPECIAL[model_type](inputs, config, generator) if model_type in SPECIAL else inputs
+    if mapping == "text-encoding":
+        del inputs["labels"]
+    elif "decoder_input_ids" in accepted:
+        inputs = lengths_of_its_own(inputs, generator)
+        if model_type == "fsmt":
+            inputs = shifted(inputs, config, generator)
+    elif mapping == "masked-lm":
+        inputs = some_labels(inputs)
+    return inputs
 
 
 def build(mapping: Mapping, model_type: str, seed: int = 0, **values: Any) -> TinyModel:

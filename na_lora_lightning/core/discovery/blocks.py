@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from na_lora_lightning.core.discovery.tracing import ActivationCall, LinearCall, Trace
+from na_lora_lightning.core.discovery.trace import ActivationCall, LinearCall, Trace
 from na_lora_lightning.core.lora_layers import is_linear, is_lora_layer
 from na_lora_lightning.core.model_entry import vocabulary_size
 

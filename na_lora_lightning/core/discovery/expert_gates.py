@@ -11,11 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from na_lora_lightning.core.activations import Activation, ElementwiseActivation, name_of
+from na_lora_lightning.core.activations import Activation, ElementwiseActivation
 from na_lora_lightning.core.channels import take_features
+from na_lora_lightning.core.discovery.activation_modules import name_of
 from na_lora_lightning.core.discovery.functional_probe import identify
 from na_lora_lightning.core.discovery.row_probe import probe_rows
-from na_lora_lightning.core.discovery.tracing import ActivationCall, ExpertsCall, Trace
+from na_lora_lightning.core.discovery.trace import ActivationCall, ExpertsCall, Trace
 from na_lora_lightning.core.experts import Arrangement, Experts, experts_of_rows, stacked_parameters
 from na_lora_lightning.core.lora_layers import active_adapters, lora_b
 from na_lora_lightning.core.pre_activations import GATE_METHOD, ActivationInput, GateMethod, PreActivationSource

@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 from na_lora_lightning.core.discovery.blocks import Ancestors, Blocks, ancestors
 from na_lora_lightning.core.discovery.functional_probe import FunctionalGate, identify, is_linear_in
 from na_lora_lightning.core.discovery.picked import origin_of
-from na_lora_lightning.core.discovery.tracing import LinearCall, ModuleCall, first_argument
+from na_lora_lightning.core.discovery.trace import LinearCall, ModuleCall
+from na_lora_lightning.core.discovery.tracing import first_argument
 from na_lora_lightning.core.lora_layers import active_adapters, is_lora_layer
 from na_lora_lightning.core.pre_activations import LayerOutput
 from na_lora_lightning.core.sites import GateMap, GateSite, LeftOut

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from na_lora_lightning.core.activations import Activation, activation_of, is_random
+from na_lora_lightning.core.activations import Activation
+from na_lora_lightning.core.discovery.activation_modules import activation_of, is_random
 from na_lora_lightning.core.discovery.blocks import Blocks, Unadaptable
 from na_lora_lightning.core.discovery.expert_gates import expert_gates, plain_name
 from na_lora_lightning.core.discovery.functional_gates import functional_gates
@@ -27,7 +28,8 @@ from na_lora_lightning.core.discovery.probe_inputs import axes_told_apart, requi
 from na_lora_lightning.core.discovery.repeats import Repeats, share_module
 from na_lora_lightning.core.discovery.row_probe import positional_rows, probe_rows, storage_rows
 from na_lora_lightning.core.discovery.siblings import sites_of_siblings
-from na_lora_lightning.core.discovery.tracing import ActivationCall, LinearCall, Trace, trace_forward
+from na_lora_lightning.core.discovery.trace import ActivationCall, LinearCall, Trace
+from na_lora_lightning.core.discovery.tracing import trace_forward
 from na_lora_lightning.core.discovery.undisturbed import undisturbed
 from na_lora_lightning.core.discovery.unreached import parts_to_call, unreached
 from na_lora_lightning.core.lora_layers import (

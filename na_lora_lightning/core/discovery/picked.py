@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from na_lora_lightning.core.discovery.blocks import ancestors
-from na_lora_lightning.core.discovery.tracing import LinearCall
+from na_lora_lightning.core.discovery.trace import LinearCall
 from na_lora_lightning.core.gathered import given_features, places
 
 # What autograd calls picking.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from na_lora_lightning.core.discovery.blocks import same_tensor
-from na_lora_lightning.core.discovery.tracing import ActivationCall
+from na_lora_lightning.core.discovery.trace import ActivationCall
 from na_lora_lightning.core.sites import GateSite, LeftOut
 from na_lora_lightning.errors import DiscoveryError
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from na_lora_lightning.core.activations import activation_of
+from na_lora_lightning.core.discovery.activation_modules import activation_of
 from na_lora_lightning.core.discovery.expert_gates import plain_name
 from na_lora_lightning.core.discovery.probe_inputs import probe_inputs
 from na_lora_lightning.core.lora_layers import is_linear, is_lora_layer, is_on_parameter

@@ -20,13 +20,13 @@ from na_lora_lightning.core.compilation import outside_of_graphs
 from na_lora_lightning.core.gathered import places, tokens_given
 from na_lora_lightning.core.model_entry import MASKS
 from na_lora_lightning.core.observation.mask_fitting import MaskFitter
-from na_lora_lightning.core.observation.tokens import (
-    TokenSelection,
+from na_lora_lightning.core.observation.masks_of_calls import (
     mask_beside,
     mask_of_branch,
     shared_mask,
     token_mask_of_call,
 )
+from na_lora_lightning.core.observation.tokens import TokenSelection
 from na_lora_lightning.core.pre_activations import Handle
 from na_lora_lightning.core.sites import GateSite
 from na_lora_lightning.errors import DataError, DiscoveryError
