@@ -1,7 +1,9 @@
-"""Both mechanisms with nothing but their defaults, in numbers: under Lightning and in a plain loop."""
+"""Both mechanisms with nothing but their defaults, in numbers; and the public names, cheap to import."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from peft import PeftModel
 from tiny_models import random_batch
 from torch import Tensor, nn
 
+import na_lora_lightning
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback, nonlinearity_aware
 from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
@@ -158,3 +161,25 @@ def test_a_plain_loop(make_peft_model: Callable[..., PeftModel]) -> None:
     assert controller.steps == STEPS
     name = f"gate_mask_density/{sites[0].activation.name}"
     assert metrics[name] == pytest.approx(0.9, abs=0.5 / sites[0].channels)
+
+
+def test_every_public_name_is_there() -> None:
+    for name in na_lora_lightning.__all__:
+        assert getattr(na_lora_lightning, name) is not None
+    assert set(na_lora_lightning.__all__) <= set(dir(na_lora_lightning))
+    with pytest.raises(AttributeError, match="has no attribute 'Nonsense'"):
+        na_lora_lightning.Nonsense  # noqa: B018
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = "import sys, na_lora_lightning, na_lora_lightning.cli.main; print([m for m in sys.modules if '.' not in m])"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for heavy in ("torch", "transformers", "lightning", "peft"):
+        assert f"'{heavy}'" not in loaded
+
+
+def test_the_core_does_not_import_lightning_or_peft() -> None:
+    code = "import sys, na_lora_lightning.core.controller; print([m for m in sys.modules if '.' not in m])"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for foreign in ("lightning", "pytorch_lightning", "peft", "transformers"):
+        assert f"'{foreign}'" not in loaded

@@ -14,10 +14,12 @@ import torch
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_models import VISION_KINDS, image_batch, tiny_peft_model
-from module_helpers import quiet_trainer
+from module_helpers import (
+    private_dataset_cache,  # noqa: F401
+    quiet_trainer,
+)
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_data_helpers import private_dataset_cache  # noqa: F401
 from tiny_models import PLAIN_SCALE
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from vision_helpers import picture, tiny_vlm_processor, vlm_folders, write_vision_records  # noqa: F401

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from module_helpers import byte_tokenizer
 from PIL import Image
-from test_data_helpers import byte_tokenizer
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("sklearn", reason="the example's digits come from scikit-learn")

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from module_helpers import byte_tokenizer, write_jsonl
 from PIL import Image
-from test_data_helpers import byte_tokenizer, write_jsonl
 from tiny_models import (
     CLIPImageProcessorPil,
     Gemma3ImageProcessorPil,

@@ -1,4 +1,4 @@
-"""What makes a run resumable at any moment: when checkpoints are saved, and what they hold of the curves."""
+"""What makes a run resumable: when checkpoints are saved, what they hold of the curves, and the saved configuration."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import Tensor
 from typing_extensions import override
 
 from na_lora_lightning.checkpoints.csv_curves import ContinuedWriter
-from na_lora_lightning.checkpoints.paths import same_path
-from na_lora_lightning.checkpoints.run_folders import is_dry_run
+from na_lora_lightning.checkpoints.run_folder import free_path, run_folder
+from na_lora_lightning.checkpoints.run_folders import is_dry_run, same_path
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.lightning_internals import (
     forget_batches_of_finished_epoch,
@@ -228,3 +229,25 @@ def discard_points_from(logger: Logger, step: int) -> None:
     writer = logger.experiment.file_writer
     writer.event_writer.add_event(start)
     writer.flush()
+
+
+class RunConfigCallback(SaveConfigCallback):
+    """Writes ``config.yaml`` as Lightning does, but never over that of another run.
+
+    A fit has a folder of its own, or goes on in it; where a validation, test or prediction shares one, its
+    configuration gets a number.
+    """
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Writes the file."""
+        if self.already_saved:
+            return
+        folder = run_folder(trainer)
+        if trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / self.config_filename
+            path = path if stage == "fit" else free_path(path)
+            self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=self.multifile)
+            self.save_config(trainer, pl_module, stage)
+        self.already_saved = True

@@ -13,7 +13,6 @@ from typing_extensions import override
 
 from na_lora_lightning.checkpoints.adapter_state import require_adapter_folder
 from na_lora_lightning.checkpoints.files import RUN_FILE, RUN_KEY, checkpoints_below, describe_content
-from na_lora_lightning.checkpoints.paths import is_within, same_path
 from na_lora_lightning.checkpoints.run_folders import (
     CHECKPOINTS,
     begun_folder,
@@ -25,7 +24,9 @@ from na_lora_lightning.checkpoints.run_folders import (
     is_dry_run,
     is_first_process,
     is_remote,
+    is_within,
     reserve_folder,
+    same_path,
 )
 from na_lora_lightning.checkpoints.run_record import Hold, RunRecord, hold_adapter, hold_folder, read_record
 from na_lora_lightning.errors import ConfigurationError

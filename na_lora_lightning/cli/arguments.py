@@ -1,15 +1,22 @@
-"""Arguments of the command line before and after the parser: classes of data, switches, shared settings."""
+"""Arguments around the parser: classes of data, switches, functions that make an optimizer, and the help's order."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import inspect
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import ArgumentParser, Namespace, class_from_function
+from torch.optim import Optimizer
+from typing_extensions import override
 
 from na_lora_lightning.cli.errors import explain, read_yaml
 from na_lora_lightning.errors import ConfigurationError
+from na_lora_lightning.modules.optimization import takes_model
 
 _SWITCH_WORDS = ("true", "false")
 
@@ -109,3 +116,102 @@ def config_files(arguments: Sequence[str]) -> list[str]:
         if option in ("-c", "--config"):
             files += [value] if value else list(arguments[position + 1 : position + 2])
     return files
+
+
+_OPTION = "--model.optimizer"
+
+
+@contextmanager
+def functions_as_classes(arguments: Sequence[str]) -> Iterator[None]:
+    """Has the parser see a class where the function is that ``model.optimizer`` names.
+
+    The parser gives options to classes alone, and leaves the first argument, which is the model here, to the fit.
+
+    Args:
+        arguments: The command line.
+    """
+    replaced: list[tuple[Any, str, Any]] = []
+    try:
+        for path in sorted(_named(arguments)):
+            module_name, _, name = path.rpartition(".")
+            try:
+                module = import_module(module_name)
+            except (ImportError, ValueError):
+                # The parser says so, and names the option.
+                continue
+            function = getattr(module, name, None)
+            if inspect.isfunction(function) and takes_model(function):
+                replaced.append((module, name, function))
+                setattr(module, name, _class_of(function, module_name, name))
+        yield
+    finally:
+        for module, name, function in replaced:
+            setattr(module, name, function)
+
+
+def _class_of(function: Any, module_name: str, name: str) -> type[Optimizer]:
+    kind = class_from_function(function, Optimizer, name="_Made")
+    # It would be kept here for the next function.
+    del globals()["_Made"]
+    kind.__module__, kind.__name__, kind.__qualname__ = module_name, name, name
+    return kind
+
+
+def _named(arguments: Sequence[str]) -> set[str]:
+    """What the command line and its files name as the optimizer."""
+    found: set[Any] = set()
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        option, equals, value = argument.partition("=")
+        if option in (_OPTION, f"{_OPTION}.class_path"):
+            found.add(_path_of(read_yaml(value if equals else following) or (value if equals else following)))
+    for file in config_files(arguments):
+        content = read_yaml(file)
+        model = content.get("model") if isinstance(content, Mapping) else None
+        if isinstance(model, Mapping):
+            found.add(_path_of(model.get("optimizer")))
+    return {path for path in found if isinstance(path, str) and "." in path}
+
+
+def _path_of(value: Any) -> Any:
+    return value.get("class_path") if isinstance(value, Mapping) else value
+
+
+DESCRIPTIONS = {
+    "fit": "Trains a LoRA adapter; both mechanisms are on unless switched off.",
+    "validate": "Measures loss, perplexity and exact match on the validation data.",
+    "test": "Measures loss, perplexity and exact match on the test data.",
+    "predict": "Generates answers to prompts.",
+}
+# Groups whose titles come from docstrings of Lightning's.
+_TITLES = {"trainer": "Lightning's Trainer", **dict.fromkeys(DESCRIPTIONS, "The checkpoint to start from")}
+# Of docstrings: a role such as :class:`~package.module.Name`, and a literal.
+_ROLE = re.compile(r":[\w:]+:`~?(?:[\w.]+\.)?([^`<]+?)(?:\s*<[^`>]*>)?`", re.ASCII)
+_LITERAL = re.compile(r"``(.+?)``|`([^`<]+?)(?:\s*<([^`>]*)>)?`_{0,2}", re.DOTALL)
+
+
+class PlainParser(ArgumentParser):
+    """A parser whose help can be read in a terminal."""
+
+    @override
+    def format_help(self, *arguments: Any, **options: Any) -> str:
+        """Puts the groups of options in order and takes the markup out of all texts."""
+        groups = self.groups or {}
+        for name, group in groups.items():
+            title = _TITLES.get(name) or " ".join((plain(group.title) or "").split())
+            group.title = f"{title.removesuffix(f' ({name})')} ({name})"
+        for action in self._actions:
+            action.help = plain(action.help)
+        # A stable order, so that those of the trainer go last and all others stay.
+        self._action_groups = sorted(self._action_groups, key=lambda group: group is groups.get("trainer"))
+        text: str = super().format_help(*arguments, **options)
+        return text
+
+
+def plain(text: str | None) -> str | None:
+    """Text without the markup of Sphinx: of a role the last part of its name, of a literal what is in it."""
+    if not text:
+        return text
+    return _LITERAL.sub(
+        lambda match: match[1] or match[2] + (f" ({match[3]})" if match[3] else ""),
+        _ROLE.sub(r"\1", text),
+    )

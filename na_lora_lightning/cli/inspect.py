@@ -57,7 +57,7 @@ def inspect_model(source: BaseModelSource, lora: LoRAArguments) -> GateMap:
 def _example_inputs(base: PreTrainedModel, source: BaseModelSource, lora: LoRAArguments) -> dict[str, Any] | None:
     """What reaches every part with LoRA; None stands for a few tokens of text."""
     from na_lora_lightning.core.model_parts import is_multimodal
-    from na_lora_lightning.data.images.example import example_of_processor
+    from na_lora_lightning.data.images.batching import example_of_processor
     from na_lora_lightning.data.processors import load_processor
     from na_lora_lightning.models.dual_encoder import example_inputs
     from na_lora_lightning.models.source import DUAL_ENCODERS
@@ -162,8 +162,8 @@ def main(arguments: list[str]) -> int:
     from jsonargparse import ArgumentError
 
     from na_lora_lightning.arguments import LoRAArguments
+    from na_lora_lightning.cli.arguments import PlainParser
     from na_lora_lightning.cli.errors import explain
-    from na_lora_lightning.cli.help import PlainParser
     from na_lora_lightning.models.source import BaseModelSource
 
     parser = PlainParser(

@@ -6,13 +6,14 @@ What a subcommand needs is imported when it runs, so that ``na-lora --help`` is 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from na_lora_lightning import __version__
-from na_lora_lightning.cli.output import unread_output_is_dropped
 from na_lora_lightning.errors import NALoRAError
 from na_lora_lightning.versions import require_new_transformers
 
@@ -106,8 +107,7 @@ def _report(message: str) -> int:
 
 
 def _train(arguments: Sequence[str]) -> int:
-    from na_lora_lightning.cli.arguments import in_sections
-    from na_lora_lightning.cli.optimizer import functions_as_classes
+    from na_lora_lightning.cli.arguments import functions_as_classes, in_sections
     from na_lora_lightning.cli.training import NALoRACLI
 
     given = in_sections(arguments, _COMMANDS)
@@ -158,3 +158,47 @@ def _without_known_noise() -> Iterator[None]:
     finally:
         for logger in loggers:
             logger.removeFilter(messages)
+
+
+class _Stream:
+    """A stream whose text goes nowhere once nobody reads it, so that the work goes on."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return int(self._stream.write(text))
+        except BrokenPipeError:
+            self._leave()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._leave()
+
+    def _leave(self) -> None:
+        # For whoever else writes there, and for what waits in buffers until the interpreter ends.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def unread_output_is_dropped() -> Iterator[None]:
+    """Lets a command go on to its end when the reader of its output stops, as ``head`` does."""
+    streams = sys.stdout, sys.stderr
+    output, errors = (stream and _Stream(stream) for stream in streams)
+    sys.stdout, sys.stderr = output, errors
+    try:
+        yield
+    finally:
+        for stream in (output, errors):
+            if stream is not None:
+                stream.flush()
+        sys.stdout, sys.stderr = streams

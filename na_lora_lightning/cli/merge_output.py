@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from safetensors import SafetensorError
 
 from na_lora_lightning.checkpoints.adapter_folder import copy_reader, has_tokenizer
-from na_lora_lightning.checkpoints.paths import is_within
+from na_lora_lightning.checkpoints.run_folders import is_within
 from na_lora_lightning.errors import CheckpointError, ConfigurationError, one_line
 from na_lora_lightning.models.source import BaseModelSource
 

@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from na_lora_lightning.callbacks.gate_importance import GateImportanceCallback
 from na_lora_lightning.callbacks.step_scale import StepScaleCallback
-from na_lora_lightning.checkpoints.callbacks import ResumableCurves, RunCheckpoint
+from na_lora_lightning.checkpoints.callbacks import ResumableCurves, RunCheckpoint, RunConfigCallback
 from na_lora_lightning.checkpoints.files import AtomicCheckpointIO
 from na_lora_lightning.checkpoints.last_run import (
     continue_last_run,
@@ -30,9 +30,10 @@ from na_lora_lightning.checkpoints.last_run import (
 )
 from na_lora_lightning.checkpoints.run_folder import RunFolder, free_path, run_folder
 from na_lora_lightning.checkpoints.run_folders import is_dry_run
-from na_lora_lightning.checkpoints.saved_config import RunConfigCallback
 from na_lora_lightning.checkpoints.stopping import quiet_writers, stopped_from_outside
 from na_lora_lightning.cli.arguments import (
+    DESCRIPTIONS,
+    PlainParser,
     config_files,
     expand_switches,
     names_data_class,
@@ -41,7 +42,6 @@ from na_lora_lightning.cli.arguments import (
     with_switches,
 )
 from na_lora_lightning.cli.errors import errors_of_lightning, explain
-from na_lora_lightning.cli.help import DESCRIPTIONS, PlainParser
 from na_lora_lightning.cli.trainer_options import require_metrics, require_possible, require_usable_callbacks, with_end
 from na_lora_lightning.core.in_force import say
 from na_lora_lightning.data import InstructionDataModule

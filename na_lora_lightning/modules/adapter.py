@@ -28,8 +28,13 @@ from na_lora_lightning.checkpoints.averaging import (
     restore_averages,
     weight_averaging,
 )
-from na_lora_lightning.checkpoints.best import load_best, monitored_checkpoint
-from na_lora_lightning.checkpoints.measurements import Measurement, WrittenAdapter, validation_metrics
+from na_lora_lightning.checkpoints.measurements import (
+    Measurement,
+    WrittenAdapter,
+    load_best,
+    monitored_checkpoint,
+    validation_metrics,
+)
 from na_lora_lightning.checkpoints.model_card import adapter_card
 from na_lora_lightning.checkpoints.random_state import (
     RANDOM_STATE_KEY,

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from foreign_checks import check
 from foreign_modules import (
     Manual,
     OddBatches,
@@ -32,6 +31,7 @@ from lightning_models import (
     Batches,
     ForeignModule,
     assert_equal_states,
+    check,
     loader,
     lora_state,
     make_trainer,

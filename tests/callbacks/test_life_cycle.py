@@ -11,10 +11,18 @@ from typing import Any
 
 import cloudpickle
 import pytest
-from foreign_checks import both, fitted_alone
 from foreign_modules import Validated
 from lightning.pytorch import Callback
-from lightning_models import ForeignModule, assert_equal_states, hooks_of, loader, lora_state, make_trainer
+from lightning_models import (
+    ForeignModule,
+    assert_equal_states,
+    both,
+    fitted_alone,
+    hooks_of,
+    loader,
+    lora_state,
+    make_trainer,
+)
 
 from na_lora_lightning import GateImportanceCallback
 from na_lora_lightning.errors import ConfigurationError, UpdateError

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from foreign_checks import both, fitted_alone
 from foreign_modules import Manual
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning_models import ForeignModule, assert_equal_states, loader, lora_state, make_trainer
+from lightning_models import ForeignModule, assert_equal_states, both, fitted_alone, loader, lora_state, make_trainer
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback
 from na_lora_lightning import lightning_internals as trainer_progress

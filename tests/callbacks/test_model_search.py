@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from foreign_checks import check
 from foreign_modules import (
     PLAIN_CHANNELS,
     PLAIN_EXAMPLE,
@@ -27,6 +26,7 @@ from foreign_modules import (
 from lightning.pytorch import Callback, LightningModule
 from lightning_models import (
     assert_equal_states,
+    check,
     loader,
     lora_state,
     make_trainer,

@@ -12,10 +12,9 @@ import torch
 from huggingface_hub import ModelCard
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from module_helpers import Batches, quiet_trainer, saved_model, some_batches
+from module_helpers import CHAT_TEMPLATE, Batches, byte_tokenizer, quiet_trainer, saved_model, some_batches, write_jsonl
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_data_helpers import CHAT_TEMPLATE, byte_tokenizer, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from test_data_helpers import private_dataset_cache  # noqa: F401
+from module_helpers import private_dataset_cache  # noqa: F401
 from vision_helpers import vlm_folders, write_vision_records  # noqa: F401
 
 from na_lora_lightning.cli.main import main

@@ -9,8 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from module_helpers import quiet_trainer
-from test_data_helpers import byte_tokenizer, write_jsonl
+from module_helpers import byte_tokenizer, quiet_trainer, write_jsonl
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from na_lora_lightning.arguments import AdapterArguments, EvaluationArguments, LoRAArguments, ScheduleArguments

@@ -12,7 +12,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, LightningModule, Trainer
-from test_data_helpers import (  # noqa: F401
+from module_helpers import (  # noqa: F401
     END_OF_TURN,
     byte_tokenizer,
     conversation,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from module_helpers import byte_tokenizer, conversation
 from test_data_encoding import encode, encoder_of, target_text
-from test_data_helpers import byte_tokenizer, conversation
 
 from na_lora_lightning.errors import DataError
 

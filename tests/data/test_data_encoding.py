@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_data_helpers import END_OF_TURN, byte_tokenizer, conversation
+from module_helpers import END_OF_TURN, byte_tokenizer, conversation
 from transformers import PreTrainedTokenizerFast
 
 from na_lora_lightning.data.text.encoding import RecordEncoder

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
-from test_data_helpers import (  # noqa: F401
+from module_helpers import (  # noqa: F401
     END_OF_TURN,
     conversation,
     private_dataset_cache,

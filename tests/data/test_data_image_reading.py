@@ -13,8 +13,8 @@ import datasets
 import numpy as np
 import pytest
 from datasets import Dataset, Features, List, Value
+from module_helpers import private_dataset_cache, write_jsonl  # noqa: F401
 from PIL import Image
-from test_data_helpers import private_dataset_cache, write_jsonl  # noqa: F401
 from vision_helpers import picture, write_pictures
 
 from na_lora_lightning.data.files.sources import load_records

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetNotFoundError
-from test_data_helpers import numbered_records, private_dataset_cache, write_jsonl  # noqa: F401
+from module_helpers import numbered_records, private_dataset_cache, write_jsonl  # noqa: F401
 
 from na_lora_lightning.data.files import sources
 from na_lora_lightning.data.files.sources import load_records

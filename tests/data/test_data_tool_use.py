@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from test_data_helpers import END_OF_TURN, byte_tokenizer, conversation
+from module_helpers import END_OF_TURN, byte_tokenizer, conversation
 
 from na_lora_lightning.data.images.records import read_vision_conversation
 from na_lora_lightning.data.text.encoding import RecordEncoder

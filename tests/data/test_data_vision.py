@@ -12,8 +12,8 @@ import datasets
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, Features, List, Value
+from module_helpers import private_dataset_cache, write_jsonl  # noqa: F401
 from PIL import Image
-from test_data_helpers import private_dataset_cache, write_jsonl  # noqa: F401
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForImageTextToText
 from vision_helpers import (  # noqa: F401

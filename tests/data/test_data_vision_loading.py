@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from module_helpers import quiet_trainer
+from module_helpers import private_dataset_cache, quiet_trainer, write_jsonl  # noqa: F401
 from test_data import RecordingModule, SaveAt, trainer
-from test_data_helpers import private_dataset_cache, write_jsonl  # noqa: F401
 from vision_helpers import (
     numbered_vision_records,
     picture,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_data_helpers import private_dataset_cache, write_jsonl  # noqa: F401
+from module_helpers import private_dataset_cache, write_jsonl  # noqa: F401
 from tokenizers.processors import TemplateProcessing
 from vision_helpers import picture, target_texts, tiny_vlm_processor, vlm_folders  # noqa: F401
 

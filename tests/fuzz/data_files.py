@@ -22,7 +22,7 @@ import datasets
 from fuzz.odd_files import END, START, OddFile, odd_files
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from test_data_helpers import END_OF_TURN, byte_tokenizer
+from module_helpers import END_OF_TURN, byte_tokenizer
 
 from na_lora_lightning.data import InstructionDataModule
 from na_lora_lightning.errors import ConfigurationError, DataError

@@ -96,7 +96,7 @@ def write_evidence(results: Iterable[dict[str, Any]], check: bool = False) -> bo
     pages = make_pages(make_tables(sources))
     same = all((file := DOCUMENTS / name).is_file() and file.read_text() == text for name, text in pages.items())
     if not check:
-        from benchmarks.study.report.evidence_figures import draw_all
+        from benchmarks.study.report.figures import draw_all
 
         for name, text in pages.items():
             (DOCUMENTS / name).write_text(text)

@@ -10,10 +10,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.study.report.comparison import Table, compare, score_of, verdicts
-from benchmarks.study.report.paired import bootstrap_interval, sign_test
+from benchmarks.study.report.comparison import Table, bootstrap_interval, compare, score_of, sign_test, verdicts
+from benchmarks.study.report.mechanism import at_equal_forgetting
 from benchmarks.study.report.summary import VERDICT_HEAD, Rows, shown, verdict_rows
-from benchmarks.study.report.tradeoff import at_equal_forgetting
 from benchmarks.study.run.specification import Study, load_study, results_of
 
 BASELINE = "lora"

@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from benchmarks.study.errors import StudyError
-from benchmarks.study.report.comparison import Table, Verdict, When, compare, verdicts
+from benchmarks.study.report.comparison import Table, Verdict, When, bootstrap_interval, compare, sign_test, verdicts
 from benchmarks.study.report.mechanism import Mechanism, mechanisms
-from benchmarks.study.report.paired import bootstrap_interval, sign_test
 
 Rows = list[list[str]]
 VERDICT_HEAD = ["arm", "settings", "test loss, % of baseline", "95 % interval", "better", "p", "p (Holm)", "time"]

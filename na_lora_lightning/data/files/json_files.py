@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, ClassVar, NoReturn, TextIO
 
+import pyarrow as pa
 from datasets import Features, Value
+from datasets.features.features import register_feature
 
-from na_lora_lightning.data.files.json_feature import JsonText
 from na_lora_lightning.data.files.record_tables import Rows, Table, batches_of
 from na_lora_lightning.data.files.text_files import open_text
 from na_lora_lightning.errors import DataError
@@ -176,3 +179,34 @@ def _number(text: str) -> float:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_number)
+
+
+@dataclass
+class JsonText:
+    """A feature of ``datasets`` for values that have no common type, stored as JSON text.
+
+    A struct of Arrow has the same fields in all rows, so that a key of one row would be null in all others.
+    """
+
+    id: str | None = field(default=None, repr=False)
+    dtype: ClassVar[str] = "json"
+    pa_type: ClassVar[Any] = pa.string()
+    _type: str = field(default="NaLoraJsonText", init=False, repr=False)
+
+    def __call__(self) -> Any:
+        """The type that it is stored as."""
+        return self.pa_type
+
+    def encode_example(self, value: Any) -> str | None:
+        """The text of a value."""
+        return None if value is None else json.dumps(value)
+
+    def decode_example(self, value: str | None, token_per_repo_id: Any = None) -> Any:
+        """The value of a text."""
+        return None if value is None else json.loads(value)
+
+
+with warnings.catch_warnings():
+    # It calls itself experimental.
+    warnings.simplefilter("ignore")
+    register_feature(JsonText, "NaLoraJsonText")

@@ -1,18 +1,20 @@
-"""Batches with images: decoding in the loading processes, the processor's own batching, and labels."""
+"""Batches with images: decoding in the loading processes, the processor's own batching, labels, and one example."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from datasets import Dataset
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset as TorchDataset
 
 from na_lora_lightning.data.batching import ResumableDataLoader
-from na_lora_lightning.data.images.encoding import VisionRecordEncoder
+from na_lora_lightning.data.images.encoding import NUMBER_OF_IMAGES, VisionRecordEncoder
 from na_lora_lightning.data.record_images import RecordImages
 from na_lora_lightning.errors import DataError, ImageError
 from na_lora_lightning.labels import IGNORED_LABEL
@@ -245,3 +247,30 @@ def _separate(rows: Sequence[Row]) -> tuple[list[Row], list[ImageError]]:
 def _first_line(error: BaseException) -> str:
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return line.rstrip(".")
+
+
+_SIDE = 64
+_LENGTH = 1_000_000
+
+
+def noise_image() -> Image.Image:
+    """A small picture of noise, the same at each call."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (_SIDE, _SIDE, 3), dtype=np.uint8))
+
+
+def example_of_processor(processor: Any) -> dict[str, Tensor]:
+    """Has a processor make one short question about a picture of noise.
+
+    Args:
+        processor: What :func:`~na_lora_lightning.data.processors.load_processor` returned.
+
+    Returns:
+        The model's inputs, ``input_ids`` and ``attention_mask`` ``[1, length]`` int64 among them.
+
+    Raises:
+        ConfigurationError: The processor lacks what instruction data needs.
+    """
+    encoder = VisionRecordEncoder(processor, max_length=_LENGTH, use_chat_template=None, system_prompt=None)
+    record = {"prompt": "What is this?", "completion": "Noise.", NUMBER_OF_IMAGES: 1}
+    row = encoder(record, 0, source="the example", evaluation=False, needs_completion=True)
+    return VisionCollator(encoder, evaluation=False).inputs_of([{**row, "pictures": [noise_image()]}])

@@ -9,9 +9,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from na_lora_lightning.data.image_reading import ImageReader
-from na_lora_lightning.data.images.batching import SKIP_REMEDY, VisionCollator, VisionDataLoader, VisionRecords
+from na_lora_lightning.data.images.batching import (
+    SKIP_REMEDY,
+    VisionCollator,
+    VisionDataLoader,
+    VisionRecords,
+    noise_image,
+)
 from na_lora_lightning.data.images.encoding import NUMBER_OF_IMAGES, VisionRecordEncoder, require_options_of
-from na_lora_lightning.data.images.example import noise_image
 from na_lora_lightning.data.options import TextOptions, require_at_least
 from na_lora_lightning.data.processors import load_processor
 from na_lora_lightning.data.record_images import RecordImages, folder_of

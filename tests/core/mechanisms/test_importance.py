@@ -1,8 +1,10 @@
-"""Options, moving averages, masks and weights of the temporal-importance mechanism."""
+"""Options, moving averages, masks and weights of the temporal-importance mechanism, and options saved beside them."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import reference
@@ -11,12 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import LLAMA_TARGETS, PLAIN_IMPORTANCE, tiny_llama, with_lora
 
+from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.discovery.gates import discover_gates
 from na_lora_lightning.core.layout import Layout
 from na_lora_lightning.core.mechanisms.importance import TemporalImportance, row_weights, top_k_mask
 from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions, kept_count
 from na_lora_lightning.core.mechanisms.mechanism import moving_average
-from na_lora_lightning.core.observation.observer import StepStatistics
+from na_lora_lightning.core.mechanisms.saved_options import changed_options, in_words, saved_options
+from na_lora_lightning.core.mechanisms.step_scale_options import StepScaleOptions
+from na_lora_lightning.core.observation.observer import ObserverOptions, StepStatistics
 from na_lora_lightning.errors import ConfigurationError
 
 CPU = torch.device("cpu")
@@ -160,3 +165,31 @@ def test_a_criterion_that_cannot_rank_is_refused() -> None:
         with pytest.raises(ConfigurationError, match=r"cannot rank the channels of .*use criterion='output_deriv"):
             ImportanceOptions(criterion=criterion).check_activations(gates.sites)  # type: ignore[arg-type]
     ImportanceOptions(criterion="output_derivative").check_activations(gates.sites)
+
+
+def make_controller(max_tokens: int | None = 5, **options: Any) -> GateController:
+    model = with_lora(tiny_llama(), LLAMA_TARGETS)
+    controller = GateController(model, discover_gates(model).require(), ObserverOptions(max_tokens=max_tokens))
+    controller.set_importance(ImportanceOptions(**options))
+    controller.set_step_scale(StepScaleOptions())
+    return controller
+
+
+def test_a_controller_says_what_is_other_than_its_state(caplog: pytest.LogCaptureFixture) -> None:
+    state = make_controller().state_dict()
+    with caplog.at_level(logging.INFO, "na_lora_lightning"):
+        assert make_controller().load_state_dict(state) == {}
+        assert caplog.messages == []
+        changes = make_controller(max_tokens=None, beta=0.5).load_state_dict(state)
+    assert changes == {"max_tokens": (5, None), "importance.beta": (0.9, 0.5)}
+    assert caplog.messages == [
+        "NA-LoRA resumes with other options than its saved state has: max_tokens 5 → None, importance.beta 0.9 → 0.5."
+    ]
+
+
+def test_a_state_of_an_earlier_version_has_few_options_or_none() -> None:
+    earlier = {"criterion": "homogeneity_gap", "signed": False, "steps": 3}
+    assert saved_options(earlier, "criterion", "signed") == {"criterion": "homogeneity_gap", "signed": False}
+    assert changed_options({}, ImportanceOptions()) == {}
+    changes = changed_options(saved_options(earlier, "criterion", "signed"), ImportanceOptions())
+    assert in_words(changes) == "criterion homogeneity_gap → output_derivative"

@@ -15,7 +15,7 @@ from benchmarks.study.errors import StudyError
 from benchmarks.study.report.comparison import compare
 from benchmarks.study.report.evidence import DOCUMENTS, EvidenceTable, make_pages, make_tables, write_evidence
 from benchmarks.study.report.evidence_tables import Sources
-from benchmarks.study.report.tradeoff import at_equal_forgetting
+from benchmarks.study.report.mechanism import at_equal_forgetting
 from benchmarks.study.run.specification import Cell
 from benchmarks.study.run.storage import Results
 from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions

@@ -15,9 +15,8 @@ from scipy import stats
 from study_helpers import result
 
 from benchmarks.study.errors import StudyError
-from benchmarks.study.report.comparison import compare, verdicts
+from benchmarks.study.report.comparison import bootstrap_interval, compare, holm, sign_test, verdicts
 from benchmarks.study.report.mechanism import mechanisms
-from benchmarks.study.report.paired import bootstrap_interval, holm, sign_test
 from benchmarks.study.report.summary import make_report, markdown, sections
 
 
