@@ -48,7 +48,8 @@ class GateSite:
             called without a mask of its own.
         picked_from: The module that was given the tokens of which the site sees those that were picked for it, where
             it is in one expert of several.
-        time_first: Whether the pre-activation is ``[length, batch, channels]``.
+        time_first: Whether the pre-activation is ``[length, batch, channels]``, or that as rows; None where its tokens
+            are known to stand in another order than that, and than sample after sample.
     """
 
     name: str
@@ -67,7 +68,7 @@ class GateSite:
     branch: nn.Module | None = None
     shares_mask: bool = False
     picked_from: nn.Module | None = None
-    time_first: bool = False
+    time_first: bool | None = False
 
     @property
     def channels(self) -> int:

@@ -132,7 +132,6 @@ def _gate_of(
         output_layer_name=consumer.name,
         output_layer=consumer.module,
         picked_from=origin_of(producer),
-        time_first=blocks.trace.is_time_first(producer.output),
     )
 
 

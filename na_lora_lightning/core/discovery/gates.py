@@ -28,6 +28,7 @@ from na_lora_lightning.core.discovery.probe_inputs import axes_told_apart, requi
 from na_lora_lightning.core.discovery.repeats import Repeats, share_module
 from na_lora_lightning.core.discovery.row_probe import positional_rows, probe_rows, storage_rows
 from na_lora_lightning.core.discovery.siblings import sites_of_siblings
+from na_lora_lightning.core.discovery.token_order import set_token_order
 from na_lora_lightning.core.discovery.trace import ActivationCall, LinearCall, Trace
 from na_lora_lightning.core.discovery.tracing import trace_forward
 from na_lora_lightning.core.discovery.undisturbed import undisturbed
@@ -108,6 +109,7 @@ def _discover(model: nn.Module, root: nn.Module, example_inputs: Mapping[str, An
         found.sites += extra.sites
         found.left_out += extra.left_out
     _excuse_vectors(found, blocks)
+    set_token_order(found.sites, root, trace)
     called = {call.module for call in trace.linear_calls}
     siblings = sites_of_siblings(root, found.sites, called)
     found.sites += siblings
@@ -239,7 +241,6 @@ def _classify(call: ActivationCall, activation: Activation, blocks: Blocks) -> l
             output_layer=block.consumer.module,
             found_by=mapped[1],
             picked_from=origin_of(producer),
-            time_first=blocks.trace.is_time_first(call.pre_activation),
         )
         sites.append((call.index, site))
     if sites:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,6 +108,7 @@ class Trace:
         experts_calls: Calls of stacked experts.
         module_calls: Calls of modules that have children.
         call_counts: Number of calls of each childless module.
+        inputs: What the model was called with.
         samples: Of the batch; None where it cannot be told.
     """
 
@@ -116,12 +118,8 @@ class Trace:
     experts_calls: list[ExpertsCall] = field(default_factory=list)
     module_calls: list[ModuleCall] = field(default_factory=list)
     call_counts: Counter[nn.Module] = field(default_factory=Counter)
+    inputs: Mapping[str, Any] = field(default_factory=dict)
     samples: int | None = None
-
-    def is_time_first(self, values: Tensor | None) -> bool:
-        """Whether ``values`` of a layer are ``[length, batch, channels]``."""
-        batch = values.shape[:2] if values is not None and values.ndim == 3 else None
-        return batch is not None and batch[1] == self.samples != batch[0]
 
     def linear_of_leaf(self) -> dict[int, LinearCall]:
         """Maps ``id`` of a leaf to its linear call."""

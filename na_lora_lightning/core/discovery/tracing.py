@@ -155,7 +155,7 @@ def trace_forward(
     """
     shards = Shards(model or root)
     recorder = _Recorder(shards)
-    recorder.trace.samples = samples_of(inputs)
+    recorder.trace.inputs, recorder.trace.samples = inputs, samples_of(inputs)
     owners = {owner: (name, wrappers) for name, owner, wrappers in expert_owners(root)}
     wrapping = {wrapper for _, wrappers in owners.values() for _, wrapper in wrappers}
     with ExitStack() as stack:

@@ -99,13 +99,14 @@ class TokenSelection:
         assert mask is not None, "it was checked before"
         return mask.reshape(-1)
 
-    def rows(self, values: Tensor, name: str, time_first: bool = False) -> Tensor:
+    def rows(self, values: Tensor, name: str, time_first: bool | None = False) -> Tensor:
         """The looked-at tokens of ``values``.
 
         Args:
             values: ``[batch, length, channels]`` or ``[tokens, channels]``.
             name: Site, for the message.
-            time_first: Whether they are ``[length, batch, channels]``.
+            time_first: Whether they are ``[length, batch, channels]``, or that as rows; None where their order is not
+                known.
 
         Returns:
             ``[looked-at tokens, channels]`` in the dtype of ``values``, without a graph; a padded token is replaced
@@ -114,9 +115,9 @@ class TokenSelection:
         Raises:
             DataError: The padding mask cannot be matched to the shape.
         """
-        if time_first and self._mask is not None and values.ndim == 3 and values.shape[1] == len(self._mask):
-            values = values.transpose(0, 1)
-        self._check(tuple(values.shape[:-1]), name)
+        if time_first and self._mask is not None:
+            values = _sample_after_sample(values, len(self._mask))
+        self._check(tuple(values.shape[:-1]), name, is_in_order=time_first is not None)
         flat = values.detach().reshape(-1, values.shape[-1])
         positions, _ = self._choose(flat.shape[0], flat.device)
         return flat if positions is None else flat.index_select(0, positions)
@@ -146,20 +147,18 @@ class TokenSelection:
         positions, weights = self._choose(tokens, device)
         return (torch.arange(tokens, device=device) if positions is None else positions), weights
 
-    def _check(self, leading: tuple[int, ...], name: str) -> None:
+    def _check(self, leading: tuple[int, ...], name: str, is_in_order: bool = True) -> None:
         if self._beside is not None and leading == tuple(self._beside.shape) and not bool(self._beside.all()):
             raise DataError(
                 f"the gate {name!r} sees as many tokens as encoder_attention_mask is for, {leading}, and some of them "
                 "are padding, which would enter the statistics; exclude this layer from the LoRA targets, or train on "
                 "texts without padding."
             )
-        if (
-            self._mask is None
-            or 0 in leading
-            or leading in (tuple(self._mask.shape), (self._mask.numel(),), (len(self._mask), 1))
-        ):
+        if self._mask is None or 0 in leading:
             return
-        if leading[0] == len(self._mask) or len(leading) == 1:
+        if is_in_order and leading in (tuple(self._mask.shape), (self._mask.numel(),), (len(self._mask), 1)):
+            return
+        if is_in_order and (leading[0] == len(self._mask) or len(leading) == 1):
             tokens = torch.Size(leading).numel()
             if tokens not in (len(self._mask), self._mask.numel()) and self._mask_of(tokens) is not None:
                 return
@@ -173,3 +172,10 @@ class TokenSelection:
             f"which sees tokens of shape {leading}, so padding would enter the statistics; exclude this layer from the "
             "LoRA targets, or, where an attention mask alone tells of padding, train with unpadded batches without one."
         )
+
+
+def _sample_after_sample(values: Tensor, samples: int) -> Tensor:
+    """``[samples, length, channels]`` of ``[length, samples, channels]``, or of that as rows; others as they are."""
+    if values.ndim == 2 and len(values) % samples == 0:
+        values = values.view(-1, samples, values.shape[-1])
+    return values.transpose(0, 1) if values.ndim == 3 and values.shape[1] == samples else values

@@ -100,7 +100,8 @@ class GradientWatch:
     def is_moved(self, parameter: Tensor) -> bool:
         """The same, by something else than zeros; synchronises."""
         if not self.backward_passes:
-            return True
+            # Its layer may have been skipped, or the gradient set by no backward pass.
+            return parameter.grad is not None and bool(local_part(parameter.grad).any())
         left = self._left.get(self._places[id(parameter)])
         return left is not None and bool(local_part(left[0]).any())
 

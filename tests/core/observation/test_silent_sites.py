@@ -122,6 +122,27 @@ def test_what_is_checked_are_the_rows_of_steps_that_are_taken(how: str) -> None:
             optimizer.step()
 
 
+def test_a_first_step_that_skips_all_gates_trains_none_and_is_no_error() -> None:
+    """Other layers are trained in it, so that the optimizer steps; what a fused block hides is refused in the next."""
+    with training() as (model, controller, optimizer):
+        model.skipped = {0, 1, 2}
+        optimizer.step()
+        assert controller.steps == 1
+        model.skipped = set()
+        backward(model)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert bool((controller.importance.importance > 0).all())  # type: ignore[union-attr]
+    with training() as (model, _, optimizer):
+        model.blocks[1].fused = True
+        model(torch.randn(2, 3, WIDTH)).sum()
+        for parameter in model.parameters():
+            # As a backward pass does that calls no hook.
+            parameter.grad = torch.ones_like(parameter)
+        with pytest.raises(DiscoveryError, match=r"blocks\.1\.act saw no token in the first step that trains"):
+            optimizer.step()
+
+
 def speech() -> nn.Module:
     few: Any = {"conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2}
     few |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "mask_time_prob": 0.0}

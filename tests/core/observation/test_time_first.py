@@ -86,17 +86,19 @@ def xlnet() -> nn.Module:
 class TimeFirst(nn.Module):
     """Somebody's own, told of padding as torch's own layers are; in ``batch_first`` like most models of today."""
 
-    def __init__(self, batch_first: bool = False) -> None:
+    def __init__(self, batch_first: bool = False, as_rows: bool = False) -> None:
         super().__init__()
-        self.up, self.down, self.batch_first = nn.Linear(4, 12), nn.Linear(12, 8), batch_first
+        self.up, self.down = nn.Linear(4, 12), nn.Linear(12, 8)
+        self.batch_first, self.as_rows = batch_first, as_rows
 
     def forward(self, sound: Tensor, src_key_padding_mask: Tensor | None = None) -> Tensor:
         hidden = sound if self.batch_first else sound.transpose(0, 1)
+        hidden = hidden.flatten(0, 1) if self.as_rows else hidden
         return self.down(functional.silu(self.up(hidden)))
 
 
-def own(batch_first: bool = False) -> nn.Module:
-    return get_peft_model(TimeFirst(batch_first), LoraConfig(r=2, target_modules=["up"]))
+def own(batch_first: bool = False, as_rows: bool = False) -> nn.Module:
+    return get_peft_model(TimeFirst(batch_first, as_rows), LoraConfig(r=2, target_modules=["up"]))
 
 
 def sounds(mask: Tensor) -> dict[str, Any]:
@@ -124,14 +126,16 @@ def test_tokens_of_layers_that_see_time_first_are_those_of_the_reference(
         assert importance == pytest.approx(reference.responsiveness("output_derivative", "gelu", rows), abs=2e-6), name
 
 
+@pytest.mark.parametrize("as_rows", [False, True])
 @pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("example", LENGTHS)
+@pytest.mark.parametrize("example", [*LENGTHS, (4,)])
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_which_axis_is_time_is_read_off_inputs_that_are_square_too(
-    lengths: tuple[int, ...], example: tuple[int, ...], batch_first: bool
+    lengths: tuple[int, ...], example: tuple[int, ...], batch_first: bool, as_rows: bool
 ) -> None:
     mask = real(*lengths)
-    ((importance, z),) = observed(own(batch_first), sounds(mask), sounds(real(*example))).values()
+    ((importance, z),) = observed(own(batch_first, as_rows), sounds(mask), sounds(real(*example))).values()
+    z = z.view(*(mask.shape if batch_first else mask.T.shape), -1)
     rows = (z if batch_first else z.transpose(0, 1))[mask].tolist()
     assert importance == pytest.approx(reference.responsiveness("output_derivative", "silu", rows), abs=2e-6)
 
@@ -142,7 +146,12 @@ def test_layers_that_see_time_first_and_padding_of_other_tokens_are_refused() ->
         observed(own(), {**batch, "src_key_padding_mask": ~real(6, 4)}, batch)
 
 
-def test_an_order_that_is_not_known_is_told_with_the_first_batch_and_refused_with_padding() -> None:
+@pytest.mark.parametrize(("batch", "as_rows"), [(2, False), (3, False), (2, True), (1, True)])
+def test_an_order_that_is_not_known_is_told_with_the_first_batch_and_refused_with_padding(
+    batch: int, as_rows: bool
+) -> None:
+    """Windows of three tokens that stand one after another, as many as there are samples, or as rows."""
+
     class Windows(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -150,16 +159,15 @@ def test_an_order_that_is_not_known_is_told_with_the_first_batch_and_refused_wit
 
         def forward(self, sound: Tensor, attention_mask: Tensor | None = None) -> Tensor:
             windows = sound.unflatten(1, (3, -1)).transpose(1, 2).flatten(0, 1)
-            return self.down(functional.silu(self.up(windows)))
+            return self.down(functional.silu(self.up(windows.flatten(0, 1) if as_rows else windows)))
 
     model: Any = get_peft_model(Windows(), LoraConfig(r=2, target_modules=["up"]))  # type: ignore[arg-type]
-    sound = torch.randn(2, 6, 4)
+    sound = torch.randn(3, 6, 4)
+    example, mask = {"sound": sound[:batch]}, torch.ones(3, 6, dtype=torch.long)
     with pytest.warns(UserWarning, match=r"'silu' sees the tokens in an order .* a batch with padding will be") as told:
-        ((importance, z),) = observed(
-            model, {"sound": sound, "attention_mask": real(6, 6).long()}, {"sound": sound}
-        ).values()
+        ((importance, z),) = observed(model, {"sound": sound, "attention_mask": mask}, example).values()
     assert len(told) == 1
     rows = z.reshape(-1, 12).tolist()
     assert importance == pytest.approx(reference.responsiveness("output_derivative", "silu", rows), abs=2e-6)
-    with pytest.raises(DataError, match=r"mask of shape \(2, 6\) cannot be matched to the gate 'silu'"):
-        observed(model, {"sound": sound, "attention_mask": real(6, 4).long()}, {"sound": sound})
+    with pytest.raises(DataError, match=r"mask of shape \(3, 6\) cannot be matched to the gate 'silu'"):
+        observed(model, {"sound": sound, "attention_mask": real(6, 4, 6).long()}, example)
