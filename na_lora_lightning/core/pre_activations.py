@@ -66,6 +66,30 @@ class ActivationInput(PreActivationSource):
 
 
 @dataclass(frozen=True)
+class ActivationInputs(PreActivationSource):
+    """The first positional inputs of several activation modules, all made by the same rows.
+
+    Attributes:
+        others: The modules beside the first.
+    """
+
+    others: tuple[nn.Module, ...]
+
+    def watch(self, watcher: Watcher) -> Handle:
+        """See :meth:`PreActivationSource.watch`."""
+        return _Together([ActivationInput(module).watch(watcher) for module in (self.module, *self.others)])
+
+
+@dataclass(frozen=True)
+class _Together(Handle):
+    handles: list[torch.utils.hooks.RemovableHandle]
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
 class LayerOutput(PreActivationSource):
     """The output of the layer before a functional activation.
 

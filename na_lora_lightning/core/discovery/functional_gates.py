@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -52,30 +52,34 @@ def functional_gates(blocks: Blocks) -> GateMap:
     Returns:
         Sites, and whatever else bends what a linear layer puts out on its way to another, and why it is not a site.
     """
-    found: dict[tuple[str, ...], _Found] = {}
+    # By the calls of the layers, which may do something else each time.
+    found: dict[tuple[LinearCall, ...], _Found] = {}
     known: dict[tuple[Any, ...], FunctionalGate | str | None] = {}
     for consumer in blocks.trace.linear_calls:
         met = blocks.inputs[id(consumer)]
         producers = blocks.linear_calls(met.leaves)
         names = tuple(producer.name for producer in producers)
-        if not producers or not _bends(met) or (names in found and found[names].sites):
+        calls = tuple(producers)
+        if not producers or not _bends(met) or (calls in found and found[calls].sites):
             continue
         reason = blocks.why_not_feed_forward(producers, consumer)
         if reason is not None:
-            found.setdefault(names, _Found(left_out=[LeftOut(names[0], "function", reason, producers=names)]))
+            found.setdefault(calls, _Found(left_out=[LeftOut(names[0], "function", reason, producers=names)]))
             continue
         results = [_gate_of(blocks, producer, producers, consumer, known) for producer in producers]
-        found[names] = _Found(
+        found[calls] = _Found(
             [result for result in results if isinstance(result, GateSite)],
             [result for result in results if isinstance(result, LeftOut)],
         )
     gates = GateMap(
         [site for each in found.values() for site in each.sites],
-        [entry for each in found.values() for entry in each.left_out],
+        list(dict.fromkeys(entry for each in found.values() for entry in each.left_out)),
     )
-    called = Counter(site.name for site in gates.sites)
+    layers: dict[str, set[nn.Module]] = defaultdict(set)
     for site in gates.sites:
-        if called[site.name] > 1:
+        layers[site.name].add(site.lora_layer)
+    for site in gates.sites:
+        if len(layers[site.name]) > 1:
             # Layers that stand in separate lists have no other name in common.
             site.name = f"{site.lora_layer_name}.{site.activation.name}"
     return gates

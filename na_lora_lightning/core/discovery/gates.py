@@ -25,7 +25,7 @@ from na_lora_lightning.core.discovery.expert_gates import expert_gates, plain_na
 from na_lora_lightning.core.discovery.functional_gates import functional_gates
 from na_lora_lightning.core.discovery.picked import origin_of
 from na_lora_lightning.core.discovery.probe_inputs import axes_told_apart, require_probe_inputs, what_to_give
-from na_lora_lightning.core.discovery.repeats import Repeats, share_module
+from na_lora_lightning.core.discovery.repeats import Repeats, one_site_for_rows, share_module
 from na_lora_lightning.core.discovery.row_probe import positional_rows, probe_rows, storage_rows
 from na_lora_lightning.core.discovery.siblings import sites_of_siblings
 from na_lora_lightning.core.discovery.token_order import set_token_order
@@ -108,6 +108,8 @@ def _discover(model: nn.Module, root: nn.Module, example_inputs: Mapping[str, An
     for extra in (expert_gates(trace, activations), functional_gates(blocks)):
         found.sites += extra.sites
         found.left_out += extra.left_out
+    found.sites, shared = one_site_for_rows(found.sites, root)
+    found.left_out += shared
     _excuse_vectors(found, blocks)
     set_token_order(found.sites, root, trace)
     called = {call.module for call in trace.linear_calls}

@@ -1,11 +1,21 @@
-"""Gates that share a module, and gates that several modules compute alike."""
+"""Gates that share a module or rows, and gates that several modules compute alike.
+
+A row is held and scaled once in a step, so it belongs to one site.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import replace
+
 import torch
+from torch import nn
 
 from na_lora_lightning.core.discovery.blocks import same_tensor
 from na_lora_lightning.core.discovery.trace import ActivationCall
+from na_lora_lightning.core.model_parts import branch_name, half_of, language_model_name
+from na_lora_lightning.core.pre_activations import ActivationInput, ActivationInputs, LayerOutput
 from na_lora_lightning.core.sites import GateSite, LeftOut
 from na_lora_lightning.errors import DiscoveryError
 
@@ -62,3 +72,62 @@ def _is_same(z: torch.Tensor, site: GateSite, other_z: torch.Tensor, other: Gate
         and same_tensor(z, other_z)
         and torch.equal(site.rows, other.rows)
     )
+
+
+def one_site_for_rows(sites: Iterable[GateSite], root: nn.Module) -> tuple[list[GateSite], list[LeftOut]]:
+    """One site for rows that make several gates, of all that they make; or none, with the reason.
+
+    Args:
+        sites: Sites that were found.
+        root: The model.
+
+    Returns:
+        Sites without a row in common, and the gates that cannot be put together.
+    """
+    by_layer: dict[nn.Module, list[GateSite]] = defaultdict(list)
+    for site in sites:
+        by_layer[site.lora_layer].append(site)
+    kept: list[GateSite] = []
+    left_out: list[LeftOut] = []
+    for found in by_layer.values():
+        while found:
+            first = found.pop(0)
+            shared = [site for site in found if set(site.rows.tolist()) & set(first.rows.tolist())]
+            found = [site for site in found if site not in shared]
+            together = _together([first, *shared], root)
+            if together is not None:
+                kept.append(together)
+                continue
+            for site in (first, *shared):
+                others = ", ".join(dict.fromkeys(other.name for other in (first, *shared) if other is not site))
+                reason = f"the rows of {site.lora_layer_name} that make it make {others} too, and serve one gate alone"
+                left_out.append(LeftOut(site.name, site.activation.name, reason, not_supported=True))
+    return kept, left_out
+
+
+def _together(sites: list[GateSite], root: nn.Module) -> GateSite | None:
+    first = sites[0]
+    if len(sites) == 1:
+        return first
+    if not all(site.activation.name == first.activation.name and torch.equal(site.rows, first.rows) for site in sites):
+        return None
+    kinds = {type(site.source) for site in sites}
+    if kinds == {LayerOutput} and len({_clamp(site) for site in sites}) == 1:
+        # It sees all calls of the layer.
+        return first
+    modules = dict.fromkeys(site.source.module for site in sites)
+    if kinds != {ActivationInput} or len(modules) < len(sites) or any(site.calls is not None for site in sites):
+        return None
+    if len({_part(root, site.name) for site in sites}) > 1:
+        return None
+    return replace(first, source=ActivationInputs(first.source.module, tuple(modules)[1:]))
+
+
+def _clamp(site: GateSite) -> tuple[float | None, float | None]:
+    assert isinstance(site.source, LayerOutput)
+    return site.source.channels.lowest, site.source.channels.highest
+
+
+def _part(root: nn.Module, name: str) -> tuple[object, object]:
+    """What has tokens of its own."""
+    return branch_name(root, language_model_name(root), name), half_of(root, name)
