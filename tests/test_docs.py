@@ -76,6 +76,23 @@ def test_the_readme_is_short_and_begins_with_what_matters() -> None:
         assert part in first_screen
 
 
+def test_on_a_package_index_the_readme_names_files_instead_of_linking_them() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    hook = project.partition("[tool.hatch.metadata.hooks.fancy-pypi-readme]")[2].partition("\n\n[")[0]
+    rules = re.findall(r"pattern = '(.*)', replacement = (?:'(.*)'|\"\")", hook)
+    assert len(rules) == 4
+    text = readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for pattern, replacement in rules:
+        text = re.sub(pattern, replacement, text)
+    # Nor is there a link that ends on another line than it begins.
+    assert "](" in readme
+    assert "](" not in text
+    assert "![" not in text
+    named = re.findall(r"(?:\[|`)`?((?:docs|examples|benchmarks)/[\w/]+\.\w+|[A-Z]+\.md)`", text)
+    assert len(named) > 15
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
 def test_every_page_of_the_documentation_is_in_its_index() -> None:
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     listed = {line for block in re.findall(r"```\{toctree\}(.*?)```", index, re.DOTALL) for line in block.split()}
