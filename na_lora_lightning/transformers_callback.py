@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import pickle
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -12,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
+from na_lora_lightning.checkpoints.controller_state import STATE_FILE, find_state, fingerprint, save_state
 from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
 from na_lora_lightning.core.mechanisms.metrics import as_floats
@@ -30,8 +28,6 @@ from na_lora_lightning.plain_pytorch import attached_controller
 
 if TYPE_CHECKING:
     from transformers import Trainer
-
-STATE_FILE = "na_lora_state.pt"
 
 # A Trainer does not tell its callbacks when training fails, so the next training of a model cleans up.
 _left: WeakKeyDictionary[nn.Module, tuple[ref[GateController], ref[Optimizer]]] = WeakKeyDictionary()
@@ -187,9 +183,7 @@ class NALoRATrainerCallback(TrainerCallback, ExportableState):
                 stacklevel=2,
             )
             return
-        partial = folder / f".{STATE_FILE}.partial"
-        torch.save(self.controller.state_dict(), partial)
-        partial.replace(folder / STATE_FILE)
+        save_state(self.controller.state_dict(), folder)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -216,7 +210,7 @@ class NALoRATrainerCallback(TrainerCallback, ExportableState):
                 "resume_from": None if self._resume_from is None else os.fspath(self._resume_from),
             },
             "attributes": {
-                "fingerprint": None if self.controller is None else _fingerprint(self.controller.state_dict())
+                "fingerprint": None if self.controller is None else fingerprint(self.controller.state_dict())
             },
         }
 
@@ -248,14 +242,13 @@ class NALoRATrainerCallback(TrainerCallback, ExportableState):
             # Trainer expects every callback of this kind to have an entry when it saves.
             entries[name] = self.state()
             return
-        fingerprint = (entry[-1] if isinstance(entry, list) else entry)["attributes"]["fingerprint"]
+        wanted = (entry[-1] if isinstance(entry, list) else entry)["attributes"]["fingerprint"]
         candidates = [self._resume_from, args.resume_from_checkpoint, _checkpoint_folder(args, state)]
         looked_in = [Path(candidate) for candidate in candidates if isinstance(candidate, (str, os.PathLike))]
-        for folder in looked_in:
-            saved = _read(folder / STATE_FILE)
-            if saved is not None and _fingerprint(saved) == fingerprint:
-                self._attached().load_state_dict(saved)
-                return
+        saved = find_state(looked_in, wanted)
+        if saved is not None:
+            self._attached().load_state_dict(saved)
+            return
         raise CheckpointError(
             f"the NA-LoRA state of the checkpoint at step {state.global_step} was not found (no intact {STATE_FILE} "
             f"that belongs to it in {', '.join(map(str, looked_in))}), so this would not be the run that was "
@@ -297,30 +290,3 @@ def _detach_left_over(model: nn.Module, optimizer: Optimizer) -> None:
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    """The state in a file, or None where there is none or it is damaged."""
-    try:
-        saved: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):
-        return None
-    return saved
-
-
-def _fingerprint(state: Mapping[str, Any]) -> str:
-    """Tells states apart: a hash of all names and values."""
-    found = hashlib.sha256()
-
-    def add(value: Any) -> None:
-        if isinstance(value, Mapping):
-            for name in sorted(value):
-                found.update(name.encode())
-                add(value[name])
-        elif isinstance(value, Tensor):
-            found.update(value.detach().cpu().contiguous().numpy().tobytes())
-        else:
-            found.update(repr(value).encode())
-
-    add(state)
-    return found.hexdigest()

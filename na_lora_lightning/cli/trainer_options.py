@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -85,6 +85,24 @@ def require_possible(options: Mapping[str, Any], fits: bool) -> None:
             raise ConfigurationError(
                 f"trainer.min_{unit} is {least} and trainer.max_{unit} is {most}, so the fit would end before the "
                 "least of it; raise the one or lower the other."
+            )
+
+
+def refuse_twice(listed: Iterable[Callback], kinds: Mapping[str, type[Callback]]) -> None:
+    """Refuses callbacks that every fit has already.
+
+    Args:
+        listed: Those of the trainer's options.
+        kinds: Those of every fit, by their group of options.
+
+    Raises:
+        ConfigurationError: One is among them.
+    """
+    for name, kind in kinds.items():
+        if any(isinstance(callback, kind) for callback in listed):
+            raise ConfigurationError(
+                f"{kind.__name__} is in trainer.callbacks and would act twice; set its options under {name!r} and "
+                "leave it out there."
             )
 
 

@@ -42,7 +42,13 @@ from na_lora_lightning.cli.arguments import (
     with_switches,
 )
 from na_lora_lightning.cli.errors import errors_of_lightning, explain
-from na_lora_lightning.cli.trainer_options import require_metrics, require_possible, require_usable_callbacks, with_end
+from na_lora_lightning.cli.trainer_options import (
+    refuse_twice,
+    require_metrics,
+    require_possible,
+    require_usable_callbacks,
+    with_end,
+)
 from na_lora_lightning.core.in_force import say
 from na_lora_lightning.data import InstructionDataModule
 from na_lora_lightning.errors import ConfigurationError
@@ -207,7 +213,7 @@ class NALoRACLI(LightningCLI):
         options = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         listed = options.get("callbacks") or []
         listed = listed if isinstance(listed, list) else [listed]
-        _refuse_twice(listed)
+        refuse_twice(listed, CALLBACKS)
         if self._requested == "fit":
             options = with_end(options)
             require_usable_callbacks(listed)
@@ -279,15 +285,6 @@ def _with_checkpoint_io(plugins: Any) -> list[Any]:
     """Adds the plugin that writes checkpoints, unless another one is given."""
     given = list(plugins) if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]
     return given if any(isinstance(plugin, CheckpointIO) for plugin in given) else [*given, AtomicCheckpointIO()]
-
-
-def _refuse_twice(listed: Iterable[Callback]) -> None:
-    for name, kind in CALLBACKS.items():
-        if any(isinstance(callback, kind) for callback in listed):
-            raise ConfigurationError(
-                f"{kind.__name__} is in trainer.callbacks and would act twice; set its options under {name!r} and "
-                "leave it out there."
-            )
 
 
 def _saves_by_itself(callback: Callback) -> bool:
