@@ -46,7 +46,7 @@ def _shorten_defaults(
 ) -> tuple[str | None, str | None]:
     """Groups of options are named without their values, and functions without their addresses."""
     if signature:
-        signature = re.sub(r"\b(\w+(?:Options|Variant|Arguments))\([^()]*\)", r"\1()", signature)
+        signature = re.sub(r"\b(\w+(?:Options|Variant))\([^()]*\)", r"\1()", signature)
         signature = re.sub(r"<function .*?<lambda>>", "...", signature)
     return signature, returns
 

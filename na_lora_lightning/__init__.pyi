@@ -1,9 +1,14 @@
 # The public names and where they are: for type checkers, and for __init__.py, which imports each on first use.
 from na_lora_lightning.arguments import AdapterArguments as AdapterArguments
+from na_lora_lightning.arguments import AdapterOptions as AdapterOptions
 from na_lora_lightning.arguments import EvaluationArguments as EvaluationArguments
+from na_lora_lightning.arguments import EvaluationOptions as EvaluationOptions
 from na_lora_lightning.arguments import LoRAArguments as LoRAArguments
+from na_lora_lightning.arguments import LoRAOptions as LoRAOptions
 from na_lora_lightning.arguments import LossArguments as LossArguments
+from na_lora_lightning.arguments import LossOptions as LossOptions
 from na_lora_lightning.arguments import ScheduleArguments as ScheduleArguments
+from na_lora_lightning.arguments import ScheduleOptions as ScheduleOptions
 from na_lora_lightning.callbacks.gate_importance import GateImportanceCallback as GateImportanceCallback
 from na_lora_lightning.callbacks.step_scale import StepScaleCallback as StepScaleCallback
 from na_lora_lightning.checkpoints.callbacks import ResumableCurves as ResumableCurves

@@ -19,7 +19,7 @@ Group = TypeVar("Group")
 
 
 @dataclass(frozen=True)
-class LoRAArguments:
+class LoRAOptions:
     """Which layers get LoRA, and of what kind; the names and meanings of ``peft.LoraConfig``.
 
     Args:
@@ -94,7 +94,7 @@ class LoRAArguments:
 
 
 @dataclass(frozen=True)
-class LossArguments:
+class LossOptions:
     """How the training loss is computed; none of it changes what is minimised with one micro-batch a step.
 
     Args:
@@ -141,7 +141,7 @@ ScheduleName = Literal[
 
 
 @dataclass(frozen=True)
-class ScheduleArguments:
+class ScheduleOptions:
     """The learning rate over the optimizer steps of a fit.
 
     Args:
@@ -171,7 +171,7 @@ class ScheduleArguments:
 
 
 @dataclass(frozen=True)
-class EvaluationArguments:
+class EvaluationOptions:
     """What validation and test measure beyond the loss, and how text is generated.
 
     Args:
@@ -209,7 +209,7 @@ class EvaluationArguments:
 
 
 @dataclass(frozen=True)
-class AdapterArguments:
+class AdapterOptions:
     """When and where the trained LoRA is written as a plain PEFT adapter folder.
 
     Args:
@@ -253,3 +253,11 @@ def as_group(kind: type[Group], value: Group | Mapping[str, Any], name: str) -> 
     if unknown:
         raise ConfigurationError(f"{name} has no option {unknown[0]!r}; use one of {', '.join(known)}.")
     return kind(**value)
+
+
+# What these classes were called before.
+LoRAArguments = LoRAOptions
+LossArguments = LossOptions
+ScheduleArguments = ScheduleOptions
+EvaluationArguments = EvaluationOptions
+AdapterArguments = AdapterOptions

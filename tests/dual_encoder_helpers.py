@@ -25,7 +25,7 @@ from transformers import (
     SiglipProcessor,
 )
 
-from na_lora_lightning.arguments import AdapterArguments, LoRAArguments, ScheduleArguments
+from na_lora_lightning.arguments import AdapterOptions, LoRAOptions, ScheduleOptions
 from na_lora_lightning.data.classes.datamodule import LabelledImageDataModule
 from na_lora_lightning.modules.dual_encoder import DualEncoderLightningModule
 
@@ -137,10 +137,10 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> str:
 
 def make_module(base: str, **options: Any) -> DualEncoderLightningModule:
     settings: dict[str, Any] = {
-        "lora": LoRAArguments(r=4, alpha=8),
+        "lora": LoRAOptions(r=4, alpha=8),
         "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1),
-        "schedule": ScheduleArguments(name="constant", warmup_fraction=0.0),
-        "adapter": AdapterArguments(write="never"),
+        "schedule": ScheduleOptions(name="constant", warmup_fraction=0.0),
+        "adapter": AdapterOptions(write="never"),
     }
     return DualEncoderLightningModule(base, **{**settings, **options})
 

@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from na_lora_lightning import LoRAArguments, NALoRALightningModule, ScheduleArguments
+from na_lora_lightning import LoRAOptions, NALoRALightningModule, ScheduleOptions
 
 VOCABULARY = 64
 END = 1
@@ -159,9 +159,9 @@ def trained(base: str, folder: Path, **lora: Any) -> NALoRALightningModule:
     seed_everything(0, verbose=False)
     module = NALoRALightningModule(
         base,
-        lora=LoRAArguments(r=2, alpha=4, **lora),
+        lora=LoRAOptions(r=2, alpha=4, **lora),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=5e-2),
-        schedule=ScheduleArguments(name="constant", warmup_fraction=0.0),
+        schedule=ScheduleOptions(name="constant", warmup_fraction=0.0),
     )
     saver = ModelCheckpoint(folder / "checkpoints", save_last=True)
     quiet_trainer(folder, enable_checkpointing=True, callbacks=[saver]).fit(module, Batches(some_batches(3)))

@@ -21,7 +21,7 @@ from fuzz.options import fuzz
 from module_helpers import Batches, quiet_trainer, some_batches
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback
-from na_lora_lightning.arguments import AdapterArguments, LoRAArguments
+from na_lora_lightning.arguments import AdapterOptions, LoRAOptions
 from na_lora_lightning.checkpoints import adapter_state as adapters
 from na_lora_lightning.checkpoints.callbacks import RunCheckpoint
 from na_lora_lightning.checkpoints.last_run import require_writable
@@ -167,7 +167,7 @@ def test_a_batch_without_targets_moves_no_weight_and_is_counted(workplace: Workp
     def fitted(batches: list[dict[str, Any]]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         torch.manual_seed(0)
         base = str(workplace.folder / "base")
-        module = NALoRALightningModule(base, lora=LoRAArguments(r=2, alpha=4), adapter=AdapterArguments(write="never"))
+        module = NALoRALightningModule(base, lora=LoRAOptions(r=2, alpha=4), adapter=AdapterOptions(write="never"))
         callback = GateImportanceCallback(warmup_steps=0, observer=ObserverOptions(max_tokens=None))
         quiet_trainer(tmp_path, callbacks=[callback]).fit(module, Batches(batches))
         weights = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
@@ -188,7 +188,7 @@ def test_a_batch_without_targets_moves_no_weight_and_is_counted(workplace: Workp
 
 
 def test_fits_leave_no_hooks_behind(workplace: Workplace, tmp_path: Path) -> None:
-    module = NALoRALightningModule(str(workplace.folder / "base"), lora=LoRAArguments(r=2, alpha=4))
+    module = NALoRALightningModule(str(workplace.folder / "base"), lora=LoRAOptions(r=2, alpha=4))
     counts = []
     for _ in range(3):
         callbacks = [GateImportanceCallback(warmup_steps=0), StepScaleCallback(), RunCheckpoint(dirpath=None)]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback
-from na_lora_lightning.arguments import AdapterArguments, EvaluationArguments, LoRAArguments, ScheduleArguments
+from na_lora_lightning.arguments import AdapterOptions, EvaluationOptions, LoRAOptions, ScheduleOptions
 from na_lora_lightning.checkpoints.random_state import OtherProcessesWarning, random_state_of_process
 from na_lora_lightning.cli.main import main
 from na_lora_lightning.data import InstructionDataModule
@@ -45,10 +45,10 @@ def crash_and_resume(base: str, records: str, folder: Path, strategy: Any) -> No
         )
         module = NALoRALightningModule(
             base,
-            lora=LoRAArguments(r=2, alpha=4, dropout=0.3),
-            schedule=ScheduleArguments(name="cosine", warmup_steps=2),
+            lora=LoRAOptions(r=2, alpha=4, dropout=0.3),
+            schedule=ScheduleOptions(name="cosine", warmup_steps=2),
             optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
-            adapter=AdapterArguments(write="never"),
+            adapter=AdapterOptions(write="never"),
         )
         # Ranks that draw alike would hide that each has a state of its own.
         torch.manual_seed(trainer.global_rank)
@@ -148,7 +148,7 @@ def expect_refusals(base: str, folder: Path) -> None:
     cases: list[tuple[Any, dict[str, Any], str]] = [
         (partial(ModelParallelStrategy, 1, 2), {}, "set data_parallel_size=2 and tensor_parallel_size=1"),
         (partial(ModelParallelStrategy, 2, 1), {}, "save_distributed_checkpoint=True, and such a checkpoint cannot be"),
-        (SHARDED, {"evaluation": EvaluationArguments(generate=True)}, "text cannot be generated where the model is"),
+        (SHARDED, {"evaluation": EvaluationOptions(generate=True)}, "text cannot be generated where the model is"),
     ]
     for strategy, options, message in cases:
         trainer = quiet_trainer(folder, strategy=strategy(), devices=2)

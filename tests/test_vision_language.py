@@ -25,7 +25,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from vision_helpers import picture, tiny_vlm_processor, vlm_folders, write_vision_records  # noqa: F401
 
 from na_lora_lightning import GateImportanceCallback, NALoRALightningModule, StepScaleCallback
-from na_lora_lightning.arguments import LoRAArguments
+from na_lora_lightning.arguments import LoRAOptions
 from na_lora_lightning.cli.main import main
 from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.discovery.gates import discover_gates
@@ -47,7 +47,7 @@ Vlm = Callable[[str], str]
 
 
 def fit(
-    folder: Path, base: str, callbacks: list[Callback], lora: LoRAArguments | None = None, **options: Any
+    folder: Path, base: str, callbacks: list[Callback], lora: LoRAOptions | None = None, **options: Any
 ) -> NALoRALightningModule:
     """Trains on eight pictures, two records a step."""
     records = write_vision_records(folder / "data", 8)
@@ -55,7 +55,7 @@ def fit(
     seed_everything(0, verbose=False)
     module = NALoRALightningModule(
         base,
-        lora=lora or LoRAArguments(r=2, alpha=4, parts=ALL_PARTS),  # type: ignore[arg-type]
+        lora=lora or LoRAOptions(r=2, alpha=4, parts=ALL_PARTS),  # type: ignore[arg-type]
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=2e-2),
     )
     quiet_trainer(folder, callbacks=callbacks, **options).fit(module, datamodule)
@@ -104,7 +104,7 @@ def test_both_activations_are_in_tensorboard_with_values_of_their_own(kind: str,
 @KINDS
 def test_the_language_model_alone_is_adapted_by_default(kind: str, vlm: Vlm, tmp_path: Path) -> None:
     importance = GateImportanceCallback()
-    module = fit(tmp_path, vlm(kind), [importance], LoRAArguments(r=2, alpha=4))
+    module = fit(tmp_path, vlm(kind), [importance], LoRAOptions(r=2, alpha=4))
     assert importance.controller is not None
     assert {site.part for site in importance.controller.gates} == {"language"}
     assert not any("vis" in name for name, parameter in module.named_parameters() if parameter.requires_grad)
@@ -240,7 +240,7 @@ def test_adapters_need_only_peft_and_merge(vlm: Vlm, tmp_path: Path) -> None:
 def test_training_after_an_evaluation_finds_the_gates_of_the_tower(vlm: Vlm, tmp_path: Path) -> None:
     records = write_vision_records(tmp_path / "data", 4)
     datamodule = VisionInstructionDataModule(vlm("llava"), train=records, predict=records, batch_size=2, num_workers=0)
-    module = NALoRALightningModule(vlm("llava"), lora=LoRAArguments(r=2, alpha=4, parts=["language", "vision"]))
+    module = NALoRALightningModule(vlm("llava"), lora=LoRAOptions(r=2, alpha=4, parts=["language", "vision"]))
     trainer = quiet_trainer(tmp_path, callbacks=[GateImportanceCallback(warmup_steps=0)])
     trainer.predict(module, datamodule)
     trainer.fit(module, datamodule)

@@ -87,7 +87,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status, 2 for an error that the user can mend."""
+    """Runs one command; returns the exit status, 2 for an error that the user can fix."""
     try:
         return _run(_parser().parse_args(arguments))
     except StudyError as error:

@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: Command line; the process's own if None.
 
     Returns:
-        Exit status: 0, or 2 after an error that the user can mend.
+        Exit status: 0, or 2 after an error that the user can fix.
     """
     parser = argparse.ArgumentParser(description="Get the quick start's weights and records.")
     parser.add_argument("--model", choices=MODELS, default="smollm2", help="model to get (default: %(default)s)")

@@ -23,7 +23,7 @@ from na_lora_lightning import (
     StepScaleCallback,
     VisionInstructionDataModule,
 )
-from na_lora_lightning.arguments import AdapterArguments, EvaluationArguments, LoRAArguments, ScheduleArguments
+from na_lora_lightning.arguments import AdapterOptions, EvaluationOptions, LoRAOptions, ScheduleOptions
 
 ANSWERS = "answers.json"
 METHODS = ("na", "lora")
@@ -63,11 +63,11 @@ def make_module(model: Path, folder: Path, settings: Settings) -> NALoRALightnin
     """
     return NALoRALightningModule(
         str(model),
-        lora=LoRAArguments(r=settings.rank, alpha=2 * settings.rank, parts=["language", "vision", "projector"]),
+        lora=LoRAOptions(r=settings.rank, alpha=2 * settings.rank, parts=["language", "vision", "projector"]),
         optimizer=lambda parameters: AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0),
-        schedule=ScheduleArguments(name="cosine", warmup_fraction=0.1),
-        evaluation=EvaluationArguments(generate=True, max_new_tokens=_LONGEST_ANSWER),
-        adapter=AdapterArguments(folder=str(folder)),
+        schedule=ScheduleOptions(name="cosine", warmup_fraction=0.1),
+        evaluation=EvaluationOptions(generate=True, max_new_tokens=_LONGEST_ANSWER),
+        adapter=AdapterOptions(folder=str(folder)),
     )
 
 

@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None, settings: Settings | None = None) -
         settings: The numbers of every stage; the defaults if None.
 
     Returns:
-        Exit status: 0, or 2 after an error that the user can mend.
+        Exit status: 0, or 2 after an error that the user can fix.
     """
     parser = argparse.ArgumentParser(description="A vision-language model of digits, fine-tuned with NA-LoRA.")
     parser.add_argument("--method", choices=("na", "lora"), default="na", help="NA-LoRA or plain LoRA")

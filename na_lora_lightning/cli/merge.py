@@ -29,7 +29,7 @@ _TIED = r"(Model with|Model has) `tie_word_embeddings=True`|Input and output emb
 
 
 @dataclass(frozen=True)
-class MergeArguments:
+class MergeOptions:
     """What to merge, and where to.
 
     Attributes:
@@ -49,7 +49,7 @@ class MergeArguments:
     trust_remote_code: bool = False
 
 
-def merge_adapter(arguments: MergeArguments) -> Path:
+def merge_adapter(arguments: MergeOptions) -> Path:
     """Writes the merged model as safetensors, with the base model's tokenizer and, for images, its processor.
 
     Returns:
@@ -123,7 +123,7 @@ def merge_into_base(model: PeftModel) -> PreTrainedModel:
     return merged
 
 
-def _from_folder(arguments: MergeArguments) -> tuple[PeftModel, BaseModelSource]:
+def _from_folder(arguments: MergeOptions) -> tuple[PeftModel, BaseModelSource]:
     from peft import PeftConfig, PeftModel
 
     adapter = arguments.adapter
@@ -159,7 +159,7 @@ def _from_folder(arguments: MergeArguments) -> tuple[PeftModel, BaseModelSource]
     return adapted, source
 
 
-def _require_base(source: BaseModelSource, arguments: MergeArguments) -> None:
+def _require_base(source: BaseModelSource, arguments: MergeOptions) -> None:
     """Checks that there is a base whose weights an adapter can be added to."""
     try:
         require_model(source)
@@ -207,7 +207,7 @@ def _require_every_tensor(model: PeftModel, adapter: Path) -> None:
         raise ValueError(f"{min(other)} is in one and not in the other")
 
 
-def _from_checkpoint(arguments: MergeArguments) -> tuple[PeftModel, BaseModelSource]:
+def _from_checkpoint(arguments: MergeOptions) -> tuple[PeftModel, BaseModelSource]:
     from na_lora_lightning.modules.language import NALoRALightningModule
 
     path = arguments.adapter
@@ -281,6 +281,6 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace files of a non-empty output folder")
     parser.add_argument("--trust_remote_code", action="store_true", help="let the base model run code of its own")
-    folder = merge_adapter(MergeArguments(**vars(parser.parse_args(arguments))))
+    folder = merge_adapter(MergeOptions(**vars(parser.parse_args(arguments))))
     print(f"Merged model {folder}")
     return 0

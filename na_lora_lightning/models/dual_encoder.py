@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from na_lora_lightning.arguments import LoRAArguments
+from na_lora_lightning.arguments import LoRAOptions
 from na_lora_lightning.core.model_parts import Part
 from na_lora_lightning.errors import ConfigurationError, one_line
 from na_lora_lightning.models.loading import load_base_model
@@ -30,7 +30,7 @@ _EXAMPLE_PATCHES = (2, 2)
 _EXAMPLE_TOKENS = 8
 
 
-def lora_parts(parts: Collection[EncoderPart], lora: LoRAArguments) -> LoRAArguments:
+def lora_parts(parts: Collection[EncoderPart], lora: LoRAOptions) -> LoRAOptions:
     """Puts the parts of a dual encoder into the options of LoRA.
 
     Args:
@@ -45,7 +45,7 @@ def lora_parts(parts: Collection[EncoderPart], lora: LoRAArguments) -> LoRAArgum
             f"parts={list(parts)!r} names no part, or an unknown one; use 'text', 'vision' and 'projection'."
         )
     own = [_PARTS[part] for part in _PARTS if part in parts]
-    if lora.parts not in (LoRAArguments().parts, own):
+    if lora.parts not in (LoRAOptions().parts, own):
         raise ConfigurationError(
             f"lora.parts={lora.parts!r} is for models with a language model; leave it out and set parts."
         )
@@ -84,7 +84,7 @@ def _require_dual_encoder(name: str, model_type: str) -> None:
         )
 
 
-def add_lora_to_encoders(model: PreTrainedModel, lora: LoRAArguments, source: BaseModelSource) -> PeftModel:
+def add_lora_to_encoders(model: PreTrainedModel, lora: LoRAOptions, source: BaseModelSource) -> PeftModel:
     """Wraps a dual encoder with LoRA, whose initial weights depend on the seed of ``seed_everything`` alone.
 
     Args:

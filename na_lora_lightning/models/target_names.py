@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
-from na_lora_lightning.arguments import LoRAArguments
+from na_lora_lightning.arguments import LoRAOptions
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.models.targets import ALL_EXPERTS, ALL_LINEAR, names_experts
 from na_lora_lightning.peft_internals import is_lora
@@ -29,7 +29,7 @@ class UnmatchedNameWarning(UserWarning):
     """A regular expression for targets has a word that no layer's name has."""
 
 
-def require_names_of_model(model: PreTrainedModel, lora: LoRAArguments) -> None:
+def require_names_of_model(model: PreTrainedModel, lora: LoRAOptions) -> None:
     """Checks that each name in the options is one of the model's.
 
     Args:
@@ -61,7 +61,7 @@ def require_names_of_model(model: PreTrainedModel, lora: LoRAArguments) -> None:
                 raise _unknown("target_parameters", name, parameters, "parameter", keep=2)
 
 
-def require_names_in_use(model: PeftModel, lora: LoRAArguments) -> None:
+def require_names_in_use(model: PeftModel, lora: LoRAOptions) -> None:
     """Checks that each name in the options had an effect on the LoRA that was added.
 
     Args:
@@ -104,7 +104,7 @@ def require_names_in_use(model: PeftModel, lora: LoRAArguments) -> None:
             )
 
 
-def _require_targets(model: PreTrainedModel, modules: dict[str, nn.Module], lora: LoRAArguments) -> None:
+def _require_targets(model: PreTrainedModel, modules: dict[str, nn.Module], lora: LoRAOptions) -> None:
     if isinstance(lora.target_modules, str):
         if lora.target_modules and lora.target_modules != ALL_LINEAR:
             _require_expression("target_modules", lora.target_modules, modules)

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from na_lora_lightning.arguments import AdapterArguments, LoRAArguments
+from na_lora_lightning.arguments import AdapterOptions, LoRAOptions
 from na_lora_lightning.checkpoints.adapter_state import (
     CHECKPOINT_KEY,
     adapter_keys,
@@ -67,7 +67,7 @@ class AdapterModule(LightningModule):
 
     model: PeftModel | None
 
-    def __init__(self, lora: LoRAArguments, adapter: AdapterArguments) -> None:
+    def __init__(self, lora: LoRAOptions, adapter: AdapterOptions) -> None:
         super().__init__()
         self.lora = lora
         self.adapter = adapter

@@ -13,7 +13,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
-from na_lora_lightning.arguments import AdapterArguments, LoRAArguments, LossArguments, ScheduleArguments, as_group
+from na_lora_lightning.arguments import AdapterOptions, LoRAOptions, LossOptions, ScheduleOptions, as_group
 from na_lora_lightning.checkpoints.adapter_state import CHECKPOINT_KEY
 from na_lora_lightning.data.processors import load_processor
 from na_lora_lightning.errors import ConfigurationError
@@ -80,7 +80,7 @@ class DualEncoderLightningModule(AdapterTrainingModule):
 
     Example::
 
-        module = DualEncoderLightningModule("openai/clip-vit-base-patch16", lora=LoRAArguments(r=4, alpha=4))
+        module = DualEncoderLightningModule("openai/clip-vit-base-patch16", lora=LoRAOptions(r=4, alpha=4))
         data = LabelledImageDataModule("openai/clip-vit-base-patch16", train="flowers/train", shots=4)
         Trainer(max_epochs=50, callbacks=[GateImportanceCallback()]).fit(module, data)
     """
@@ -91,10 +91,10 @@ class DualEncoderLightningModule(AdapterTrainingModule):
         class_names: Sequence[str] | None = None,
         templates: Sequence[str] = ("a photo of a {}.",),
         parts: Sequence[EncoderPart] = ("text", "vision"),
-        lora: LoRAArguments = LoRAArguments(),
+        lora: LoRAOptions = LoRAOptions(),
         optimizer: OptimizerFactory = lambda parameters: torch.optim.AdamW(parameters, lr=2e-4, weight_decay=0.0),
-        schedule: ScheduleArguments = ScheduleArguments(),
-        adapter: AdapterArguments = AdapterArguments(),
+        schedule: ScheduleOptions = ScheduleOptions(),
+        adapter: AdapterOptions = AdapterOptions(),
         dtype: Dtype = "auto",
         attention_implementation: str | None = None,
         gradient_checkpointing: bool = False,
@@ -103,10 +103,10 @@ class DualEncoderLightningModule(AdapterTrainingModule):
     ) -> None:
         super().__init__(
             BaseModelSource(model_name_or_path, revision, trust_remote_code, dtype, attention_implementation),
-            lora=lora_parts(parts, as_group(LoRAArguments, lora, "lora")),
+            lora=lora_parts(parts, as_group(LoRAOptions, lora, "lora")),
             optimizer=optimizer,
             schedule=schedule,
-            loss=LossArguments(),
+            loss=LossOptions(),
             adapter=adapter,
             gradient_checkpointing=gradient_checkpointing,
         )
@@ -115,7 +115,7 @@ class DualEncoderLightningModule(AdapterTrainingModule):
         self.class_names: list[str] | None = None if class_names is None else list(class_names)
         self._names_are_given = class_names is not None
         own = {"class_names": self.class_names, "templates": self.templates, "parts": list(parts)}
-        self.save_hyperparameters({**own, "lora": asdict(replace(self.lora, parts=LoRAArguments().parts))})
+        self.save_hyperparameters({**own, "lora": asdict(replace(self.lora, parts=LoRAOptions().parts))})
         self.accuracy: MulticlassAccuracy | None = None
         self.mean_loss = MeanMetric()
         for name in _PROMPTS:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from na_lora_lightning.arguments import EvaluationArguments
+from na_lora_lightning.arguments import EvaluationOptions
 from na_lora_lightning.data.answers import answer_text, as_list
 from na_lora_lightning.modules.losses import TokenSums, accepts_logits_to_keep, token_sums
 
@@ -84,7 +84,7 @@ class EvaluationMetrics(Metric):
         return metrics
 
 
-def normalise_answer(text: str, arguments: EvaluationArguments) -> str:
+def normalise_answer(text: str, arguments: EvaluationOptions) -> str:
     """What of a text is compared: the part that ``answer_pattern`` finds, with runs of white space made one space.
 
     Args:
@@ -104,7 +104,7 @@ def normalise_answer(text: str, arguments: EvaluationArguments) -> str:
     return text.casefold() if arguments.ignore_case else text
 
 
-def is_exact_match(answer: str, reference: str, arguments: EvaluationArguments) -> bool:
+def is_exact_match(answer: str, reference: str, arguments: EvaluationOptions) -> bool:
     """Whether an answer equals its reference after :func:`normalise_answer`; one in which it finds nothing does not."""
     normalised = normalise_answer(answer, arguments)
     if not normalised and arguments.answer_pattern is not None:
@@ -117,7 +117,7 @@ def generate_answers(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     inputs: Mapping[str, Any],
-    arguments: EvaluationArguments,
+    arguments: EvaluationOptions,
 ) -> list[str]:
     """Continues prompts deterministically, by greedy or beam search.
 
@@ -189,7 +189,7 @@ class Evaluator(nn.Module):
         answers: The first hundred generated answers of this process.
     """
 
-    def __init__(self, arguments: EvaluationArguments) -> None:
+    def __init__(self, arguments: EvaluationOptions) -> None:
         super().__init__()
         self.arguments = arguments
         self.metrics = EvaluationMetrics()

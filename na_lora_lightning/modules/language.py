@@ -13,11 +13,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from na_lora_lightning.arguments import (
-    AdapterArguments,
-    EvaluationArguments,
-    LoRAArguments,
-    LossArguments,
-    ScheduleArguments,
+    AdapterOptions,
+    EvaluationOptions,
+    LoRAOptions,
+    LossOptions,
+    ScheduleOptions,
     as_group,
 )
 from na_lora_lightning.checkpoints.adapter_state import CHECKPOINT_KEY
@@ -78,19 +78,19 @@ class NALoRALightningModule(AdapterTrainingModule):
 
     Example::
 
-        module = NALoRALightningModule("HuggingFaceTB/SmolLM2-135M-Instruct", lora=LoRAArguments(r=8, alpha=16))
+        module = NALoRALightningModule("HuggingFaceTB/SmolLM2-135M-Instruct", lora=LoRAOptions(r=8, alpha=16))
         Trainer(max_epochs=1, callbacks=[GateImportanceCallback()]).fit(module, datamodule)
     """
 
     def __init__(
         self,
         model_name_or_path: str,
-        lora: LoRAArguments = LoRAArguments(),
+        lora: LoRAOptions = LoRAOptions(),
         optimizer: OptimizerFactory = lambda parameters: torch.optim.AdamW(parameters, lr=2e-4, weight_decay=0.0),
-        schedule: ScheduleArguments = ScheduleArguments(),
-        loss: LossArguments = LossArguments(),
-        evaluation: EvaluationArguments = EvaluationArguments(),
-        adapter: AdapterArguments = AdapterArguments(),
+        schedule: ScheduleOptions = ScheduleOptions(),
+        loss: LossOptions = LossOptions(),
+        evaluation: EvaluationOptions = EvaluationOptions(),
+        adapter: AdapterOptions = AdapterOptions(),
         dtype: Dtype = "auto",
         attention_implementation: str | None = None,
         gradient_checkpointing: bool = False,
@@ -106,7 +106,7 @@ class NALoRALightningModule(AdapterTrainingModule):
             adapter=adapter,
             gradient_checkpointing=gradient_checkpointing,
         )
-        self.evaluation = as_group(EvaluationArguments, evaluation, "evaluation")
+        self.evaluation = as_group(EvaluationOptions, evaluation, "evaluation")
         self.save_hyperparameters({"loss": asdict(self.loss), "evaluation": asdict(self.evaluation)})
         self.evaluator = Evaluator(self.evaluation)
         self._tokenizer: PreTrainedTokenizerBase | None = None

@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from na_lora_lightning.arguments import ScheduleArguments
+from na_lora_lightning.arguments import ScheduleOptions
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.modules.resumed_optimizer import class_path
 
@@ -192,7 +192,7 @@ def _require_step(optimizer: Optimizer, device: torch.device) -> None:
         ) from error
 
 
-def make_schedule(arguments: ScheduleArguments, optimizer: Optimizer, total_steps: float) -> LRScheduler:
+def make_schedule(arguments: ScheduleOptions, optimizer: Optimizer, total_steps: float) -> LRScheduler:
     """Makes the learning-rate schedule, to be stepped after every optimizer step.
 
     Args:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from na_lora_lightning.arguments import AdapterArguments, LoRAArguments, LossArguments, ScheduleArguments, as_group
+from na_lora_lightning.arguments import AdapterOptions, LoRAOptions, LossOptions, ScheduleOptions, as_group
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.lightning_internals import attached_trainer
 from na_lora_lightning.models.source import BaseModelSource
@@ -64,17 +64,17 @@ class AdapterTrainingModule(AdapterModule, ABC):
     def __init__(
         self,
         source: BaseModelSource,
-        lora: LoRAArguments,
+        lora: LoRAOptions,
         optimizer: OptimizerFactory,
-        schedule: ScheduleArguments,
-        loss: LossArguments,
-        adapter: AdapterArguments,
+        schedule: ScheduleOptions,
+        loss: LossOptions,
+        adapter: AdapterOptions,
         gradient_checkpointing: bool,
     ) -> None:
-        super().__init__(as_group(LoRAArguments, lora, "lora"), as_group(AdapterArguments, adapter, "adapter"))
+        super().__init__(as_group(LoRAOptions, lora, "lora"), as_group(AdapterOptions, adapter, "adapter"))
         self.source = source
-        self.schedule = as_group(ScheduleArguments, schedule, "schedule")
-        self.loss = as_group(LossArguments, loss, "loss")
+        self.schedule = as_group(ScheduleOptions, schedule, "schedule")
+        self.loss = as_group(LossOptions, loss, "loss")
         self.gradient_checkpointing = gradient_checkpointing
         self.example_inputs: dict[str, Any] | None = None
         self._optimizer_factory = optimizer_factory(optimizer)

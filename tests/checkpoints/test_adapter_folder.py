@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback
-from na_lora_lightning.arguments import AdapterArguments, LoRAArguments, ScheduleArguments
+from na_lora_lightning.arguments import AdapterOptions, LoRAOptions, ScheduleOptions
 from na_lora_lightning.checkpoints.adapter_folder import exchange, find_base, hub_name, portable_base
 from na_lora_lightning.checkpoints.adapter_state import write_adapter_folder
-from na_lora_lightning.cli.merge import MergeArguments, merge_adapter
+from na_lora_lightning.cli.merge import MergeOptions, merge_adapter
 from na_lora_lightning.data import InstructionDataModule
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.modules.fit_summary import FitSummaryCallback
@@ -32,10 +32,10 @@ def make_module(base: str, **adapter: Any) -> NALoRALightningModule:
     seed_everything(3, verbose=False)
     return NALoRALightningModule(
         base,
-        lora=LoRAArguments(r=2, alpha=4),
+        lora=LoRAOptions(r=2, alpha=4),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=5e-2),
-        schedule=ScheduleArguments(name="constant", warmup_fraction=0.0),
-        adapter=AdapterArguments(**adapter),
+        schedule=ScheduleOptions(name="constant", warmup_fraction=0.0),
+        adapter=AdapterOptions(**adapter),
     )
 
 
@@ -106,7 +106,7 @@ def test_the_folder_is_complete_and_names_no_place(tmp_path: Path) -> None:
     # The base is found where it was trained, and the tokenizer is the adapter's.
     tokenizer.chat_template = "{{ 'changed' }}"
     tokenizer.save_pretrained(folder)
-    merge_adapter(MergeArguments(folder, tmp_path / "merged"))
+    merge_adapter(MergeOptions(folder, tmp_path / "merged"))
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == "{{ 'changed' }}"
     assert GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id == [5, tokenizer.eos_token_id]
 
@@ -164,7 +164,7 @@ def test_an_adapter_whose_base_is_gone_says_so(tmp_path: Path) -> None:
     quiet_trainer(tmp_path).fit(make_module(saved_model(tmp_path / "base")), Batches(some_batches(1)))
     shutil.rmtree(tmp_path / "base")
     with pytest.raises(ConfigurationError, match=r"names cannot be had .*'\.\./base' does not exist.*; give .*--base"):
-        merge_adapter(MergeArguments(tmp_path / "adapter", tmp_path / "merged"))
+        merge_adapter(MergeOptions(tmp_path / "adapter", tmp_path / "merged"))
 
 
 def test_folders_change_places(tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_the_best_needs_a_metric(tmp_path: Path) -> None:
 
 
 def test_former_words_of_what_is_written() -> None:
-    assert AdapterArguments("fit_end") == AdapterArguments("last") == AdapterArguments()
-    assert AdapterArguments("checkpoint").write == "each"
+    assert AdapterOptions("fit_end") == AdapterOptions("last") == AdapterOptions()
+    assert AdapterOptions("checkpoint").write == "each"
     with pytest.raises(ConfigurationError, match=r"adapter.write='never ever' is unknown; use 'last', 'best', 'each'"):
-        AdapterArguments("never ever")  # type: ignore[arg-type]
+        AdapterOptions("never ever")  # type: ignore[arg-type]

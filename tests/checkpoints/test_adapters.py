@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from vision_helpers import END_OF_ANSWER, tiny_vlm, write_vision_records
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback
-from na_lora_lightning.arguments import AdapterArguments, EvaluationArguments, LoRAArguments, ScheduleArguments
+from na_lora_lightning.arguments import AdapterOptions, EvaluationOptions, LoRAOptions, ScheduleOptions
 from na_lora_lightning.checkpoints.adapter_state import write_adapter_folder
-from na_lora_lightning.cli.merge import MergeArguments, merge_adapter
+from na_lora_lightning.cli.merge import MergeOptions, merge_adapter
 from na_lora_lightning.data import VisionInstructionDataModule
 from na_lora_lightning.data.classes.datamodule import LabelledImageDataModule
 from na_lora_lightning.data.processors import load_processor
@@ -62,8 +62,8 @@ torch.save([plain, merged], output)
 
 def trained(base: str, folder: Path, callbacks: Sequence[Callback] = (), **options: Any) -> NALoRALightningModule:
     settings: dict[str, Any] = {
-        "lora": LoRAArguments(r=2, alpha=4),
-        "schedule": ScheduleArguments(name="constant", warmup_fraction=0.0),
+        "lora": LoRAOptions(r=2, alpha=4),
+        "schedule": ScheduleOptions(name="constant", warmup_fraction=0.0),
         "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
     }
     seed_everything(0, verbose=False)
@@ -88,7 +88,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
 def test_plain_peft_loads_the_written_folder(tmp_path: Path, kind: str, variant: str) -> None:
     base = saved_model(tmp_path / "base", kind)
-    module = trained(base, tmp_path, lora=LoRAArguments(r=2, alpha=4, **VARIANTS[variant]))
+    module = trained(base, tmp_path, lora=LoRAOptions(r=2, alpha=4, **VARIANTS[variant]))
     expected = logits(module.peft_model)
     untrained = logits(AutoModelForCausalLM.from_pretrained(base))
     assert not torch.allclose(expected, untrained, atol=1e-4)
@@ -139,7 +139,7 @@ def test_adapter_names_its_base_by_an_absolute_path(tmp_path: Path, monkeypatch:
 
 def test_adapter_is_written_when_asked(tmp_path: Path) -> None:
     base = saved_model(tmp_path / "base")
-    trained(base, tmp_path, adapter=AdapterArguments(write="never", folder=str(tmp_path / "never")))
+    trained(base, tmp_path, adapter=AdapterOptions(write="never", folder=str(tmp_path / "never")))
     assert not (tmp_path / "never").exists()
 
     class Stop(ModelCheckpoint):
@@ -153,7 +153,7 @@ def test_adapter_is_written_when_asked(tmp_path: Path) -> None:
             trainer.should_stop = True
 
     saver = Stop(tmp_path / "checkpoints", every_n_train_steps=1)
-    module = NALoRALightningModule(base, adapter=AdapterArguments(write="checkpoint", folder=str(tmp_path / "each")))
+    module = NALoRALightningModule(base, adapter=AdapterOptions(write="checkpoint", folder=str(tmp_path / "each")))
     trainer = quiet_trainer(tmp_path, enable_checkpointing=True, callbacks=[saver], min_steps=1)
     trainer.fit(module, Batches(some_batches(3)))
     assert saver.seen
@@ -189,7 +189,7 @@ def test_a_model_for_images_and_text(tmp_path: Path, kind: str) -> None:
         str(base), train=write_vision_records(tmp_path / "data", 2), batch_size=2, num_workers=0
     )
     module = NALoRALightningModule(
-        str(base), lora=LoRAArguments(r=2, alpha=4), evaluation=EvaluationArguments(max_new_tokens=4)
+        str(base), lora=LoRAOptions(r=2, alpha=4), evaluation=EvaluationOptions(max_new_tokens=4)
     )
     quiet_trainer(tmp_path).fit(module, data)
     adapter, end = tmp_path / "adapter", END_OF_ANSWER[kind].strip()
@@ -206,7 +206,7 @@ def test_a_model_for_images_and_text(tmp_path: Path, kind: str) -> None:
     assert card.data.pipeline_tag == "image-text-to-text"
     assert "AutoModelForImageTextToText" in card.text
 
-    merge_adapter(MergeArguments(adapter, tmp_path / "merged"))
+    merge_adapter(MergeOptions(adapter, tmp_path / "merged"))
     for folder in (adapter, tmp_path / "merged"):
         assert GenerationConfig.from_pretrained(folder).eos_token_id == expected
         settings, before = (json.loads((place / "processor_config.json").read_text()) for place in (folder, base))
@@ -220,7 +220,7 @@ def test_a_model_for_images_and_text(tmp_path: Path, kind: str) -> None:
 def test_a_dual_encoder(tmp_path: Path) -> None:
     base = saved_dual_encoder(tmp_path / "base")
     data = LabelledImageDataModule(base, train=write_shapes(tmp_path / "train", 2), batch_size=2, num_workers=0)
-    module = make_module(base, adapter=AdapterArguments(folder=str(tmp_path / "adapter")))
+    module = make_module(base, adapter=AdapterOptions(folder=str(tmp_path / "adapter")))
     quiet_trainer(tmp_path).fit(module, data)
     adapter = tmp_path / "adapter"
     require_no_place(adapter, tmp_path)
@@ -229,5 +229,5 @@ def test_a_dual_encoder(tmp_path: Path) -> None:
     card = ModelCard.load(adapter / "README.md")
     assert card.data.pipeline_tag == "zero-shot-image-classification"
     assert f"Classes: {', '.join(f'`{name}`' for name in module.class_names or [])}." in card.text
-    merge_adapter(MergeArguments(adapter, tmp_path / "merged"))
+    merge_adapter(MergeOptions(adapter, tmp_path / "merged"))
     load_processor(str(tmp_path / "merged"), revision=None, trust_remote_code=False)

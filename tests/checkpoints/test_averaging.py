@@ -23,10 +23,10 @@ from tiny_models import LLAMA_TARGETS, random_batch, tiny_llama, with_lora
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from na_lora_lightning.arguments import LoRAArguments, ScheduleArguments
+from na_lora_lightning.arguments import LoRAOptions, ScheduleOptions
 from na_lora_lightning.callbacks.gate_importance import GateImportanceCallback
 from na_lora_lightning.callbacks.step_scale import StepScaleCallback
-from na_lora_lightning.cli.merge import MergeArguments, merge_adapter
+from na_lora_lightning.cli.merge import MergeOptions, merge_adapter
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.modules.language import NALoRALightningModule
 
@@ -40,9 +40,9 @@ def make(base: str, **options: Any) -> NALoRALightningModule:
     seed_everything(0, verbose=False)
     return NALoRALightningModule(
         base,
-        lora=LoRAArguments(r=2, alpha=4),
+        lora=LoRAOptions(r=2, alpha=4),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=5e-2),
-        schedule=ScheduleArguments(name="constant", warmup_fraction=0.0),
+        schedule=ScheduleOptions(name="constant", warmup_fraction=0.0),
         **options,
     )
 
@@ -136,7 +136,7 @@ def test_going_on_without_averages_takes_the_weights_that_trained(tmp_path: Path
 def test_a_checkpoint_with_averages_merges_and_validates_as_the_average(tmp_path: Path) -> None:
     base = saved_model(tmp_path / "base")
     module = fit(tmp_path, base, EMAWeightAveraging(decay=0.5), 1)
-    merge_adapter(MergeArguments(tmp_path / "checkpoints" / "last.ckpt", tmp_path / "merged"))
+    merge_adapter(MergeOptions(tmp_path / "checkpoints" / "last.ckpt", tmp_path / "merged"))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     ours: Any = module.peft_model.merge_and_unload()
     torch.testing.assert_close(merged.state_dict(), ours.state_dict(), rtol=0, atol=1e-6)

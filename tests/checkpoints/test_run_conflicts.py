@@ -14,7 +14,7 @@ from faults.traps import TRAPS
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from module_helpers import Batches, quiet_trainer, saved_model, some_batches
 
-from na_lora_lightning.arguments import AdapterArguments, LoRAArguments
+from na_lora_lightning.arguments import AdapterOptions, LoRAOptions
 from na_lora_lightning.checkpoints.run_record import hold_adapter, hold_folder, read_record
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.modules import adapter as adapter_module
@@ -222,7 +222,7 @@ def test_sweeps_of_finders_write_no_adapter(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(adapter_module, "write_adapter_folder", write_folder)
     monkeypatch.setattr("lightning.pytorch.tuner.batch_size_scaling.garbage_collection_cuda", lambda: None)
     module = NALoRALightningModule(
-        saved_model(tmp_path / "base"), lora=LoRAArguments(r=2), adapter=AdapterArguments(write=write)
+        saved_model(tmp_path / "base"), lora=LoRAOptions(r=2), adapter=AdapterOptions(write=write)
     )
     module.lr, module.batch_size = 1e-3, 2
     data = Batches(some_batches(4), some_batches(1))
@@ -239,7 +239,7 @@ def test_a_second_fit_in_python_replaces_no_adapter(tmp_path: Path) -> None:
     base, data = saved_model(tmp_path / "base"), Batches(some_batches(2), some_batches(1))
 
     def module() -> NALoRALightningModule:
-        return NALoRALightningModule(base, lora=LoRAArguments(r=2))
+        return NALoRALightningModule(base, lora=LoRAOptions(r=2))
 
     first = module()
     trainer = quiet_trainer(tmp_path / "run")

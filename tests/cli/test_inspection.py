@@ -11,7 +11,7 @@ from module_helpers import saved_model
 from transformers import LlamaConfig
 from zoo.tiny_models import build
 
-from na_lora_lightning.arguments import LoRAArguments
+from na_lora_lightning.arguments import LoRAOptions
 from na_lora_lightning.cli.inspect import inspect_model
 from na_lora_lightning.cli.main import main
 from na_lora_lightning.core.discovery.gates import discover_gates
@@ -83,7 +83,7 @@ def test_a_large_model_is_inspected_at_its_real_sizes(tmp_path: Path) -> None:
         num_key_value_heads=8,
     )
     config.save_pretrained(tmp_path)
-    gates = inspect_model(BaseModelSource(str(tmp_path)), LoRAArguments())
+    gates = inspect_model(BaseModelSource(str(tmp_path)), LoRAOptions())
     assert [(site.channels, site.row_slice) for site in gates] == [(14_336, slice(0, 14_336, 1))] * 4
 
 
@@ -108,7 +108,7 @@ def test_without_weights_the_same_is_found_as_with_them(model_type: str, tmp_pat
     tiny.model.config.save_pretrained(tmp_path)
     source = BaseModelSource(str(tmp_path))
     tiny.model.name_or_path = source.resolved_name_or_path
-    lora = LoRAArguments(r=2, target_parameters="all-experts" if list(expert_owners(tiny.model)) else None)
+    lora = LoRAOptions(r=2, target_parameters="all-experts" if list(expert_owners(tiny.model)) else None)
 
     def facts(gates: GateMap) -> list[tuple[object, ...]]:
         return [

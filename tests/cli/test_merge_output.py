@@ -16,7 +16,7 @@ from tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM
 
 from na_lora_lightning.cli.main import main
-from na_lora_lightning.cli.merge import MergeArguments, merge_adapter
+from na_lora_lightning.cli.merge import MergeOptions, merge_adapter
 from na_lora_lightning.cli.merge_output import written_whole
 from na_lora_lightning.errors import CheckpointError, ConfigurationError
 
@@ -70,7 +70,7 @@ def test_nor_where_the_checkpoint_is(tmp_path: Path, output: str) -> None:
     checkpoint = tmp_path / "checkpoints" / "last.ckpt"
     checkpoint.write_bytes(b"")
     with pytest.raises(ConfigurationError, match="is the place of the adapter"):
-        merge_adapter(MergeArguments(checkpoint, tmp_path / output, overwrite=True))
+        merge_adapter(MergeOptions(checkpoint, tmp_path / output, overwrite=True))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_outputs_that_cannot_be_are_refused_before_anything_is_loaded(
     (tmp_path / "other" / "adapter_config.json").write_text("{}")
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigurationError, match=message):
-        merge_adapter(MergeArguments(tmp_path / "no adapter", tmp_path / output, overwrite=True))
+        merge_adapter(MergeOptions(tmp_path / "no adapter", tmp_path / output, overwrite=True))
 
 
 @pytest.mark.parametrize("exists", [False, True])
@@ -169,7 +169,7 @@ def test_adapters_of_other_makes_merge(tmp_path: Path, kind: str) -> None:
     config = OTHERS[kind]()
     config.task_type = "CAUSAL_LM"
     model = an_adapter(base, tmp_path / "adapter", config)
-    merge_adapter(MergeArguments(tmp_path / "adapter", tmp_path / "merged"))
+    merge_adapter(MergeOptions(tmp_path / "adapter", tmp_path / "merged"))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged), logits(model), rtol=0, atol=1e-5)
     assert not torch.allclose(logits(merged), logits(AutoModelForCausalLM.from_pretrained(base)), atol=1e-4)
@@ -179,7 +179,7 @@ def test_what_cannot_be_merged_is_one_sentence(tmp_path: Path) -> None:
     base = saved_model(tmp_path / "base")
     an_adapter(base, tmp_path / "adapter", peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(ConfigurationError, match="of the kind PROMPT_TUNING, which adds to the inputs"):
-        merge_adapter(MergeArguments(tmp_path / "adapter", tmp_path / "merged"))
+        merge_adapter(MergeOptions(tmp_path / "adapter", tmp_path / "merged"))
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
@@ -188,7 +188,7 @@ def test_what_peft_merges_by_halves_is_one_sentence(tmp_path: Path) -> None:
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"], trainable_token_indices=[1])
     an_adapter(base, tmp_path / "adapter", config)
     with pytest.raises(ConfigurationError, match=r"PEFT cannot merge this adapter \(LORA: 'lm_head.* has two of its"):
-        merge_adapter(MergeArguments(tmp_path / "adapter", tmp_path / "merged"))
+        merge_adapter(MergeOptions(tmp_path / "adapter", tmp_path / "merged"))
 
 
 def test_a_sharded_base_merges(tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_a_sharded_base_merges(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(base, max_shard_size="10KB")
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 1
     model = an_adapter(base, tmp_path / "adapter")
-    merge_adapter(MergeArguments(tmp_path / "adapter", tmp_path / "merged"))
+    merge_adapter(MergeOptions(tmp_path / "adapter", tmp_path / "merged"))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged), logits(model), rtol=0, atol=1e-5)
 
@@ -206,4 +206,4 @@ def test_an_adapter_whose_base_is_gone_says_how_to_give_it(tmp_path: Path) -> No
     an_adapter(saved_model(tmp_path / "base"), tmp_path / "adapter")
     (tmp_path / "base").rename(tmp_path / "moved")
     with pytest.raises(ConfigurationError, match=r"cannot be had .*does not exist.*; give it with --base"):
-        merge_adapter(MergeArguments(tmp_path / "adapter", tmp_path / "merged"))
+        merge_adapter(MergeOptions(tmp_path / "adapter", tmp_path / "merged"))

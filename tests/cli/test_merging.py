@@ -11,7 +11,7 @@ from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from na_lora_lightning.cli.main import main
-from na_lora_lightning.cli.merge import MergeArguments, merge_adapter
+from na_lora_lightning.cli.merge import MergeOptions, merge_adapter
 from na_lora_lightning.errors import ConfigurationError
 
 
@@ -37,9 +37,9 @@ def test_merged_dtype_is_the_bases_unless_given(tmp_path: Path) -> None:
     base = saved_model(tmp_path / "base")
     AutoModelForCausalLM.from_pretrained(base).to(torch.bfloat16).save_pretrained(base)
     trained(base, tmp_path)
-    merge_adapter(MergeArguments(tmp_path / "adapter", tmp_path / "same"))
+    merge_adapter(MergeOptions(tmp_path / "adapter", tmp_path / "same"))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "same", dtype="auto").dtype == torch.bfloat16
-    merge_adapter(MergeArguments(tmp_path / "adapter", tmp_path / "float32", dtype="float32"))
+    merge_adapter(MergeOptions(tmp_path / "adapter", tmp_path / "float32", dtype="float32"))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "float32", dtype="auto").dtype == torch.float32
 
 
@@ -47,8 +47,8 @@ def test_a_moved_base_is_given_by_name(tmp_path: Path) -> None:
     module = trained(saved_model(tmp_path / "base"), tmp_path)
     (tmp_path / "base").rename(tmp_path / "moved")
     with pytest.raises(ConfigurationError, match="does not exist"):
-        merge_adapter(MergeArguments(tmp_path / "adapter", tmp_path / "merged"))
-    merge_adapter(MergeArguments(tmp_path / "adapter", tmp_path / "merged", base=str(tmp_path / "moved")))
+        merge_adapter(MergeOptions(tmp_path / "adapter", tmp_path / "merged"))
+    merge_adapter(MergeOptions(tmp_path / "adapter", tmp_path / "merged", base=str(tmp_path / "moved")))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged), logits(module.peft_model), rtol=0, atol=1e-5)
 
@@ -59,12 +59,12 @@ def test_output_is_not_overwritten_unasked(tmp_path: Path) -> None:
     output.mkdir()
     (output / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigurationError, match="is not empty"):
-        merge_adapter(MergeArguments(tmp_path / "adapter", output))
+        merge_adapter(MergeOptions(tmp_path / "adapter", output))
     assert [file.name for file in output.iterdir()] == ["thesis.txt"]
-    merge_adapter(MergeArguments(tmp_path / "adapter", output, overwrite=True))
+    merge_adapter(MergeOptions(tmp_path / "adapter", output, overwrite=True))
     assert (output / "model.safetensors").is_file()
     with pytest.raises(ConfigurationError, match="is a file"):
-        merge_adapter(MergeArguments(tmp_path / "adapter", output / "thesis.txt"))
+        merge_adapter(MergeOptions(tmp_path / "adapter", output / "thesis.txt"))
 
 
 def test_an_adapter_for_other_layers_is_refused(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_an_adapter_for_other_layers_is_refused(tmp_path: Path) -> None:
     config = LlamaConfig.from_pretrained(tmp_path / "base", num_hidden_layers=1)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "shallow")
     with pytest.raises(ConfigurationError, match="is in one and not in the other"):
-        merge_adapter(MergeArguments(tmp_path / "adapter", tmp_path / "merged", base=str(tmp_path / "shallow")))
+        merge_adapter(MergeOptions(tmp_path / "adapter", tmp_path / "merged", base=str(tmp_path / "shallow")))
 
 
 @pytest.mark.skipif(
@@ -82,10 +82,10 @@ def test_a_base_without_tokenizer_merges_with_that_of_the_adapter(tmp_path: Path
     trained(saved_model(tmp_path / "base"), tmp_path)
     for file in (tmp_path / "base").glob("tokenizer*"):
         file.unlink()
-    merge_adapter(MergeArguments(tmp_path / "adapter", tmp_path / "merged"))
+    merge_adapter(MergeOptions(tmp_path / "adapter", tmp_path / "merged"))
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")("1+2")["input_ids"] == [19, 13, 20]
     with pytest.warns(UserWarning, match="has no tokenizer"):
-        merge_adapter(MergeArguments(tmp_path / "checkpoints" / "last.ckpt", tmp_path / "from checkpoint"))
+        merge_adapter(MergeOptions(tmp_path / "checkpoints" / "last.ckpt", tmp_path / "from checkpoint"))
     assert (tmp_path / "from checkpoint" / "model.safetensors").is_file()
 
 

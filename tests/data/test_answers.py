@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from module_helpers import byte_tokenizer, quiet_trainer, write_jsonl
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from na_lora_lightning.arguments import AdapterArguments, EvaluationArguments, LoRAArguments, ScheduleArguments
-from na_lora_lightning.cli.merge import MergeArguments, merge_adapter
+from na_lora_lightning.arguments import AdapterOptions, EvaluationOptions, LoRAOptions, ScheduleOptions
+from na_lora_lightning.cli.merge import MergeOptions, merge_adapter
 from na_lora_lightning.data import InstructionDataModule
 from na_lora_lightning.data.answers import answer_text, as_list, end_mark, stop_at
 from na_lora_lightning.modules.language import NALoRALightningModule
@@ -68,11 +68,11 @@ def test_a_model_that_knows_its_answers_gets_all_of_them_right(tmp_path: Path, k
     seed_everything(0, verbose=False)
     module = NALoRALightningModule(
         base,
-        lora=LoRAArguments(r=16, alpha=32),
+        lora=LoRAOptions(r=16, alpha=32),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
-        schedule=ScheduleArguments(name="constant", warmup_fraction=0.0),
-        evaluation=EvaluationArguments(generate=True, max_new_tokens=32),
-        adapter=AdapterArguments(folder=str(tmp_path / "adapter")),
+        schedule=ScheduleOptions(name="constant", warmup_fraction=0.0),
+        evaluation=EvaluationOptions(generate=True, max_new_tokens=32),
+        adapter=AdapterOptions(folder=str(tmp_path / "adapter")),
     )
     epochs = 60 if kind == "thinking" else 30
     saver = ModelCheckpoint(tmp_path / "checkpoints", filename="last", save_top_k=1, every_n_epochs=epochs)
@@ -94,7 +94,7 @@ def test_a_model_that_knows_its_answers_gets_all_of_them_right(tmp_path: Path, k
     # So do the adapter's folder, and what is merged from either.
     assert GenerationConfig.from_pretrained(tmp_path / "adapter").eos_token_id == expected
     for adapter, output in (("checkpoints/last.ckpt", "other"), ("adapter", "merged")):
-        merge_adapter(MergeArguments(tmp_path / adapter, tmp_path / output))
+        merge_adapter(MergeOptions(tmp_path / adapter, tmp_path / output))
         assert GenerationConfig.from_pretrained(tmp_path / output).eos_token_id == expected
 
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

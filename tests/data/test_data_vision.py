@@ -28,7 +28,7 @@ from vision_helpers import (  # noqa: F401
     write_vision_records,
 )
 
-from na_lora_lightning.arguments import EvaluationArguments
+from na_lora_lightning.arguments import EvaluationOptions
 from na_lora_lightning.data import SplitSummary, VisionInstructionDataModule
 from na_lora_lightning.modules.evaluation import generate_answers, prompt_inputs
 from na_lora_lightning.modules.losses import model_inputs
@@ -145,7 +145,7 @@ def test_prompts_of_a_batch_generate_as_single_ones(kind: str, vlm: Vlm, tmp_pat
     alone = module_of(vlm(kind), stage="validate", validation=source, batch_size=1)
     model = load_model(vlm(kind)).eval()
     model.get_base_model = lambda: model
-    generate = partial(generate_answers, model, together.tokenizer, arguments=EvaluationArguments(max_new_tokens=4))
+    generate = partial(generate_answers, model, together.tokenizer, arguments=EvaluationOptions(max_new_tokens=4))
     (batch,) = together.val_dataloader()
     assert batch["prompts"] == [record["prompt"] for record in numbered_vision_records(3)]
     assert [reference.strip() for reference in batch["references"]] == ["0", "1", "2"]

@@ -22,7 +22,7 @@ from vision_helpers import (
 )
 
 from na_lora_lightning import NALoRALightningModule
-from na_lora_lightning.arguments import EvaluationArguments, LoRAArguments
+from na_lora_lightning.arguments import EvaluationOptions, LoRAOptions
 from na_lora_lightning.data import LeftOutRecordsWarning, VisionInstructionDataModule
 from na_lora_lightning.errors import ConfigurationError, DataError, ImageError
 from na_lora_lightning.modules.evaluation import Evaluator
@@ -145,8 +145,8 @@ def test_empty_batch_is_evaluated_and_predicted_as_nothing(vlm: Vlm, tmp_path: P
     source = damaged(tmp_path, broken=(0, 1), count=2)
     options = {"validation": source, "predict": source, "num_workers": 0, **LEFT}
     datamodule = VisionInstructionDataModule(vlm("llava"), **options)
-    lora = LoRAArguments(r=2, target_modules=["q_proj"])
-    module = NALoRALightningModule(vlm("llava"), lora=lora, evaluation=EvaluationArguments(generate=True))
+    lora = LoRAOptions(r=2, target_modules=["q_proj"])
+    module = NALoRALightningModule(vlm("llava"), lora=lora, evaluation=EvaluationOptions(generate=True))
     with pytest.warns(LeftOutRecordsWarning):
         metrics = quiet_trainer(tmp_path).validate(module, datamodule=datamodule, verbose=False)
     assert metrics == [{}]
@@ -231,9 +231,9 @@ def test_module_trains_and_evaluates(kind: str, vlm: Vlm, tmp_path: Path) -> Non
     datamodule = make(vlm(kind), source, batch_size=4, shuffle=False, group_by_length=False)
     module = NALoRALightningModule(
         vlm(kind),
-        lora=LoRAArguments(r=4, alpha=8),
+        lora=LoRAOptions(r=4, alpha=8),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.02),
-        evaluation=EvaluationArguments(generate=True, max_new_tokens=2, sample_count=2),
+        evaluation=EvaluationOptions(generate=True, max_new_tokens=2, sample_count=2),
     )
     before = quiet_trainer(tmp_path).validate(module, datamodule=datamodule, verbose=False)[0]
     fitting: Trainer = quiet_trainer(tmp_path, max_epochs=8)

@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from module_helpers import Batches, quiet_trainer, saved_model, some_batches
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback
-from na_lora_lightning.arguments import AdapterArguments, LoRAArguments, ScheduleArguments
+from na_lora_lightning.arguments import AdapterOptions, LoRAOptions, ScheduleOptions
 from na_lora_lightning.checkpoints.callbacks import ResumableCurves, RunCheckpoint
 from na_lora_lightning.checkpoints.files import AtomicCheckpointIO
 from na_lora_lightning.modules.language import NALoRALightningModule
@@ -65,9 +65,9 @@ def make_module(folder: Path) -> NALoRALightningModule:
     """A tiny model with dropout."""
     return NALoRALightningModule(
         saved_model(folder / "base"),
-        lora=LoRAArguments(r=2, alpha=4, dropout=0.1),
-        schedule=ScheduleArguments(name="constant", warmup_fraction=0.0),
-        adapter=AdapterArguments(write="never"),
+        lora=LoRAOptions(r=2, alpha=4, dropout=0.1),
+        schedule=ScheduleOptions(name="constant", warmup_fraction=0.0),
+        adapter=AdapterOptions(write="never"),
     )
 
 

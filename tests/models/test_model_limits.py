@@ -11,7 +11,7 @@ import torch
 from module_helpers import Batches, quiet_trainer, saved_model, some_batches, tiny_tokenizer
 from zoo.tiny_models import build
 
-from na_lora_lightning.arguments import EvaluationArguments, LoRAArguments
+from na_lora_lightning.arguments import EvaluationOptions, LoRAOptions
 from na_lora_lightning.data import InstructionDataModule
 from na_lora_lightning.data.text.extent import LongRecordsWarning, require_bound
 from na_lora_lightning.errors import ConfigurationError, DataError
@@ -28,7 +28,7 @@ def data(folder: Path, model: str, prompt: int, completion: int, split: str = "t
 
 
 def module(model: str, **evaluation: Any) -> NALoRALightningModule:
-    return NALoRALightningModule(model, lora=LoRAArguments(r=2), evaluation=EvaluationArguments(**evaluation))
+    return NALoRALightningModule(model, lora=LoRAOptions(r=2), evaluation=EvaluationOptions(**evaluation))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from zoo.tiny_models import build
 
-from na_lora_lightning.arguments import LoRAArguments
+from na_lora_lightning.arguments import LoRAOptions
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.models.loading import enable_gradient_checkpointing, load_base_model
 from na_lora_lightning.models.lora import add_lora
@@ -62,14 +62,14 @@ def test_attention_implementation_is_passed_on(tmp_path: Path) -> None:
 )
 def test_all_linear_is_every_layer_but_the_head(tmp_path: Path, kind: str, layers: set[str]) -> None:
     source = BaseModelSource(saved_model(tmp_path, kind))
-    model = add_lora(load_base_model(source, CPU), LoRAArguments(r=2), source)
+    model = add_lora(load_base_model(source, CPU), LoRAOptions(r=2), source)
     assert adapted_layers(model) == layers
     assert model.training
 
 
 def test_options_reach_peft(tmp_path: Path) -> None:
     source = BaseModelSource(saved_model(tmp_path))
-    lora = LoRAArguments(
+    lora = LoRAOptions(
         r=2,
         alpha=3,
         dropout=0.25,
@@ -93,14 +93,14 @@ def test_options_reach_peft(tmp_path: Path) -> None:
 def test_unknown_layers_are_refused_in_one_sentence(tmp_path: Path) -> None:
     source = BaseModelSource(saved_model(tmp_path))
     with pytest.raises(ConfigurationError, match=r"has 'not_there', and the model has no such layer") as caught:
-        add_lora(load_base_model(source, CPU), LoRAArguments(target_modules=["not_there"]), source)
+        add_lora(load_base_model(source, CPU), LoRAOptions(target_modules=["not_there"]), source)
     assert "\n" not in str(caught.value)
 
 
 def test_olora_on_transposed_weights_is_refused(tmp_path: Path) -> None:
     source = BaseModelSource(saved_model(tmp_path, "gpt2"))
     with pytest.raises(ConfigurationError, match="'olora' does not work for the Conv1D layers"):
-        add_lora(load_base_model(source, CPU), LoRAArguments(r=2, init_lora_weights="olora"), source)
+        add_lora(load_base_model(source, CPU), LoRAOptions(r=2, init_lora_weights="olora"), source)
 
 
 def saved_mixture(folder: Path) -> BaseModelSource:
@@ -110,7 +110,7 @@ def saved_mixture(folder: Path) -> BaseModelSource:
 
 def test_dense_layers_beside_experts_get_lora_as_well(tmp_path: Path) -> None:
     source = saved_mixture(tmp_path)
-    model = add_lora(load_base_model(source, CPU), LoRAArguments(r=2), source)
+    model = add_lora(load_base_model(source, CPU), LoRAOptions(r=2), source)
     adapted = {name.split(".lora_B.")[0].removeprefix("base_model.model.model.layers.") for name in lora_b_names(model)}
     for layer, block in ((0, "mlp"), (1, "mlp.shared_experts"), (2, "mlp.shared_experts")):
         assert {f"{layer}.{block}.{name}_proj" for name in ("gate", "up", "down")} <= adapted
@@ -135,13 +135,13 @@ def lora_b_names(model: torch.nn.Module) -> list[str]:
 def test_what_parameters_do_not_take_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     source = saved_mixture(tmp_path)
     with pytest.raises(ConfigurationError, match=message):
-        add_lora(load_base_model(source, CPU), LoRAArguments(r=2, **options), source)
+        add_lora(load_base_model(source, CPU), LoRAOptions(r=2, **options), source)
 
 
 def test_all_experts_of_a_model_without_any_is_refused(tmp_path: Path) -> None:
     source = BaseModelSource(saved_model(tmp_path))
     with pytest.raises(ConfigurationError, match="has no stacked experts"):
-        add_lora(load_base_model(source, CPU), LoRAArguments(r=2, target_parameters="all-experts"), source)
+        add_lora(load_base_model(source, CPU), LoRAOptions(r=2, target_parameters="all-experts"), source)
 
 
 def test_gradient_checkpointing_is_refused_where_there_is_none(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from zoo.tiny_models import build
 
-from na_lora_lightning.arguments import LoRAArguments
+from na_lora_lightning.arguments import LoRAOptions
 from na_lora_lightning.core.experts import expert_owners
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.models.lora import add_lora
@@ -108,7 +108,7 @@ def test_all_linear_leaves_out_what_cannot_be_adapted(model_type: str, left_out:
 
 def add(model: Any, **options: Any) -> Any:
     model.name_or_path = "tiny"
-    return add_lora(model, LoRAArguments(r=2, **options), BaseModelSource("tiny"))
+    return add_lora(model, LoRAOptions(r=2, **options), BaseModelSource("tiny"))
 
 
 ONE = {"target_modules": ["q_proj"]}

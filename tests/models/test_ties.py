@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 from zoo.tiny_models import build
 
-from na_lora_lightning.arguments import LoRAArguments
-from na_lora_lightning.cli.merge import MergeArguments, merge_adapter, merge_into_base
+from na_lora_lightning.arguments import LoRAOptions
+from na_lora_lightning.cli.merge import MergeOptions, merge_adapter, merge_into_base
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.models.lora import add_lora
 from na_lora_lightning.models.source import BaseModelSource
@@ -49,7 +49,7 @@ def adapted(model: nn.Module, **options: Any) -> PeftModel:
 )
 def test_a_fit_on_tied_embeddings_merges_to_the_same_logits(tmp_path: Path, lora: dict[str, Any], adapter: str) -> None:
     module = trained(tied_llama(tmp_path / "base"), tmp_path, **lora)
-    merge_adapter(MergeArguments(tmp_path / adapter, tmp_path / "merged"))
+    merge_adapter(MergeOptions(tmp_path / adapter, tmp_path / "merged"))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged), logits(module.peft_model), rtol=0, atol=1e-5)
     assert merged.config.tie_word_embeddings is False
@@ -58,7 +58,7 @@ def test_a_fit_on_tied_embeddings_merges_to_the_same_logits(tmp_path: Path, lora
 
 def test_ties_that_no_adapter_touches_stay(tmp_path: Path) -> None:
     trained(tied_llama(tmp_path / "base"), tmp_path, target_modules=["q_proj"])
-    merge_adapter(MergeArguments(tmp_path / "adapter", tmp_path / "merged"))
+    merge_adapter(MergeOptions(tmp_path / "adapter", tmp_path / "merged"))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert merged.config.tie_word_embeddings is True
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
@@ -67,7 +67,7 @@ def test_ties_that_no_adapter_touches_stay(tmp_path: Path) -> None:
 @pytest.mark.parametrize("adapter", ["adapter", "checkpoints/last.ckpt"])
 def test_a_16_bit_base_merges_in_16_bits(tmp_path: Path, adapter: str) -> None:
     module = trained(tied_llama(tmp_path / "base", torch.bfloat16), tmp_path, target_modules=["lm_head"])
-    merge_adapter(MergeArguments(tmp_path / adapter, tmp_path / "merged"))
+    merge_adapter(MergeOptions(tmp_path / adapter, tmp_path / "merged"))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
     assert merged.dtype == torch.bfloat16
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto")
@@ -186,4 +186,4 @@ def test_it_is_refused_before_training() -> None:
     model = Always(tiny_llama().config)
     model.name_or_path = "x"
     with pytest.raises(ConfigurationError, match=r"LoRA on 'lm_head.weight' could not be merged, as Always always"):
-        add_lora(model, LoRAArguments(target_modules=["lm_head"]), BaseModelSource("x"))
+        add_lora(model, LoRAOptions(target_modules=["lm_head"]), BaseModelSource("x"))

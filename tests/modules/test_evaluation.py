@@ -8,7 +8,7 @@ import pytest
 import torch
 from module_helpers import END, saved_model, some_batches, tiny_tokenizer
 
-from na_lora_lightning.arguments import EvaluationArguments, LoRAArguments
+from na_lora_lightning.arguments import EvaluationOptions, LoRAOptions
 from na_lora_lightning.models.loading import load_base_model
 from na_lora_lightning.models.lora import add_lora
 from na_lora_lightning.models.source import BaseModelSource
@@ -28,7 +28,7 @@ LAST_NUMBER = r"-?\d+(?:\.\d+)?"
 @pytest.fixture
 def model(tmp_path: Path) -> Any:
     source = BaseModelSource(saved_model(tmp_path))
-    return add_lora(load_base_model(source, torch.device("cpu")), LoRAArguments(r=2), source).eval()
+    return add_lora(load_base_model(source, torch.device("cpu")), LoRAOptions(r=2), source).eval()
 
 
 def greedy(model: Any, prompt: torch.Tensor, steps: int) -> list[int]:
@@ -59,7 +59,7 @@ def greedy(model: Any, prompt: torch.Tensor, steps: int) -> list[int]:
     ],
 )
 def test_exact_match(answer: str, reference: str, options: dict[str, Any], expected: bool) -> None:
-    assert is_exact_match(answer, reference, EvaluationArguments(**options)) is expected
+    assert is_exact_match(answer, reference, EvaluationOptions(**options)) is expected
 
 
 def sums(loss: float, targets: int, correct: int) -> TokenSums:
@@ -106,7 +106,7 @@ def test_padded_batches_generate_as_single_prompts_do(model: Any) -> None:
             for tokens, mask in zip(batch["prompt_input_ids"], batch["prompt_attention_mask"], strict=True)
         ]
     tokenizer = tiny_tokenizer()
-    arguments = EvaluationArguments(max_new_tokens=5)
+    arguments = EvaluationOptions(max_new_tokens=5)
     texts = generate_answers(model, tokenizer, prompt_inputs(batch), arguments)
     assert texts == [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in expected]
 
@@ -114,7 +114,7 @@ def test_padded_batches_generate_as_single_prompts_do(model: Any) -> None:
 def test_generation_is_greedy_whatever_the_models_settings(model: Any, caplog: pytest.LogCaptureFixture) -> None:
     batch = some_batches(1, rows=3)[0]
     prompts = prompt_inputs(batch)
-    arguments = EvaluationArguments(max_new_tokens=5)
+    arguments = EvaluationOptions(max_new_tokens=5)
     expected = generate_answers(model, tiny_tokenizer(), prompts, arguments)
     own = model.get_base_model().generation_config
     own.do_sample, own.temperature, own.top_p, own.top_k, own.repetition_penalty = True, 0.7, 0.5, 3, 1.5
@@ -128,17 +128,17 @@ def test_generation_ends_at_the_tokenizers_end(model: Any) -> None:
     batch = some_batches(1, rows=1)[0]
     prompts = prompt_inputs(batch)
     tokenizer = tiny_tokenizer()
-    text = generate_answers(model, tokenizer, prompts, EvaluationArguments(max_new_tokens=5))[0]
+    text = generate_answers(model, tokenizer, prompts, EvaluationOptions(max_new_tokens=5))[0]
     token = tokenizer(text)["input_ids"][2]
     # A chat model's end of turn, which its generation settings do not know.
     tokenizer.add_special_tokens({"eos_token": tokenizer.convert_ids_to_tokens(token)})
-    shorter = generate_answers(model, tokenizer, prompts, EvaluationArguments(max_new_tokens=5))[0]
+    shorter = generate_answers(model, tokenizer, prompts, EvaluationOptions(max_new_tokens=5))[0]
     # The fixture's text repeats no token before its third.
     assert shorter == text[:2]
 
 
 def test_evaluator_shares_the_sample_among_processes(model: Any) -> None:
-    evaluator = Evaluator(EvaluationArguments(generate=True, max_new_tokens=1, sample_count=5))
+    evaluator = Evaluator(EvaluationOptions(generate=True, max_new_tokens=1, sample_count=5))
     for batch in some_batches(3, rows=2):
         evaluator.add(model, batch, tiny_tokenizer(), processes=2)
     assert len(evaluator.answers) == int(evaluator.metrics.answers) == 3

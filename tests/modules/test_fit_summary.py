@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from module_helpers import Batches, quiet_trainer, saved_model, some_batches
 from rich.console import Console
 
-from na_lora_lightning.arguments import EvaluationArguments, LoRAArguments, ScheduleArguments
+from na_lora_lightning.arguments import EvaluationOptions, LoRAOptions, ScheduleOptions
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.modules.fit_summary import FitSummaryCallback
 from na_lora_lightning.modules.language import NALoRALightningModule
@@ -22,10 +22,10 @@ def make_module(base: str, generate: bool = True) -> NALoRALightningModule:
     seed_everything(0, verbose=False)
     return NALoRALightningModule(
         base,
-        lora=LoRAArguments(r=2, alpha=4),
+        lora=LoRAOptions(r=2, alpha=4),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=5e-2),
-        schedule=ScheduleArguments(name="constant", warmup_fraction=0.0),
-        evaluation=EvaluationArguments(generate=generate, max_new_tokens=3),
+        schedule=ScheduleOptions(name="constant", warmup_fraction=0.0),
+        evaluation=EvaluationOptions(generate=generate, max_new_tokens=3),
     )
 
 

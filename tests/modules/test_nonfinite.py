@@ -13,7 +13,7 @@ from module_helpers import Batches, quiet_trainer, saved_model, some_batches
 from torch import Tensor, nn
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback
-from na_lora_lightning.arguments import AdapterArguments, LoRAArguments, LossArguments, ScheduleArguments
+from na_lora_lightning.arguments import AdapterOptions, LoRAOptions, LossOptions, ScheduleOptions
 from na_lora_lightning.callbacks.session import NonFiniteGateWarning
 from na_lora_lightning.errors import NonFiniteError
 from na_lora_lightning.modules.language import NALoRALightningModule
@@ -29,11 +29,11 @@ def make_module(llama: str, on_nonfinite: str = "stop") -> NALoRALightningModule
     torch.manual_seed(0)
     return NALoRALightningModule(
         llama,
-        lora=LoRAArguments(r=2, alpha=4),
+        lora=LoRAOptions(r=2, alpha=4),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
-        schedule=ScheduleArguments(name="constant", warmup_fraction=0.0),
-        loss=LossArguments(on_nonfinite=on_nonfinite),  # type: ignore[arg-type]
-        adapter=AdapterArguments(write="never"),
+        schedule=ScheduleOptions(name="constant", warmup_fraction=0.0),
+        loss=LossOptions(on_nonfinite=on_nonfinite),  # type: ignore[arg-type]
+        adapter=AdapterOptions(write="never"),
     )
 
 

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from module_helpers import quiet_trainer, saved_model, write_records
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback
-from na_lora_lightning.arguments import AdapterArguments, LoRAArguments, LossArguments, ScheduleArguments
+from na_lora_lightning.arguments import AdapterOptions, LoRAOptions, LossOptions, ScheduleOptions
 from na_lora_lightning.checkpoints.callbacks import RunCheckpoint
 from na_lora_lightning.data import InstructionDataModule
 from na_lora_lightning.errors import ConfigurationError
@@ -24,7 +24,7 @@ from na_lora_lightning.modules.language import NALoRALightningModule
 from na_lora_lightning.modules.resumed_options import OPTIONS_KEY, ResumedOptions
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
-CONSTANT = ScheduleArguments(name="constant", warmup_fraction=0.0)
+CONSTANT = ScheduleOptions(name="constant", warmup_fraction=0.0)
 
 # The resumed fit goes on in the folder of the first, or of a copy of it.
 pytestmark = [
@@ -55,8 +55,8 @@ class Run:
         seed_everything(options.pop("seed", 0), verbose=False)
         module_names = ("optimizer", "schedule", "lora", "loss")
         given = {name: options.pop(name) for name in module_names if name in options}
-        settings = {"optimizer": ADAMW, "schedule": CONSTANT, "lora": LoRAArguments(r=2, alpha=4), **given}
-        self.module = NALoRALightningModule(self.base, adapter=AdapterArguments(write="never"), **settings)
+        settings = {"optimizer": ADAMW, "schedule": CONSTANT, "lora": LoRAOptions(r=2, alpha=4), **given}
+        self.module = NALoRALightningModule(self.base, adapter=AdapterOptions(write="never"), **settings)
         self.module.draws_seed = options.pop("draws_seed", False)
         rates = Rates()
         saver = options.pop("saver", None) or RunCheckpoint(1, keep=20, dirpath=str(self.folder / "steps"))
@@ -113,7 +113,7 @@ MIDDLE, LAST = "epoch=1-step=4.ckpt", "epoch=1-step=6.ckpt"
 
 
 def test_unchanged_options_are_left_as_they_were_without_a_word(run: Run) -> None:
-    cosine = ScheduleArguments(name="cosine", warmup_steps=2)
+    cosine = ScheduleOptions(name="cosine", warmup_steps=2)
     run.fit(schedule=cosine)
     whole, state = run.checkpoint(LAST), run.module.state_dict()
     run.fit(MIDDLE, schedule=cosine)
@@ -147,13 +147,13 @@ def test_options_of_the_optimizer_apply_and_are_recorded(run: Run) -> None:
     [
         # 1e-2 times what the new schedule has after 4 and 5 of its steps.
         (
-            {"schedule": ScheduleArguments(name="linear", warmup_steps=0)},
+            {"schedule": ScheduleOptions(name="linear", warmup_steps=0)},
             "schedule.name constant → linear",
             [2 / 6, 1 / 6],
         ),
         ({"max_steps": 5}, "trainer.max_steps -1 → 5", [1.0]),
         (
-            {"schedule": ScheduleArguments(name="constant_with_warmup", warmup_steps=5)},
+            {"schedule": ScheduleOptions(name="constant_with_warmup", warmup_steps=5)},
             "schedule.name constant → constant_with_warmup",
             [4 / 5, 1.0],
         ),
@@ -168,7 +168,7 @@ def test_another_schedule_is_that_of_the_step(
 
 
 def test_more_epochs_stretch_the_schedule_from_the_first_step_on(run: Run) -> None:
-    linear = ScheduleArguments(name="linear", warmup_steps=0)
+    linear = ScheduleOptions(name="linear", warmup_steps=0)
     run.fit(schedule=linear)
     seen = run.fit(MIDDLE, schedule=linear, max_epochs=4).seen
     assert [group["lr"] for group in seen] == pytest.approx([1e-2 * (12 - step) / 12 for step in range(4, 12)])
@@ -176,7 +176,7 @@ def test_more_epochs_stretch_the_schedule_from_the_first_step_on(run: Run) -> No
 
 
 def test_another_accumulation_counts_the_steps_that_are_left(run: Run) -> None:
-    linear = ScheduleArguments(name="linear", warmup_steps=0)
+    linear = ScheduleOptions(name="linear", warmup_steps=0)
     run.fit(schedule=linear)
     seen = run.fit("epoch=0-step=3.ckpt", schedule=linear, accumulate_grad_batches=2, max_epochs=3).seen
     # Three steps are behind, and two epochs of two steps follow.
@@ -201,8 +201,8 @@ def test_one_batch_is_not_all_of_them(run: Run) -> None:
         ({"gradient_clip_val": 0.1}, "trainer.gradient_clip_val None → 0.1"),
         ({"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"}, None),
         ({"precision": "bf16-mixed"}, "trainer.precision 32-true → bf16-mixed"),
-        ({"loss": LossArguments(average_over="micro_batch")}, "loss.average_over step → micro_batch"),
-        ({"lora": LoRAArguments(r=2, alpha=4, dropout=0.3)}, "lora.dropout 0 → 0.3"),
+        ({"loss": LossOptions(average_over="micro_batch")}, "loss.average_over step → micro_batch"),
+        ({"lora": LoRAOptions(r=2, alpha=4, dropout=0.3)}, "lora.dropout 0 → 0.3"),
         ({"seed": 7}, "seed_everything 0 → 7"),
     ],
 )
@@ -213,7 +213,7 @@ def test_what_applies_by_itself_is_said(run: Run, options: dict[str, Any], chang
 
 
 def test_a_seed_that_is_drawn_anew_is_no_other_option(run: Run) -> None:
-    dropout = LoRAArguments(r=2, alpha=4, dropout=0.5)
+    dropout = LoRAOptions(r=2, alpha=4, dropout=0.5)
     run.fit(lora=dropout, draws_seed=True)
     whole = run.module.state_dict()
     run.fit(MIDDLE, lora=dropout, seed=7, draws_seed=True)
@@ -223,7 +223,7 @@ def test_a_seed_that_is_drawn_anew_is_no_other_option(run: Run) -> None:
 
 def test_another_seed_draws_other_dropout(run: Run) -> None:
     found = []
-    dropout = LoRAArguments(r=2, alpha=4, dropout=0.5)
+    dropout = LoRAOptions(r=2, alpha=4, dropout=0.5)
     run.fit(lora=dropout)
     for seed in (0, 0, 7):
         run.fit(MIDDLE, lora=dropout, seed=seed)

@@ -21,7 +21,7 @@ from benchmarks.study.run.probes import GateProbe
 from benchmarks.study.run.specification import Cell
 from benchmarks.study.tasks import pools
 from benchmarks.study.tasks.encoding import IGNORED, Encoded, collate, encode, inputs_of, tokenizer_of
-from na_lora_lightning.arguments import ScheduleArguments
+from na_lora_lightning.arguments import ScheduleOptions
 from na_lora_lightning.modules.optimization import make_schedule
 
 _PROBE_EXAMPLES = 16
@@ -124,7 +124,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     built = build(base, cell.arm, cell.setting.lora, training, cell.rate, cell.seed, example_inputs)
     probe = GateProbe(built, probed)
     schedule = make_schedule(
-        ScheduleArguments(name=training["schedule"], warmup_fraction=training["warmup_fraction"]),
+        ScheduleOptions(name=training["schedule"], warmup_fraction=training["warmup_fraction"]),
         built.optimizer,
         training["steps"],
     )
