@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from na_lora_lightning.errors import ConfigurationError
 
@@ -93,14 +93,20 @@ class LoRAOptions:
         return self.init_lora_weights in ("pissa", "olora")
 
 
+LogitsOption = Literal["auto", "targets", "chunked", "fused", "all"]
+
+
 @dataclass(frozen=True)
 class LossOptions:
     """How the training loss is computed; none of it changes what is minimised with one micro-batch a step.
 
     Args:
-        logits: ``"targets"`` runs the output head only at positions that some record of the batch has a target
-            at, which saves time and memory; ``"all"`` runs it everywhere, which keeps shapes static for compilers.
-            Models whose forward has no ``logits_to_keep`` use ``"all"``.
+        logits: Which logits are computed, and held, at once. ``"targets"``: those at positions that some record of
+            the batch has a target at; models whose forward has no ``logits_to_keep`` compute all. ``"chunked"``: those
+            of the targets alone, 64 MiB of them at a time, whose gradient is taken before the next. ``"fused"``: the
+            same in Liger's kernels, for training on a GPU. ``"all"``: all, which keeps shapes static for compilers.
+            ``"auto"`` is ``"chunked"`` where the logits of a batch are larger than a chunk and the model's head runs
+            by itself, which is tried, and ``"targets"`` elsewhere.
         average_over: ``"step"`` weighs every target token of an optimizer step alike, whatever micro-batch and
             process it is in; ``"micro_batch"`` averages within micro-batches first, so that targets in short ones
             weigh more.
@@ -112,13 +118,14 @@ class LossOptions:
         ConfigurationError: A value is unknown.
     """
 
-    logits: Literal["targets", "all"] = "targets"
+    logits: LogitsOption = "auto"
     average_over: Literal["step", "micro_batch"] = "step"
     on_nonfinite: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
-        if self.logits not in ("targets", "all"):
-            raise ConfigurationError(f"loss.logits={self.logits!r} is unknown; use 'targets' or 'all'.")
+        if self.logits not in get_args(LogitsOption):
+            names = ", ".join(map(repr, get_args(LogitsOption)))
+            raise ConfigurationError(f"loss.logits={self.logits!r} is unknown; use one of {names}.")
         if self.average_over not in ("step", "micro_batch"):
             raise ConfigurationError(
                 f"loss.average_over={self.average_over!r} is unknown; use 'step' or 'micro_batch'."

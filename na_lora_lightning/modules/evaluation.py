@@ -13,7 +13,7 @@ from torchmetrics import Metric
 
 from na_lora_lightning.arguments import EvaluationOptions
 from na_lora_lightning.data.answers import answer_text, as_list
-from na_lora_lightning.modules.losses import TokenSums, accepts_logits_to_keep, token_sums
+from na_lora_lightning.modules.losses import TokenSums, token_sums
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -68,7 +68,8 @@ class EvaluationMetrics(Metric):
         """Adds a batch."""
         self.negative_log_likelihood += sums.negative_log_likelihood.detach()
         self.target_tokens += sums.target_tokens
-        self.correct_tokens += sums.correct_tokens
+        if sums.correct_tokens is not None:
+            self.correct_tokens += sums.correct_tokens
         self.answers += len(answers)
         self.correct_answers += sum(answer.correct for answer in answers)
 
@@ -218,7 +219,7 @@ class Evaluator(nn.Module):
             tokenizer: Needed to generate.
             processes: Number of processes that share the data, and so ``sample_count``.
         """
-        sums = token_sums(model, batch, accepts_logits_to_keep(model))
+        sums = token_sums(model, batch)
         answers = [] if tokenizer is None else self._answer(model, batch, tokenizer, processes)
         self.metrics.update(sums, answers)
         self.answers += answers[: _RECORDED_ANSWERS - len(self.answers)]

@@ -31,7 +31,7 @@ from na_lora_lightning.models.lora import add_lora
 from na_lora_lightning.models.sharding import require_shardable, shard_model
 from na_lora_lightning.models.source import BaseModelSource, Dtype
 from na_lora_lightning.modules.evaluation import Evaluator, generate_answers, prompt_inputs
-from na_lora_lightning.modules.losses import accepts_logits_to_keep, model_inputs, token_sums
+from na_lora_lightning.modules.losses import model_inputs, require_logits, token_sums
 from na_lora_lightning.modules.optimization import OptimizerFactory
 from na_lora_lightning.modules.throughput import ThroughputCallback
 from na_lora_lightning.modules.training import AdapterTrainingModule, NoTargetTokensWarning
@@ -189,12 +189,21 @@ class NALoRALightningModule(AdapterTrainingModule):
     # ---- training ----
 
     @override
+    def on_train_start(self) -> None:
+        """Checks that the logits can be computed as is asked.
+
+        Raises:
+            ConfigurationError: They cannot.
+        """
+        super().on_train_start()
+        require_logits(self.peft_model, self.loss.logits)
+
+    @override
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Returns the loss of a batch, a scalar in nats per target token."""
         self._require_batch_fits(batch)
         model = self.peft_model
-        only_targets = self.loss.logits == "targets" and accepts_logits_to_keep(model)
-        sums = token_sums(model, batch, only_targets)
+        sums = token_sums(model, batch, self.loss.logits, count_correct=False)
 
         def run() -> Any:
             return model(**model_inputs(model, batch), use_cache=False)

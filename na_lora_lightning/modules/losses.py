@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from na_lora_lightning.arguments import LogitsOption
+from na_lora_lightning.core.model_entry import root_of, vocabulary_size
+from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.labels import IGNORED_LABEL
+from na_lora_lightning.models.output_head import OutputHead, output_head
+from na_lora_lightning.modules.chunked_loss import chunked_cross_entropy, fused_cross_entropy, tokens_per_chunk
 
 # Not inputs, or asked for in another way.
 _NO_EXTRA = ("input_ids", "attention_mask", "labels", "logits_to_keep", "use_cache")
@@ -24,12 +29,12 @@ class TokenSums:
     Attributes:
         negative_log_likelihood: Scalar, float32, nats, with its graph.
         target_tokens: Scalar, int64.
-        correct_tokens: Scalar, int64; targets that the model finds most likely.
+        correct_tokens: Scalar, int64; targets that the model finds most likely. None where they are not counted.
     """
 
     negative_log_likelihood: Tensor
     target_tokens: Tensor
-    correct_tokens: Tensor
+    correct_tokens: Tensor | None
 
     @property
     def mean_loss(self) -> Tensor:
@@ -84,40 +89,89 @@ def model_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
     return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], **extra}
 
 
-def token_sums(model: Callable[..., Any], batch: Mapping[str, Any], only_target_positions: bool) -> TokenSums:
+def token_sums(
+    model: Any, batch: Mapping[str, Any], logits: LogitsOption = "auto", count_correct: bool = True
+) -> TokenSums:
     """Runs the model on a batch and sums over its target tokens.
 
     Args:
         model: Called with what of the batch it takes as keywords; returns an output with ``logits``.
         batch: ``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, length]`` and int64, and for a model
             that takes images what its processor makes of them.
-        only_target_positions: Have the model compute the logits at target positions alone.
+        logits: As in :class:`~na_lora_lightning.arguments.LossArguments`.
+        count_correct: Whether to count the targets that the model finds most likely.
 
     Returns:
         The sums. Auxiliary losses that a model may add to its own loss are not in them.
+
+    Raises:
+        ConfigurationError: The model's logits cannot be computed as is asked.
     """
     labels = batch["labels"]
     inputs = {**model_inputs(model, batch), "use_cache": False}
-    positions = target_positions(labels) if only_target_positions else None
-    if positions is None:
-        logits = model(**inputs).logits[:, :-1]
-        targets = labels[:, 1:]
-    else:
-        logits = model(**inputs, logits_to_keep=positions).logits
-        if logits.shape[1] != positions.numel():
+    if logits in ("auto", "chunked", "fused"):
+        # Where each target is predicted, counted over the batch.
+        places = functional.pad(labels[:, 1:] != IGNORED_LABEL, (0, 1)).flatten().nonzero().squeeze(1)
+        head = _head_for(model, logits, places.numel())
+        if head is not None:
+            targets = labels.flatten()[places + 1]
+            try:
+                hidden = head.hidden_states(model, inputs).flatten(0, 1).index_select(0, places)
+                if logits == "fused" and torch.is_grad_enabled() and not count_correct:
+                    total, correct = fused_cross_entropy(head)(hidden, targets), None
+                else:
+                    total, correct = chunked_cross_entropy(head, hidden, targets, count_correct=count_correct)
+            finally:
+                head.forget()
+            return TokenSums(total, torch.full_like(total, len(targets), dtype=torch.int64), correct)
+    if logits != "all" and accepts_logits_to_keep(model):
+        positions = target_positions(labels)
+        found = model(**inputs, logits_to_keep=positions).logits
+        if found.shape[1] != positions.numel():
             # The model takes the argument and leaves it unused in training.
-            logits = logits[:, positions]
+            found = found[:, positions]
         targets = labels[:, 1:][:, positions] if labels.shape[1] > 1 else torch.full_like(labels, IGNORED_LABEL)
-    logits = logits.flatten(0, 1)
+    else:
+        found = model(**inputs).logits[:, :-1]
+        targets = labels[:, 1:]
+    found = found.flatten(0, 1)
     targets = targets.flatten()
     # In float32, as the sum over a vocabulary loses too much in 16 bits.
     negative_log_likelihood = functional.cross_entropy(
-        logits.float(), targets, ignore_index=IGNORED_LABEL, reduction="sum"
+        found.float(), targets, ignore_index=IGNORED_LABEL, reduction="sum"
     )
     with torch.no_grad():
         is_target = targets != IGNORED_LABEL
-        correct = ((logits.argmax(dim=-1) == targets) & is_target).sum()
+        correct = ((found.argmax(dim=-1) == targets) & is_target).sum() if count_correct else None
     return TokenSums(negative_log_likelihood, is_target.sum(), correct)
+
+
+def require_logits(model: nn.Module, logits: LogitsOption) -> None:
+    """Checks that a model's logits can be computed as is asked.
+
+    Raises:
+        ConfigurationError: They cannot.
+    """
+    if logits in ("chunked", "fused"):
+        head = _head_for(model, logits, 1)
+        if logits == "fused" and head is not None:
+            fused_cross_entropy(head)
+
+
+def _head_for(model: nn.Module, logits: LogitsOption, targets: int) -> OutputHead | None:
+    """The output head, if it is to run by itself on that many targets."""
+    vocabulary = vocabulary_size(root_of(model))
+    if not targets or (logits == "auto" and (vocabulary is None or targets <= tokens_per_chunk(vocabulary))):
+        return None
+    head = output_head(model)
+    if isinstance(head, OutputHead):
+        return head
+    if logits == "auto":
+        return None
+    raise ConfigurationError(
+        f"loss.logits={logits!r} runs the output head by itself, which {type(root_of(model)).__name__} does not allow, "
+        f"as {head}; use 'auto'."
+    )
 
 
 class StepAverage:

@@ -76,12 +76,12 @@ def llama(tmp_path: Path) -> str:
     return saved_model(tmp_path / "base")
 
 
-@pytest.mark.parametrize("only_targets", [True, False])
-def test_loss_is_the_mean_over_target_tokens(base: str, only_targets: bool) -> None:
+@pytest.mark.parametrize("logits", ["targets", "chunked", "all"])
+def test_loss_is_the_mean_over_target_tokens(base: str, logits: Any) -> None:
     module = configured(base)
     module.eval()
     batch = some_batches(1, rows=3)[0]
-    sums = token_sums(module.peft_model, batch, only_targets)
+    sums = token_sums(module.peft_model, batch, logits)
 
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     log_probabilities = module.peft_model(**inputs).logits.detach().log_softmax(-1)
@@ -104,10 +104,10 @@ def test_loss_is_the_mean_over_target_tokens(base: str, only_targets: bool) -> N
 
 def test_leaving_out_logits_changes_no_gradient(base: str) -> None:
     gradients = []
-    for only_targets in (True, False):
+    for logits in ("targets", "all"):
         module = configured(base)
         module.eval()
-        token_sums(module.peft_model, some_batches(1, rows=3)[0], only_targets).mean_loss.backward()
+        token_sums(module.peft_model, some_batches(1, rows=3)[0], logits).mean_loss.backward()
         gradients.append({n: p.grad for n, p in module.named_parameters() if p.requires_grad})
     assert accepts_logits_to_keep(module.peft_model)
     for name, gradient in gradients[0].items():
@@ -119,18 +119,18 @@ def test_logits_only_where_there_is_a_target(llama: str) -> None:
     shapes = []
     module.peft_model.register_forward_hook(lambda _, __, output: shapes.append(output.logits.shape))
     batch = make_batch([record(0, 6, 2), record(1, 5, 3)])
-    token_sums(module.peft_model, batch, True)
-    token_sums(module.peft_model, batch, False)
+    token_sums(module.peft_model, batch, "targets")
+    token_sums(module.peft_model, batch, "all")
     # Targets at 6 and 7, and at 5, 6 and 7: predicted at positions 4, 5 and 6.
     assert shapes == [(2, 3, 64), (2, 8, 64)]
 
 
-@pytest.mark.parametrize("only_targets", [True, False])
-def test_a_batch_without_targets_has_zero_loss_with_a_graph(llama: str, only_targets: bool) -> None:
+@pytest.mark.parametrize("logits", ["targets", "chunked", "all"])
+def test_a_batch_without_targets_has_zero_loss_with_a_graph(llama: str, logits: Any) -> None:
     module = configured(llama)
     batch = some_batches(1)[0]
     batch["labels"] = torch.full_like(batch["labels"], -100)
-    loss = token_sums(module.peft_model, batch, only_targets).mean_loss
+    loss = token_sums(module.peft_model, batch, logits).mean_loss
     loss.backward()
     assert loss.item() == 0.0
     assert all(not p.grad.any() for p in module.parameters() if p.requires_grad and p.grad is not None)
@@ -183,7 +183,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(llama: str) -> None:
     gradients = []
     for checkpointing in (False, True):
         module = configured(llama, gradient_checkpointing=checkpointing)
-        token_sums(module.peft_model.train(), some_batches(1)[0], True).mean_loss.backward()
+        token_sums(module.peft_model.train(), some_batches(1)[0], "targets").mean_loss.backward()
         gradients.append([p.grad for p in module.parameters() if p.requires_grad])
     assert all(gradient is not None and gradient.any() for gradient in gradients[1])
     for plain, checkpointed in zip(*gradients, strict=True):
@@ -252,7 +252,7 @@ def test_metrics_are_over_all_tokens_of_uneven_batches(llama: str, tmp_path: Pat
     batches = [make_batch(records[:1]), make_batch(records[1:4]), make_batch(records[4:])]
     module = configured(llama)
     (measured,) = quiet_trainer(tmp_path).validate(module, Batches([], batches), verbose=False)
-    sums = token_sums(module.peft_model.eval(), make_batch(records), False)
+    sums = token_sums(module.peft_model.eval(), make_batch(records), "all")
     loss = float(sums.negative_log_likelihood.detach()) / 23
     assert int(sums.target_tokens) == 23
     assert measured["validation/loss"] == pytest.approx(loss, rel=1e-5)
@@ -427,7 +427,7 @@ def test_training_logs_the_loss_and_reports_the_parameters(
     fresh = make_module(llama)
     fresh.configure_model()
     # The adapter starts from no change, and Llama has no dropout.
-    loss = token_sums(fresh.peft_model, batch, False).mean_loss
+    loss = token_sums(fresh.peft_model, batch, "all").mean_loss
     assert float(trainer.callback_metrics["train/loss"]) == pytest.approx(float(loss.detach()), rel=1e-5)
 
 
