@@ -82,8 +82,10 @@ def _gates(gates: GateMap) -> str:
     text = f"{', '.join(names)}, {gates.channels:,} channels"
     bare = sum(entry.gate_without_lora for entry in gates.left_out)
     unmapped = sum(entry.not_supported for entry in gates.left_out)
+    untold = sum(entry.may_be_gate for entry in gates.left_out)
     text += f" ({_count(bare, 'gate')} without LoRA left out)" if bare else ""
-    return text + (f" ({_count(unmapped, 'gate')} with LoRA not masked: plain LoRA)" if unmapped else "")
+    text += f" ({_count(unmapped, 'gate')} with LoRA not masked: plain LoRA)" if unmapped else ""
+    return text + (f" ({_count(untold, 'function')} of unknown form behind LoRA: plain LoRA)" if untold else "")
 
 
 def _count(number: int, noun: str) -> str:

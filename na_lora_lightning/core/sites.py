@@ -122,6 +122,7 @@ class LeftOut:
         reason: Why it was left out.
         gate_without_lora: Whether it is a feed-forward gate whose producing layer has no LoRA.
         not_supported: Whether it has LoRA that would train unmasked, because its gates cannot be mapped yet.
+        may_be_gate: Whether it has LoRA that trains unmasked, and it could not be told whether it is a gate.
         producers: Names of the linear layers, or of the stacked parameters, that make its pre-activation.
         target: Whether PEFT is to be told the ``"modules"`` or the ``"parameters"`` among them.
         remedy: What helps beside taking the layers out of the LoRA targets.
@@ -132,6 +133,7 @@ class LeftOut:
     reason: str
     gate_without_lora: bool = False
     not_supported: bool = False
+    may_be_gate: bool = False
     producers: tuple[str, ...] = ()
     target: Literal["modules", "parameters"] = "modules"
     remedy: str | None = None

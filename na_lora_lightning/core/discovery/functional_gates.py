@@ -29,8 +29,11 @@ _GATES = (
 )
 # and those that can also be something else.
 _PERHAPS = ("Threshold", "Clamp", "Maximum", "Where", "Exp", "Sin", "Atan", "Abs")
-# A gate may be normalised before it is taken.
+# A gate may be normalised before it is taken,
 _NORMS = (functional.layer_norm, torch.layer_norm, functional.rms_norm, torch.rms_norm, functional.normalize)
+# or its channels may be mixed by hand. What such a function makes is a gate as what a module makes is.
+_FUNCTIONS = (functional.silu, functional.gelu, functional.relu, torch.relu, Tensor.relu)
+_Call = Literal["norm", "function"]
 # Attention, state spaces and hyper-connections do this, and gates do not.
 _MIXED = "is not linear, and does not work channel by channel"
 
@@ -110,13 +113,17 @@ def _gate_of(
     between = f"the function between {producer.name} and {consumer.name}"
     met = blocks.inputs[id(consumer)]
     surely = not met.stops and (met.custom or any(name.startswith(_GATES) for name in met.passed))
-    if isinstance(gate, str):
-        unsupported = surely and with_lora and gate != _MIXED
-        return LeftOut(producer.name, "function", f"{between} {gate}", not_supported=unsupported, producers=names)
-    if gate.activation is None:
-        what = "of no known form" if gate.is_self_gated else "not self-gated"
-        unsupported = gate.is_self_gated and with_lora and surely
-        return LeftOut(producer.name, "function", f"{between} is {what}", not_supported=unsupported, producers=names)
+    if isinstance(gate, str) or gate.activation is None:
+        may_be = gate != _MIXED if isinstance(gate, str) else gate.is_self_gated
+        what = gate if isinstance(gate, str) else f"is {'of no known form' if may_be else 'not self-gated'}"
+        return LeftOut(
+            producer.name,
+            "function",
+            f"{between} {what}",
+            not_supported=may_be and with_lora and surely,
+            may_be_gate=may_be and with_lora and not surely,
+            producers=names,
+        )
     owner_name = _common_owner([producer.name, consumer.name, *(p.name for p in producers)])
     name = f"{owner_name}.{gate.activation.name}" if owner_name else gate.activation.name
     if not with_lora:
@@ -153,17 +160,20 @@ class _ReachedError(Exception):
     """Ends a forward pass when the gated result is there."""
 
 
-class _LastNorm(TorchFunctionMode):
-    """Keeps what the last normalising function call was given."""
+class _LastCall(TorchFunctionMode):
+    """Keeps what the last normalising function was given, and what the last activation function made."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.given: Any = None
+        self.kept: dict[_Call, Any] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _NORMS:
-            self.given = first_argument(args, kwargs or {})
-        return func(*args, **(kwargs or {}))
+            self.kept["norm"] = first_argument(args, kwargs or {})
+        result = func(*args, **(kwargs or {}))
+        if func in _FUNCTIONS:
+            self.kept["function"] = result
+        return result
 
 
 def _random_state(device: torch.device) -> Tensor:
@@ -216,7 +226,8 @@ class _Code:
                     gate = identify(self._answer(place, to_the_end), like)
                     if self._is_random:
                         return "draws random numbers"
-                    if gate is not None:
+                    # What mixes channels behind a function is no gate for that, unless the function is known.
+                    if gate is not None and (place != "function" or gate.activation is not None):
                         return gate
                 linear = is_linear_in(self._answer(None, to_the_end), like)
             except Exception as error:  # Whatever code that was written for one call raises in another.
@@ -237,15 +248,14 @@ class _Code:
             )
         )
 
-    def _places(self, to_the_end: bool, like: Tensor) -> Iterator[nn.Module | Literal["norm"] | None]:
-        """Where the gated result may be: with the consumer, or with a module or a function that normalises it."""
+    def _places(self, to_the_end: bool, like: Tensor) -> Iterator[nn.Module | _Call | None]:
+        """Where the gated result may be: with the consumer, a module or a function that normalises it, or its maker."""
         yield from (None, *self._modules_on_the_way())
-        with _LastNorm() as norm:
+        with _LastCall() as last:
             self._answer(None, to_the_end)(like)
-        if norm.given is not None:
-            yield "norm"
+        yield from last.kept
 
-    def _answer(self, place: nn.Module | Literal["norm"] | None, to_the_end: bool) -> Callable[[Tensor], Tensor]:
+    def _answer(self, place: nn.Module | _Call | None, to_the_end: bool) -> Callable[[Tensor], Tensor]:
         """Maps an output of the layer to what ``place`` (or the consumer) takes; other layers put out ones."""
         depth = self._depth
         wanted: dict[nn.Module, dict[int, LinearCall]] = {}
@@ -274,14 +284,14 @@ class _Code:
                 nonlocal calls_of_target
                 calls_of_target += 1
                 if calls_of_target - 1 == at:
-                    taken.append(norm.given if norm is not None else first_argument(args, kwargs))
+                    taken.append(first_argument(args, kwargs) if last is None else last.kept[place])
                     assert random_state is not None
                     self._is_random |= not torch.equal(random_state, _random_state(output.device))
                     if not to_the_end:
                         raise _ReachedError
 
             with ExitStack() as stack:
-                norm = stack.enter_context(_LastNorm()) if place == "norm" else None
+                last = stack.enter_context(_LastCall()) if isinstance(place, str) else None
                 for module in wanted:
                     stack.callback(module.register_forward_hook(put).remove)
                 stack.callback(target.register_forward_pre_hook(take, with_kwargs=True).remove)

@@ -118,7 +118,7 @@ def _features_of_channels(answer: Answer, start: Tensor) -> tuple[Tensor, Tensor
         leaf = start.movedim(-1, 0).clone().requires_grad_(True)
         result = answer(leaf.movedim(0, -1))
         channels = result.shape[-1]
-        found = correspondence(result, leaf)
+        found = correspondence(result, leaf) if result.requires_grad else None
     if found is None:
         return None
     first = found.one_to_one(channels)
