@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
-from na_lora_lightning.core.discovery.blocks import Ancestors, Blocks, ancestors
-from na_lora_lightning.core.discovery.functional_probe import FunctionalGate, identify, is_linear_in
+from na_lora_lightning.core.discovery.blocks import Ancestors, Blocks
+from na_lora_lightning.core.discovery.functional_code import MIXED, Code
+from na_lora_lightning.core.discovery.functional_probe import FunctionalGate
 from na_lora_lightning.core.discovery.picked import origin_of
-from na_lora_lightning.core.discovery.trace import LinearCall, ModuleCall
-from na_lora_lightning.core.discovery.tracing import first_argument
+from na_lora_lightning.core.discovery.trace import LinearCall
 from na_lora_lightning.core.lora_layers import active_adapters, is_lora_layer
 from na_lora_lightning.core.pre_activations import LayerOutput
 from na_lora_lightning.core.sites import GateMap, GateSite, LeftOut
@@ -29,13 +24,6 @@ _GATES = (
 )
 # and those that can also be something else.
 _PERHAPS = ("Threshold", "Clamp", "Maximum", "Where", "Exp", "Sin", "Atan", "Abs")
-# A gate may be normalised before it is taken,
-_NORMS = (functional.layer_norm, torch.layer_norm, functional.rms_norm, torch.rms_norm, functional.normalize)
-# or its channels may be mixed by hand. What such a function makes is a gate as what a module makes is.
-_FUNCTIONS = (functional.silu, functional.gelu, functional.relu, torch.relu, Tensor.relu)
-_Call = Literal["norm", "function"]
-# Attention, state spaces and hyper-connections do this, and gates do not.
-_MIXED = "is not linear, and does not work channel by channel"
 
 
 @dataclass
@@ -101,7 +89,7 @@ def _gate_of(
 ) -> GateSite | LeftOut | None:
     if producer.output is None:
         return None
-    code = _Code(blocks, producer, producers, consumer)
+    code = Code(blocks, producer, producers, consumer)
     key = code.key()
     if key not in known:
         known[key] = code.identify()
@@ -114,7 +102,7 @@ def _gate_of(
     met = blocks.inputs[id(consumer)]
     surely = not met.stops and (met.custom or any(name.startswith(_GATES) for name in met.passed))
     if isinstance(gate, str) or gate.activation is None:
-        may_be = gate != _MIXED if isinstance(gate, str) else gate.is_self_gated
+        may_be = gate != MIXED if isinstance(gate, str) else gate.is_self_gated
         what = gate if isinstance(gate, str) else f"is {'of no known form' if may_be else 'not self-gated'}"
         return LeftOut(
             producer.name,
@@ -154,149 +142,3 @@ def _common_owner(names: list[str]) -> str:
             break
         shared.append(level[0])
     return ".".join(shared)
-
-
-class _ReachedError(Exception):
-    """Ends a forward pass when the gated result is there."""
-
-
-class _LastCall(TorchFunctionMode):
-    """Keeps what the last normalising function was given, and what the last activation function made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kept: dict[_Call, Any] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _NORMS:
-            self.kept["norm"] = first_argument(args, kwargs or {})
-        result = func(*args, **(kwargs or {}))
-        if func in _FUNCTIONS:
-            self.kept["function"] = result
-        return result
-
-
-def _random_state(device: torch.device) -> Tensor:
-    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-
-
-class _Code:
-    """The code between a layer and the one that takes the gated result, which is called again on chosen values.
-
-    It is called as a part of the innermost module whose call held all of these layers: containers that are never
-    called themselves do not count.
-    """
-
-    def __init__(self, blocks: Blocks, producer: LinearCall, producers: list[LinearCall], consumer: LinearCall) -> None:
-        self._blocks = blocks
-        self._producer = producer
-        self._producers = producers
-        self._consumer = consumer
-        together = zip(*(call.within for call in (consumer, *producers)), strict=False)
-        shared = [calls[0] for calls in together if all(call is calls[0] for call in calls)]
-        self._depth = len(shared) - 1
-        self._owner: ModuleCall = shared[-1]
-        self._is_random = False
-
-    def key(self) -> tuple[Any, ...]:
-        """What the code can depend on: pieces of code that are alike in this are alike."""
-        owner, start = self._owner.module, len(self._owner.name)
-        settings = [
-            (name, value if isinstance(value, (str, int, float, bool, type(None))) else id(value))
-            for name, value in vars(owner).items()
-            if not name.startswith("_")
-        ]
-        passed = frozenset(self._blocks.inputs[id(self._consumer)].passed)
-        places = (self._place(self._producer)[start:], self._place(self._consumer)[start:])
-        return type(owner), repr(owner), tuple(settings), passed, places
-
-    def _place(self, call: LinearCall) -> str:
-        return f"{call.name} {call.indices[self._depth]}"
-
-    def identify(self) -> FunctionalGate | str | None:
-        """The gate in it; what keeps it from being one that can be told; None where the code is linear."""
-        assert self._producer.output is not None
-        like = self._producer.output.detach()
-        shards = self._blocks.trace.shards
-        with shards.whole(self._owner.module):
-            # A unit has to finish what it has begun.
-            to_the_end = shards.has_unit_in(self._owner.module)
-            try:
-                for place in self._places(to_the_end, like):
-                    gate = identify(self._answer(place, to_the_end), like)
-                    if self._is_random:
-                        return "draws random numbers"
-                    # What mixes channels behind a function is no gate for that, unless the function is known.
-                    if gate is not None and (place != "function" or gate.activation is not None):
-                        return gate
-                linear = is_linear_in(self._answer(None, to_the_end), like)
-            except Exception as error:  # Whatever code that was written for one call raises in another.
-                return f"could not be called again on other values ({type(error).__name__}: {error})"
-        return None if linear else _MIXED
-
-    def _modules_on_the_way(self) -> list[nn.Module]:
-        """Childless modules before the consumer, such as a norm, that are given what the layers make alone."""
-        producers = set(self._producers)
-        inside = set(self._owner.module.modules())
-        return list(
-            dict.fromkeys(
-                call.module
-                for call in self._blocks.trace.activation_calls
-                if call.module in inside
-                and self._blocks.trace.call_counts[call.module] == 1
-                and set(self._blocks.linear_calls(ancestors(call.pre_activation.grad_fn).leaves)) == producers
-            )
-        )
-
-    def _places(self, to_the_end: bool, like: Tensor) -> Iterator[nn.Module | _Call | None]:
-        """Where the gated result may be: with the consumer, a module or a function that normalises it, or its maker."""
-        yield from (None, *self._modules_on_the_way())
-        with _LastCall() as last:
-            self._answer(None, to_the_end)(like)
-        yield from last.kept
-
-    def _answer(self, place: nn.Module | _Call | None, to_the_end: bool) -> Callable[[Tensor], Tensor]:
-        """Maps an output of the layer to what ``place`` (or the consumer) takes; other layers put out ones."""
-        depth = self._depth
-        wanted: dict[nn.Module, dict[int, LinearCall]] = {}
-        for call in self._producers:
-            wanted.setdefault(call.module, {})[call.indices[depth]] = call
-        of_consumer = (self._consumer.module, self._consumer.indices[depth])
-        target, at = (place, 0) if isinstance(place, nn.Module) else of_consumer
-
-        def answer(output: Tensor) -> Tensor:
-            taken: list[Tensor] = []
-            calls: Counter[nn.Module] = Counter()
-            calls_of_target = 0
-            random_state: Tensor | None = None
-
-            def put(module: nn.Module, args: Any, result: Tensor) -> Tensor | None:
-                nonlocal random_state
-                call = wanted[module].get(calls[module])
-                calls[module] += 1
-                if call is None:
-                    return None
-                random_state = _random_state(result.device) if random_state is None else random_state
-                # A copy, as what follows may work in place.
-                return output.to(result.dtype).clone() if call is self._producer else torch.ones_like(result)
-
-            def take(module: nn.Module, args: Any, kwargs: Any) -> None:
-                nonlocal calls_of_target
-                calls_of_target += 1
-                if calls_of_target - 1 == at:
-                    taken.append(first_argument(args, kwargs) if last is None else last.kept[place])
-                    assert random_state is not None
-                    self._is_random |= not torch.equal(random_state, _random_state(output.device))
-                    if not to_the_end:
-                        raise _ReachedError
-
-            with ExitStack() as stack:
-                last = stack.enter_context(_LastCall()) if isinstance(place, str) else None
-                for module in wanted:
-                    stack.callback(module.register_forward_hook(put).remove)
-                stack.callback(target.register_forward_pre_hook(take, with_kwargs=True).remove)
-                with suppress(_ReachedError):
-                    self._owner.module(*self._owner.args, **self._owner.kwargs)
-            return taken[0].float()
-
-        return answer

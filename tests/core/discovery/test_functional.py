@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
 from torch.nn import functional
 
 from na_lora_lightning.core.activations import ElementwiseActivation
+from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.discovery.functional_probe import identify
+from na_lora_lightning.core.discovery.gates import discover_gates
+from na_lora_lightning.core.in_force import describe
+from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
 
 LIKE = torch.zeros(3, 12)
 
@@ -95,3 +102,25 @@ def test_an_unknown_self_gated_function_can_be_used_as_a_function() -> None:
     torch.testing.assert_close(values.output / values.output[-1], expected / expected[-1], rtol=1e-5, atol=1e-6)
     slope = torch.autograd.functional.jacobian(lambda x: (4.0 * torch.tanh(x / 4.0) * torch.sigmoid(x)).sum(), z)
     torch.testing.assert_close(values.output_derivative / values.output[-1], slope / expected[-1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_function_that_may_be_a_gate_is_in_the_line_at_the_start() -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.act, self.down = nn.Linear(4, 6), nn.SiLU(), nn.Linear(6, 4)
+            self.fc1, self.fc2 = nn.Linear(4, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.down(self.act(self.up(x)))
+            z = self.fc1(x)
+            return x + self.fc2(torch.where(z > 0, z, 0.1 * z))
+
+    network: Any = Network()
+    model = get_peft_model(network, LoraConfig(r=2, target_modules=["up", "fc1"]))
+    gates = discover_gates(model, {"x": torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))}).require()
+    assert [entry.reason for entry in gates.left_out] == ["the function between fc1 and fc2 is of no known form"]
+    controller = GateController(model, gates)
+    controller.set_importance(ImportanceOptions())
+    line = describe(gates, controller.mechanisms)
+    assert "1 silu gate, 6 channels (1 function of unknown form behind LoRA: plain LoRA); " in line
