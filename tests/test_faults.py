@@ -109,7 +109,7 @@ def test_files_that_cannot_be_written(workplace: Workplace, tmp_path: Path, limi
         assert (last_run(tmp_path / "run") / "adapter" / "adapter_model.safetensors").is_file()
     else:
         (line,) = stopped(tmp_path / "log")
-        assert line.startswith("error: Writing logs failed after")
+        assert line.startswith("error: writing logs failed after")
         assert line.endswith(
             "(File too large), so make room or choose another folder; there is no checkpoint yet, so begin again."
         )
@@ -127,7 +127,7 @@ def test_an_adapter_that_cannot_be_written(finished: Path, workplace: Workplace,
         adapters._take_place = fail
 
     assert fit(arguments, tmp_path / "log", trap=fill_disk)[0] == 2
-    assert "error: The adapter could not be written to" in (tmp_path / "log").read_text()
+    assert "error: the adapter could not be written to" in (tmp_path / "log").read_text()
     assert not list(run.rglob(".adapter.partial"))
     # The run had ended, and still its adapter is written.
     assert fit(arguments, tmp_path / "log")[0] == 0
@@ -154,7 +154,7 @@ def test_the_last_run_is_validated_and_another_rank_refused(
     assert fit(["validate", *common], tmp_path / "log")[0] == 0
     assert fit(["fit", *common, "--model.lora.r=4"], tmp_path / "other")[0] == 2
     assert stopped(tmp_path / "other") == [
-        "error: The checkpoint was trained with lora.r=2 and the current model has 4; set lora as it was."
+        "error: the checkpoint was trained with lora.r=2 and the current model has 4; set lora as it was."
     ]
     assert fit(["validate", *common[:-1], "--ckpt_path=best"], tmp_path / "best")[0] == 2
     assert "ckpt_path is 'best', which is known only while a fit runs" in stopped(tmp_path / "best")[0]
@@ -175,7 +175,7 @@ def test_a_batch_without_targets_moves_no_weight_and_is_counted(workplace: Workp
 
     (batch,) = some_batches(1)
     without = {**batch, "labels": torch.full_like(batch["labels"], -100)}
-    with pytest.warns(NoTargetTokensWarning, match="Training batch 0 has no target token"):
+    with pytest.warns(NoTargetTokensWarning, match="training batch 0 has no target token"):
         weights, statistics = fitted([without])
     # B begins at zero, and what has no gradient does not move.
     assert all(not value.any() for name, value in weights.items() if "lora_B" in name)

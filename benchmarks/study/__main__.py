@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _run(_parser().parse_args(arguments))
     except StudyError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Interrupted: cells that ended are kept; run it again to go on.", file=sys.stderr)

@@ -150,7 +150,7 @@ class GateCallback(Callback, ABC):
         """Says so where a fit resumes from a checkpoint that was trained without this callback."""
         if trainer.state.fn == "fit" and self.state_key not in checkpoint.get("callbacks", {}):
             rank_zero_warn(
-                f"The checkpoint holds no state of {self.state_key}, because it was trained without it; its statistics "
+                f"the checkpoint holds no state of {self.state_key}, because it was trained without it; its statistics "
                 "begin at zero."
             )
 

@@ -188,7 +188,7 @@ def _warn_of_nonfinite(names: list[str], step: int) -> None:
     if names:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         rank_zero_warn(
-            f"The gate {names[0]!r}{more} had NaN or infinite pre-activations until optimizer step {step}, and those "
+            f"the gate {names[0]!r}{more} had NaN or infinite pre-activations until optimizer step {step}, and those "
             "steps are left out of its statistics; lower the learning rate, or look at the data and the precision.",
             category=NonFiniteGateWarning,
         )

@@ -85,7 +85,7 @@ def require_same_adapter(saved: Mapping[str, Any], current: Mapping[str, Any]) -
     saved_type, current_type = saved["base_model_type"], current["base_model_type"]
     if saved_type != current_type:
         raise ConfigurationError(
-            f"The checkpoint belongs to a model of type {saved_type!r} and the current one is {current_type!r}; load "
+            f"the checkpoint belongs to a model of type {saved_type!r} and the current one is {current_type!r}; load "
             "it with the model that it was trained on."
         )
     defaults = asdict(LoRAArguments())
@@ -99,7 +99,7 @@ def require_same_adapter(saved: Mapping[str, Any], current: Mapping[str, Any]) -
     for option, then, now in differences:
         if then != now:
             raise ConfigurationError(
-                f"The checkpoint was trained with lora.{option}={then!r} and the current model has {now!r}; set "
+                f"the checkpoint was trained with lora.{option}={then!r} and the current model has {now!r}; set "
                 "lora as it was."
             )
 
@@ -123,19 +123,19 @@ def require_same_tensors(saved: Mapping[str, Tensor], current: Mapping[str, Tens
     missing = sorted(set(keys) - set(saved))
     if missing:
         raise ConfigurationError(
-            f"The checkpoint lacks {len(missing)} tensors of the adapter, such as {missing[0]!r}; load it with the "
+            f"the checkpoint lacks {len(missing)} tensors of the adapter, such as {missing[0]!r}; load it with the "
             "model and lora options that it was trained with."
         )
     unknown = sorted(set(saved) - set(current))
     if unknown:
         raise ConfigurationError(
-            f"The checkpoint has {len(unknown)} tensors that the model lacks, such as {unknown[0]!r}; load it with the "
+            f"the checkpoint has {len(unknown)} tensors that the model lacks, such as {unknown[0]!r}; load it with the "
             "model and lora options that it was trained with."
         )
     for name, tensor in saved.items():
         if tensor.shape != current[name].shape:
             raise ConfigurationError(
-                f"In the checkpoint {name!r} is {list(tensor.shape)} and in the model {list(current[name].shape)}; "
+                f"in the checkpoint {name!r} is {list(tensor.shape)} and in the model {list(current[name].shape)}; "
                 "load it with the model and lora options that it was trained with."
             )
 
@@ -193,7 +193,7 @@ def write_adapter_folder(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
-            f"The adapter could not be written to {str(folder)!r} ({error}); make room, and resume from the last "
+            f"the adapter could not be written to {str(folder)!r} ({error}); make room, and resume from the last "
             "checkpoint (--ckpt_path last), which writes it again."
         ) from error
     return folder

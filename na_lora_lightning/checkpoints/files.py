@@ -136,7 +136,7 @@ def newest_intact(
             continue
         reason, owner = describe_content(path)
         if reason is not None and trains:
-            unusable[path] = f"of no use: {reason}"
+            unusable[path] = f"unusable: {reason}"
         elif run is None or owner is None or owner == run:
             return path, unusable
     return None, unusable
@@ -184,7 +184,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except OSError as error:
             self._last_failed = True
             rank_zero_warn(
-                f"The checkpoint {str(local)!r} could not be written ({error.strerror or error}), and training goes "
+                f"the checkpoint {str(local)!r} could not be written ({error.strerror or error}), and training goes "
                 "on without it; make room, as the checkpoints before it are kept until one can be written.",
                 category=CheckpointNotWrittenWarning,
             )
@@ -210,15 +210,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         local = _local(path)
         if local is not None and not local.is_dir():
             if not local.exists():
-                raise CheckpointError(f"The checkpoint {str(local)!r} does not exist; correct its path.")
+                raise CheckpointError(f"the checkpoint {str(local)!r} does not exist; correct its path.")
             found = damage(local)
             if found is not None:
-                raise CheckpointError(f"The checkpoint {str(local)!r} is damaged: {found}; {_remedy(local)}.")
+                raise CheckpointError(f"the checkpoint {str(local)!r} is damaged: {found}; {_remedy(local)}.")
         try:
             return super().load_checkpoint(path, map_location, weights_only)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
-                f"The checkpoint {str(path)!r} holds objects other than tensors and plain values, which may run code "
+                f"the checkpoint {str(path)!r} holds objects other than tensors and plain values, which may run code "
                 "when they are loaded; load it with weights_only=False if you trust who wrote it."
             ) from error
 

@@ -114,7 +114,7 @@ def require_training_state(path: str) -> None:
     reason = describe_content(Path(path))[0] if Path(path).is_file() else None
     if reason is not None:
         raise CheckpointError(
-            f"Training cannot resume from {path!r}, as {reason}; give a checkpoint that has it, or start over."
+            f"training cannot resume from {path!r}, as {reason}; give a checkpoint that has it, or start over."
         )
 
 
@@ -153,7 +153,7 @@ def require_writable(folders: Iterable[str | Path]) -> None:
         else:
             continue
         raise ConfigurationError(
-            f"The folder {str(folder)!r} for logs and checkpoints cannot be written to, as {reason}; set "
+            f"the folder {str(folder)!r} for logs and checkpoints cannot be written to, as {reason}; set "
             "trainer.default_root_dir, or the save_dir of the logger, to another."
         )
 
@@ -228,11 +228,11 @@ def _usable(trainer: Trainer, run: LastRun, trains: bool = True) -> Path | None:
         if path is None:
             kind, _, detail = reason.partition(": ")
             raise CheckpointError(
-                f"Every checkpoint in {str(other.parent)!r} is {kind} ({other.name}: {detail}); give the path of "
+                f"every checkpoint in {str(other.parent)!r} is {kind} ({other.name}: {detail}); give the path of "
                 "another run's, or start over without ckpt_path."
             )
         rank_zero_warn(
-            f"The checkpoint {str(other)!r} is {reason}; the newest intact one is used, {str(path)!r}.",
+            f"the checkpoint {str(other)!r} is {reason}; the newest intact one is used, {str(path)!r}.",
             category=DamagedCheckpointWarning,
         )
     return path

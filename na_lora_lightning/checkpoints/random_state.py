@@ -33,7 +33,7 @@ def random_state_of_process(states: Tensor, rank: int, processes: int) -> Tensor
     states = states.reshape(-1, states.shape[-1])
     if len(states) != processes:
         rank_zero_warn(
-            f"The checkpoint was written by {len(states)} processes and this run has {processes}, so dropout and the "
+            f"the checkpoint was written by {len(states)} processes and this run has {processes}, so dropout and the "
             "order of the data differ from those of an uninterrupted run, and a step is over "
             f"{processes}/{len(states)} of the records; to resume exactly, use as many processes as before.",
             category=OtherProcessesWarning,

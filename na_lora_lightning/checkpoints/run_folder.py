@@ -174,7 +174,7 @@ class RunFolder(Callback):
         is_used = bool(checkpoints_below(place)) or (place / "adapter").exists()
         if is_used or (record is not None and record.state in ("saved", "ended")):
             raise ConfigurationError(
-                f"The folder {str(place)!r} holds another run, which this one would write over; go on with that one "
+                f"the folder {str(place)!r} holds another run, which this one would write over; go on with that one "
                 f"(--ckpt_path last), or give this one a folder of its own by {option}."
             )
 
@@ -184,7 +184,7 @@ class RunFolder(Callback):
                 owner = describe_content(path)[1]
                 if owner != self.record.run and not (self._adopted and owner is None):
                     raise ConfigurationError(
-                        f"The checkpoint {str(path)!r} is of another run, and this one would write over it; go on with "
+                        f"the checkpoint {str(path)!r} is of another run, and this one would write over it; go on with "
                         "that one (--ckpt_path last), or give this one's OnExceptionCheckpoint another dirpath."
                     )
 
@@ -257,7 +257,7 @@ def require_own_adapter(trainer: Trainer, folder: Path, is_named: bool, written:
         is_own = trainer.ckpt_path is not None or (written is not None and same_path(folder, written))
     if folder.exists() and any(folder.iterdir()) and not is_own:
         raise ConfigurationError(
-            f"The folder {str(folder)!r} holds the adapter of another run, which this one would replace; set "
+            f"the folder {str(folder)!r} holds the adapter of another run, which this one would replace; set "
             "adapter.folder to another, remove that one, or go on with its run (--ckpt_path last)."
         )
 

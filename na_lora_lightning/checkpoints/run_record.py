@@ -99,12 +99,12 @@ class Hold:
 
 def hold_folder(folder: Path) -> Hold:
     """Holds a folder that a run writes to, by a file in it."""
-    return Hold(folder / _LOCK_FILE, f"The folder {str(folder)!r}")
+    return Hold(folder / _LOCK_FILE, f"the folder {str(folder)!r}")
 
 
 def hold_adapter(folder: Path) -> Hold:
     """Holds the folder of an adapter, by a file beside it, as it is made in one step."""
-    return Hold(folder.with_name(f".{folder.name}.lock"), f"The adapter folder {str(folder)!r}")
+    return Hold(folder.with_name(f".{folder.name}.lock"), f"the adapter folder {str(folder)!r}")
 
 
 def _is_file(descriptor: int, path: Path) -> bool:

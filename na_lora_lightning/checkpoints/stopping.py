@@ -47,7 +47,7 @@ def stopped_from_outside(trainer: Trainer) -> Iterator[None]:
             raise
         place = f" {error.filename!r}" if error.filename else " logs"
         raise CheckpointError(
-            f"Writing{place} failed after {trainer.global_step} optimizer steps ({error.strerror}), so make room or "
+            f"writing{place} failed after {trainer.global_step} optimizer steps ({error.strerror}), so make room or "
             f"choose another folder; {_way_on(trainer)}."
         ) from error
 

@@ -34,7 +34,7 @@ def require_init_args(arguments: Sequence[str]) -> None:
         stray = next((name for name in data if name not in ("class_path", "init_args")), None)
         if stray is not None:
             raise ConfigurationError(
-                f"The option 'data.{stray}' of {file!r} is beside the class of the data and not among its arguments; "
+                f"the option 'data.{stray}' of {file!r} is beside the class of the data and not among its arguments; "
                 "write it under data.init_args, after data.class_path."
             )
 

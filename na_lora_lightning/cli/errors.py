@@ -21,31 +21,31 @@ _REMEDY = "cannot be {value!r}; '--help' shows what it takes."
 _SENTENCES = (
     (
         r"[Oo]ption '(?P<name>[^']*)' is not accepted",
-        "The class given for {key!r} has no option {name!r}; correct or remove it.",
+        "the class given for {key!r} has no option {name!r}; correct or remove it.",
     ),
     (
         r"the following arguments are required: (?P<name>\w+)(?P<more>[\w, ]*)",
-        "The class or function given for {key!r} needs {name}{more}; give it as {key}.{name}, say.",
+        "the class or function given for {key!r} needs {name}{more}; give it as {key}.{name}, for example.",
     ),
     (
         r"expects a function or a callable class: (?P<reason>[^\n]*?)\.+ Got value",
-        "The option {key!r} cannot be used: {reason}; give the import path of a class or function.",
+        "the option {key!r} cannot be used: {reason}; give the import path of a class or function.",
     ),
     (
         r"\AExpected .* Got value: None\Z",
-        "The option {key!r} is required; give it in the configuration or on the command line.",
+        "the option {key!r} is required; give it in the configuration or on the command line.",
     ),
     (
         r"\AExpected an? (?P<kind>.*)\. Got value: (?P<value>.*)\Z",
-        "The option {key!r} is {value!r}, and must be {kind}; correct it.",
+        "the option {key!r} is {value!r}, and must be {kind}; correct it.",
     ),
     (
         # Where a number can be a tensor too, such as a learning rate, a class is hardly what was meant.
         r"(?s)\A(?!.*<class 'float'>).*Expected a dot import path string: (?P<value>\S+)",
-        "The option {key!r} is {value!r}, which is not a known class; give its import path.",
+        "the option {key!r} is {value!r}, which is not a known class; give its import path.",
     ),
-    (r"G(ot|iven) value: (?!NestedArg)(?P<value>.*?)(\. Got value: .*)?$", "The option {key!r} " + _REMEDY),
-    (r"NestedArg\(key='(?P<name>[^']*)', val='?(?P<value>.*?)'?\)", "The option '{key}.{name}' " + _REMEDY),
+    (r"G(ot|iven) value: (?!NestedArg)(?P<value>.*?)(\. Got value: .*)?$", "the option {key!r} " + _REMEDY),
+    (r"NestedArg\(key='(?P<name>[^']*)', val='?(?P<value>.*?)'?\)", "the option '{key}.{name}' " + _REMEDY),
 )
 # Of a message that is quoted in full.
 _LONGEST = 400
@@ -72,7 +72,7 @@ def explain(message: str, known: Collection[str], switches: Collection[str], con
         first = arguments.split()[0]
         if first.startswith("-"):
             return unknown_key(first.lstrip("-").split("=")[0], known)
-        return f"The argument {first!r} belongs to no option; put '--' and the option's name before it."
+        return f"the argument {first!r} belongs to no option; put '--' and the option's name before it."
     if _KEY.match(message):
         return _explain_value(message, switches)
     return _sentence(message)
@@ -85,13 +85,13 @@ def unknown_key(key: str, known: Collection[str]) -> str:
         # The right name in the wrong group is a common slip.
         nearest = [name for name in sorted(known) if name.rpartition(".")[2] == key.rpartition(".")[2]][:1]
     remedy = f"did you mean {nearest[0]!r}?" if nearest else "'--help' lists them all."
-    return f"There is no option {key!r}; {remedy}"
+    return f"there is no option {key!r}; {remedy}"
 
 
 def _explain_value(message: str, switches: Collection[str]) -> str:
     keys = list(dict.fromkeys(_KEY.findall(message)))
     if keys[0] in switches:
-        return f"The option {keys[0]!r} takes a group of options; to switch it off, set {keys[0]}.enabled to false."
+        return f"the option {keys[0]!r} takes a group of options; to switch it off, set {keys[0]}.enabled to false."
     key, rest = ".".join(keys), _KEY.split(message)[-1].strip()
     for pattern, sentence in _SENTENCES:
         if match := re.search(pattern, rest, re.MULTILINE):
@@ -117,7 +117,7 @@ def errors_of_lightning(what: str, *also: type[Exception]) -> Iterator[None]:
     """Turns what Lightning itself raises into one sentence; errors of other code keep their traceback.
 
     Args:
-        what: Begins the sentence, such as ``"The trainer cannot be made"``.
+        what: Begins the sentence, such as ``"the trainer cannot be made"``.
         *also: Errors to be treated alike whoever raises them.
 
     Raises:

@@ -73,7 +73,7 @@ def _example_inputs(base: PreTrainedModel, source: BaseModelSource, lora: LoRAAr
         return dict(example_of_processor(processor))
     except ConfigurationError as error:
         raise ConfigurationError(
-            f"To find the gates that images reach, an example is made with the model's processor: {error}"
+            f"to find the gates that images reach, an example is made with the model's processor: {error}"
         ) from error
 
 

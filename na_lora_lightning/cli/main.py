@@ -77,7 +77,7 @@ def _run(given: list[str]) -> int:
     given = _with_command_first(given)
     command = _COMMANDS.get(given[0])
     if command is None:
-        missing = "No command is given" if given[0].startswith("-") else f"There is no command {given[0]!r}"
+        missing = "no command is given" if given[0].startswith("-") else f"there is no command {given[0]!r}"
         return _report(f"{missing}; use one of {', '.join(_COMMANDS)}.")
     try:
         with _without_known_noise():

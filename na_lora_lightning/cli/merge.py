@@ -94,7 +94,7 @@ def merge_into_base(model: PeftModel) -> PreTrainedModel:
     """
     kind = str(getattr(model.peft_config[model.active_adapter].peft_type, "value", "unknown"))
     if not hasattr(model, "merge_and_unload"):
-        raise ConfigurationError(f"The adapter is of the kind {kind}, which adds to the inputs; use it as it is.")
+        raise ConfigurationError(f"the adapter is of the kind {kind}, which adds to the inputs; use it as it is.")
     base: Any = model.get_base_model()
     with_ties, tied = has_ties(base), getattr(base.config, "tie_word_embeddings", None)
     untie_adapted_weights(model)
@@ -129,15 +129,15 @@ def _from_folder(arguments: MergeOptions) -> tuple[PeftModel, BaseModelSource]:
     adapter = arguments.adapter
     if not (adapter / "adapter_config.json").is_file():
         raise ConfigurationError(
-            f"The folder {str(adapter)!r} holds no adapter (adapter_config.json is missing); give an adapter folder or "
+            f"the folder {str(adapter)!r} holds no adapter (adapter_config.json is missing); give an adapter folder or "
             "a .ckpt file."
         )
     if not (adapter / "adapter_model.safetensors").is_file():
-        raise ConfigurationError(f"The adapter {str(adapter)!r} has no adapter_model.safetensors; save it again.")
+        raise ConfigurationError(f"the adapter {str(adapter)!r} has no adapter_model.safetensors; save it again.")
     config = PeftConfig.from_pretrained(str(adapter))
     base = arguments.base or find_base(config.base_model_name_or_path or "", adapter)
     if not base:
-        raise ConfigurationError(f"The adapter {str(adapter)!r} does not name its base model; give it with --base.")
+        raise ConfigurationError(f"the adapter {str(adapter)!r} does not name its base model; give it with --base.")
     refuse_inputs_as_output(arguments.output, adapter, base)
     revision = None if arguments.base else config.revision
     source = BaseModelSource(base, revision, arguments.trust_remote_code, arguments.dtype)
@@ -153,7 +153,7 @@ def _from_folder(arguments: MergeOptions) -> tuple[PeftModel, BaseModelSource]:
         _require_every_tensor(adapted, adapter)
     except (RuntimeError, ValueError, KeyError) as error:
         raise ConfigurationError(
-            f"The adapter {str(adapter)!r} does not fit the base model {base!r} ({one_line(error)}); give the base "
+            f"the adapter {str(adapter)!r} does not fit the base model {base!r} ({one_line(error)}); give the base "
             "that it was trained on."
         ) from error
     return adapted, source
@@ -167,7 +167,7 @@ def _require_base(source: BaseModelSource, arguments: MergeOptions) -> None:
         if arguments.base is not None:
             raise
         raise ConfigurationError(
-            f"The base model that the adapter {str(arguments.adapter)!r} names cannot be had "
+            f"the base model that the adapter {str(arguments.adapter)!r} names cannot be had "
             f"({str(error).partition(';')[0]}); give it with --base."
         ) from error
     require_unquantised(source)
@@ -187,7 +187,7 @@ def require_unquantised(source: BaseModelSource) -> None:
     if quantisation is not None:
         values = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
         raise ConfigurationError(
-            f"The base model {source.name_or_path!r} is quantised ({values.get('quant_method', 'by an unknown method')}"
+            f"the base model {source.name_or_path!r} is quantised ({values.get('quant_method', 'by an unknown method')}"
             "), and its weights would lose what an adapter adds to them; give the model that it was made from with "
             "--base, or use the adapter as it is."
         )
@@ -247,7 +247,7 @@ def _from_checkpoint(arguments: MergeOptions) -> tuple[PeftModel, BaseModelSourc
 
 def _no_checkpoint(path: Path, error: Exception) -> ConfigurationError:
     return ConfigurationError(
-        f"The file {str(path)!r} is not a checkpoint of this package ({one_line(error)}); give an adapter folder or a "
+        f"the file {str(path)!r} is not a checkpoint of this package ({one_line(error)}); give an adapter folder or a "
         ".ckpt file of 'na-lora fit'."
     )
 

@@ -35,7 +35,7 @@ def refuse_inputs_as_output(output: Path, adapter: Path, base: str | None) -> No
             continue
         if is_within(output, place) or is_within(place, output):
             raise ConfigurationError(
-                f"The output {str(output)!r} is the place of the {what} {str(place)!r}, or one of the two is inside "
+                f"the output {str(output)!r} is the place of the {what} {str(place)!r}, or one of the two is inside "
                 "the other, and the merge would write over what it reads; give another folder."
             )
 
@@ -52,18 +52,18 @@ def require_output(output: Path, *, overwrite: bool) -> None:
     """
     place = output.expanduser()
     if place.exists() and not place.is_dir():
-        raise ConfigurationError(f"The output {str(output)!r} is a file; give a folder.")
+        raise ConfigurationError(f"the output {str(output)!r} is a file; give a folder.")
     if (place / "adapter_config.json").exists():
         # transformers would add it to the merged model.
-        raise ConfigurationError(f"The output folder {str(output)!r} holds an adapter; give another.")
+        raise ConfigurationError(f"the output folder {str(output)!r} holds an adapter; give another.")
     if place.is_dir() and any(place.iterdir()) and not overwrite:
         raise ConfigurationError(
-            f"The output folder {str(output)!r} is not empty; give another, or --overwrite to replace files in it."
+            f"the output folder {str(output)!r} is not empty; give another, or --overwrite to replace files in it."
         )
     existing = next(parent for parent in (place.absolute(), *place.absolute().parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigurationError(
-            f"The output {str(output)!r} cannot be written, as {str(existing)!r} is a file or not writable; give "
+            f"the output {str(output)!r} cannot be written, as {str(existing)!r} is a file or not writable; give "
             "another folder."
         )
 
@@ -92,7 +92,7 @@ def written_whole(output: Path) -> Iterator[Path]:
             shutil.move(file, output / file.name)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"The merged model could not be written to {str(output)!r} ({error}); make room there, or give another "
+            f"the merged model could not be written to {str(output)!r} ({error}); make room there, or give another "
             "folder."
         ) from error
     finally:
@@ -118,7 +118,7 @@ def copy_tokenizer(source: BaseModelSource, output: Path, adapter: Path) -> None
         )
     except (OSError, ValueError) as error:
         rank_zero_warn(
-            f"The base model {source.name_or_path!r} has no tokenizer that can be loaded ({one_line(error)}), so the "
+            f"the base model {source.name_or_path!r} has no tokenizer that can be loaded ({one_line(error)}), so the "
             "merged model is without one."
         )
         return

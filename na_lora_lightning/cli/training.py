@@ -177,7 +177,7 @@ class NALoRACLI(LightningCLI):
         # Lightning would put the checkpoint's options over those that the user gives now.
         path = self._get(self.config, "ckpt_path")
         if path and path not in _CHECKPOINT_WORDS and "://" not in path and not Path(path).exists():
-            raise ConfigurationError(f"The checkpoint {path!r} does not exist; correct ckpt_path.")
+            raise ConfigurationError(f"the checkpoint {path!r} does not exist; correct ckpt_path.")
         if path == "best":
             raise ConfigurationError(
                 "ckpt_path is 'best', which is known only while a fit runs; give the path of the checkpoint, or 'last'."
@@ -202,7 +202,7 @@ class NALoRACLI(LightningCLI):
         # The switches are of the command line, not of the callbacks.
         for name in CALLBACKS:
             del self.config[self._requested][name]["enabled"]
-        with errors_of_lightning("What the configuration names cannot be made", ImportError):
+        with errors_of_lightning("what the configuration names cannot be made", ImportError):
             super().instantiate_classes()
 
     @override
@@ -234,7 +234,7 @@ class NALoRACLI(LightningCLI):
             self._curves = ResumableCurves()
             added.append(self._curves)
         options["plugins"] = _with_checkpoint_io(options.get("plugins"))
-        with errors_of_lightning("The trainer cannot be made", ImportError, TypeError, ValueError):
+        with errors_of_lightning("the trainer cannot be made", ImportError, TypeError, ValueError):
             return self._instantiate_trainer(options, added)
 
     @override
@@ -257,7 +257,7 @@ class NALoRACLI(LightningCLI):
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:
-        with errors_of_lightning(f"The trainer cannot {subcommand}"):
+        with errors_of_lightning(f"the trainer cannot {subcommand}"):
             super()._run_subcommand(subcommand)
 
     def fit(self, model: NALoRALightningModule, **options: Any) -> None:

@@ -101,7 +101,7 @@ class ResumableDataModule(LightningDataModule, ABC):
         splits = _SPLITS_OF_STAGE[stage]
         if stage is not None and self.sources[splits[0]] is None:
             raise ConfigurationError(
-                f"The data for {splits[0]!r} is not given but is needed to {stage}; set data.{splits[0]}."
+                f"the data for {splits[0]!r} is not given but is needed to {stage}; set data.{splits[0]}."
             )
         if stage == "fit" and self.sources["validation"] is None and self.trainer is not None:
             # Lightning warns of a validation step without data, however it is told that there is none.
@@ -172,7 +172,7 @@ class ResumableDataModule(LightningDataModule, ABC):
 
     def _prepared_split(self, split: str) -> Any:
         if split not in self._prepared:
-            raise ConfigurationError(f"The data for {split!r} is not set up; give data.{split} and call setup() first.")
+            raise ConfigurationError(f"the data for {split!r} is not set up; give data.{split} and call setup() first.")
         return self._prepared[split]
 
     def _make_evaluation_loader(self, split: str) -> DataLoader[dict[str, Any]]:

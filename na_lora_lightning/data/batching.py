@@ -121,7 +121,7 @@ class EpochSampler(DistributedSampler[int]):
             before = ", ".join(f"{name}={former.get(name)}" for name in changed)
             now = ", ".join(f"{name}={value}" for name, value in changed.items())
             raise ConfigurationError(
-                f"The checkpoint was saved with {before}, so training cannot be resumed from it with {now}; "
+                f"the checkpoint was saved with {before}, so training cannot be resumed from it with {now}; "
                 "restore the former data and settings, or start a new run from the trained weights."
             )
 

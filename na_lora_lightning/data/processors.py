@@ -30,7 +30,7 @@ def load_processor(name_or_path: str, *, revision: str | None, trust_remote_code
     """
     folder = Path(name_or_path).expanduser()
     if not folder.is_dir() and name_or_path.startswith(("/", "./", "../", "~")):
-        raise ConfigurationError(f"The processor folder {name_or_path!r} does not exist; correct the path.")
+        raise ConfigurationError(f"the processor folder {name_or_path!r} does not exist; correct the path.")
     name = str(folder) if folder.is_dir() else name_or_path
     options = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     try:
@@ -38,13 +38,13 @@ def load_processor(name_or_path: str, *, revision: str | None, trust_remote_code
     except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ConfigurationError(
-            f"The processor of {name_or_path!r} cannot be loaded ({reason.rstrip('.')}); give the folder or hub name "
+            f"the processor of {name_or_path!r} cannot be loaded ({reason.rstrip('.')}); give the folder or hub name "
             "of a vision-language model."
         ) from error
     tokenizer = getattr(processor, "tokenizer", None)
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or not hasattr(processor, "image_processor"):
         raise ConfigurationError(
-            f"The model {name_or_path!r} has no processor for images; give a vision-language model, or use "
+            f"the model {name_or_path!r} has no processor for images; give a vision-language model, or use "
             "InstructionDataModule for text."
         )
     # Checkpoints keep the template in either place or in both.

@@ -38,7 +38,7 @@ class RecordImages:
         if not self.columns:
             present = ", ".join(repr(name) for name in records.column_names)
             raise DataError(
-                f"The data {source!r} has no column 'image' or 'images' (its columns are {present}); name one so with "
+                f"the data {source!r} has no column 'image' or 'images' (its columns are {present}); name one so with "
                 "the option columns."
             )
         self.source = source
@@ -92,7 +92,7 @@ class RecordImages:
 
     def name_of(self, index: int) -> str:
         """What a record is called in messages."""
-        return f"Record {index + 1} of {self.source!r}"
+        return f"record {index + 1} of {self.source!r}"
 
 
 def folder_of(source: str) -> Path:

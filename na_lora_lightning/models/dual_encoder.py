@@ -70,7 +70,7 @@ def load_dual_encoder(source: BaseModelSource, device: torch.device) -> PreTrain
         model_type = load_config(source).model_type
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ConfigurationError(
-            f"The model {source.name_or_path!r} cannot be loaded ({one_line(error)}); give a dual encoder."
+            f"the model {source.name_or_path!r} cannot be loaded ({one_line(error)}); give a dual encoder."
         ) from error
     _require_dual_encoder(source.name_or_path, model_type)
     return load_base_model(source, device)
@@ -79,7 +79,7 @@ def load_dual_encoder(source: BaseModelSource, device: torch.device) -> PreTrain
 def _require_dual_encoder(name: str, model_type: str) -> None:
     if model_type not in DUAL_ENCODERS:
         raise ConfigurationError(
-            f"The model {name!r} is of type {model_type!r}, which is not a dual encoder of images and texts; give one "
+            f"the model {name!r} is of type {model_type!r}, which is not a dual encoder of images and texts; give one "
             f"of type {', '.join(DUAL_ENCODERS[:-1])} or {DUAL_ENCODERS[-1]}, or use NALoRALightningModule."
         )
 
@@ -115,8 +115,10 @@ def class_prompts(class_names: Sequence[str], templates: Sequence[str]) -> list[
     """
     without = [template for template in templates if "{}" not in template]
     if without or not templates:
-        what = f"The template {without[0]!r} has no '{{}}'" if without else "templates is empty"
-        raise ConfigurationError(f"{what}, so prompts would be alike for all classes; use 'a photo of a {{}}.', say.")
+        what = f"the template {without[0]!r} has no '{{}}'" if without else "templates is empty"
+        raise ConfigurationError(
+            f"{what}, so prompts would be alike for all classes; use 'a photo of a {{}}.', for example."
+        )
     return [template.replace("{}", name.replace("_", " ")) for name in class_names for template in templates]
 
 
@@ -144,7 +146,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, config: Any, prompts: Seq
     if max(lengths) > longest:
         text = texts[lengths.index(max(lengths))]
         raise ConfigurationError(
-            f"The prompt {text!r} has {max(lengths)} tokens, and the text encoder takes {longest}; shorten the class "
+            f"the prompt {text!r} has {max(lengths)} tokens, and the text encoder takes {longest}; shorten the class "
             "name or the template."
         )
     if config.model_type != "clip":
@@ -156,7 +158,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, config: Any, prompts: Seq
     last = ids.gather(1, mask.sum(dim=1, keepdim=True) - 1)
     if bool((last != (ids.amax(dim=1, keepdim=True) if end == _LEGACY_END else end)).any()):
         raise ConfigurationError(
-            f"The tokenizer ends prompts in the token {int(last[0, 0])}, and the text encoder reads them off another "
+            f"the tokenizer ends prompts in the token {int(last[0, 0])}, and the text encoder reads them off another "
             "(text_config.eos_token_id); give the folder of a model with its own tokenizer."
         )
     return {"input_ids": ids, "attention_mask": mask}

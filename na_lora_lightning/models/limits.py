@@ -87,7 +87,7 @@ class ModelLimits:
                 beyond = [value for value in ids[ids >= self.rows].tolist() if value not in self.placeholders]
                 if beyond:
                     raise DataError(
-                        f"A batch has the token id {beyond[0]}, and the model has embeddings for the ids 0 to "
+                        f"a batch has the token id {beyond[0]}, and the model has embeddings for the ids 0 to "
                         f"{self.rows - 1}; use the model's own tokenizer, or resize its embedding and save it first."
                     )
             length = ids.shape[1] + added
@@ -95,7 +95,7 @@ class ModelLimits:
             if usable < length:
                 with_new = f" with {max_new_tokens} new ones" if added else ""
                 raise DataError(
-                    f"A batch is {ids.shape[1]} tokens long{with_new}, and no more than {usable} can be used, as "
+                    f"a batch is {ids.shape[1]} tokens long{with_new}, and no more than {usable} can be used, as "
                     f"{self.describe_positions()}; give shorter texts."
                 )
 

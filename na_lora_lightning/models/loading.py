@@ -58,7 +58,7 @@ def load_base_model(source: BaseModelSource, device: torch.device | None) -> Pre
         if "gated repo" in str(error):
             raise ConfigurationError(gated_remedy(source.name_or_path)) from error
         raise ConfigurationError(
-            f"The model {source.name_or_path!r} cannot be loaded ({one_line(error)}); give a causal language model, or "
+            f"the model {source.name_or_path!r} cannot be loaded ({one_line(error)}); give a causal language model, or "
             "one for images and text, with safetensors weights."
         ) from error
     model: PreTrainedModel
@@ -74,7 +74,7 @@ def _require_all_weights(source: BaseModelSource, loading: Mapping[str, Any]) ->
     mismatched = sorted(str(entry[0]) for entry in loading.get("mismatched_keys", ()))
     if missing or mismatched:
         raise ConfigurationError(
-            f"The model {source.name_or_path!r} lacks weights (such as "
+            f"the model {source.name_or_path!r} lacks weights (such as "
             f"{(missing + mismatched)[0]!r}); give a complete checkpoint."
         )
 

@@ -91,7 +91,7 @@ def require_model(source: BaseModelSource) -> None:
     looks_like_path = folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or folder.exists()
     if looks_like_path or not name:
         raise ConfigurationError(
-            f"The model folder {name!r} does not exist; give the folder of a model or its name on the hub."
+            f"the model folder {name!r} does not exist; give the folder of a model or its name on the hub."
         )
     _require_hub_model(source)
 
@@ -101,10 +101,10 @@ def _require_model_folder(name: str, folder: Path) -> None:
         return
     if (folder / "adapter_config.json").is_file():
         raise ConfigurationError(
-            f"The folder {name!r} holds a LoRA adapter and no model; give the base model, or merge the two with "
+            f"the folder {name!r} holds a LoRA adapter and no model; give the base model, or merge the two with "
             "'na-lora merge' first."
         )
-    raise ConfigurationError(f"The folder {name!r} holds no model (config.json is missing); give a model's folder.")
+    raise ConfigurationError(f"the folder {name!r} holds no model (config.json is missing); give a model's folder.")
 
 
 def _require_hub_model(source: BaseModelSource) -> None:
@@ -121,24 +121,24 @@ def _require_hub_model(source: BaseModelSource) -> None:
         raise ConfigurationError(gated_remedy(name)) from error
     except RevisionNotFoundError as error:
         raise ConfigurationError(
-            f"The model {name!r} has no revision {source.revision!r} on the hub; correct it or leave it out."
+            f"the model {name!r} has no revision {source.revision!r} on the hub; correct it or leave it out."
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ConfigurationError(
-            f"There is neither a folder nor a hub model named {name!r} (or it is private and you are not logged in); "
+            f"there is neither a folder nor a hub model named {name!r} (or it is private and you are not logged in); "
             "correct the name."
         ) from error
     except Exception as error:
         # The HTTP library behind the hub client, and so the class of its errors, changes between versions.
         raise ConfigurationError(
-            f"There is no folder {name!r}, and the hub, which may have a model of that name, cannot be reached "
+            f"there is no folder {name!r}, and the hub, which may have a model of that name, cannot be reached "
             f"({type(error).__name__}); give a folder, or try again with a connection."
         ) from error
 
 
 def gated_remedy(name: str) -> str:
     """What to do about a gated model, as one sentence."""
-    return f"The model {name!r} is gated on the hub; accept its terms there and log in with 'hf auth login'."
+    return f"the model {name!r} is gated on the hub; accept its terms there and log in with 'hf auth login'."
 
 
 def load_config(source: BaseModelSource) -> PreTrainedConfig:

@@ -126,7 +126,7 @@ def match_config(model: PreTrainedModel) -> bool:
     if left is not None or not _computes_the_same(model, tied, model.config):
         first, second = left or contradiction
         raise ConfigurationError(
-            f"The merged model cannot be stored, as {type(model).__name__} shares the weights of {first!r} and "
+            f"the merged model cannot be stored, as {type(model).__name__} shares the weights of {first!r} and "
             f"{second!r}, and the adapter changes one of them alone; use the adapter as it is."
         )
     for module in model.modules():

@@ -51,7 +51,7 @@ def model_without_weights(source: BaseModelSource) -> PreTrainedModel:
     except Exception as error:
         # Values of the wrong kind go wrong wherever a model's code meets them.
         raise ConfigurationError(
-            f"The model {source.name_or_path!r} cannot be made from its configuration ({one_line(error)}); give a "
+            f"the model {source.name_or_path!r} cannot be made from its configuration ({one_line(error)}); give a "
             "causal language model, or one for images and text."
         ) from error
     model.name_or_path = source.resolved_name_or_path

@@ -95,7 +95,7 @@ class AdapterModule(LightningModule):
             ConfigurationError: It is not loaded yet.
         """
         if self.model is None:
-            raise ConfigurationError("The model is not loaded yet; call configure_model() or use a Trainer first.")
+            raise ConfigurationError("the model is not loaded yet; call configure_model() or use a Trainer first.")
         return self.model
 
     @override
@@ -189,7 +189,7 @@ class AdapterModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another model or LoRA."""
         if CHECKPOINT_KEY not in checkpoint:
-            raise ConfigurationError(f"The checkpoint was not written by {type(self).__name__}; load one that was.")
+            raise ConfigurationError(f"the checkpoint was not written by {type(self).__name__}; load one that was.")
         require_same_adapter(checkpoint[CHECKPOINT_KEY], describe_adapter(self.peft_model, self.lora))
         if attached_trainer(self) is None or self.trainer.state.fn != "fit":
             return

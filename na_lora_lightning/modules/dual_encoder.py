@@ -136,13 +136,13 @@ class DualEncoderLightningModule(AdapterTrainingModule):
         names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
         if self._names_are_given and names is not None and list(names) != self.class_names:
             raise ConfigurationError(
-                f"The module was given the classes {self.class_names} and the data has {list(names)}; give class_names "
+                f"the module was given the classes {self.class_names} and the data has {list(names)}; give class_names "
                 "to the data module alone."
             )
         self.class_names = self.class_names if names is None else list(names)
         if self.class_names is None and stage != "predict":
             raise ConfigurationError(
-                "There are no classes to make prompts of, neither of the module nor of its data; set class_names."
+                "there are no classes to make prompts of, neither of the module nor of its data; set class_names."
             )
         if self.model is not None and self.class_names is not None:
             self._prepare_prompts()
@@ -211,7 +211,7 @@ class DualEncoderLightningModule(AdapterTrainingModule):
     def _prompts(self) -> dict[str, Tensor]:
         prompts = {name: self.get_buffer(name) for name in _PROMPTS if self._buffers[name] is not None}
         if not prompts:
-            raise ConfigurationError("The module has no classes yet; give class_names, or use a Trainer with data.")
+            raise ConfigurationError("the module has no classes yet; give class_names, or use a Trainer with data.")
         return prompts
 
     @torch.no_grad()

@@ -51,7 +51,7 @@ class StepGuard:
                 f"{_MOST_SKIPPED_IN_A_ROW} optimizer steps in a row were left out, and {reason}; lower the learning "
                 "rate, or look at the data and the precision."
             )
-        return f"An optimizer step is left out, as {reason}."
+        return f"an optimizer step is left out, as {reason}."
 
     def finish(self) -> None:
         """Ends a step.
@@ -74,7 +74,7 @@ def loss_error(where: str, value: float, origin: str) -> NonFiniteError:
         origin: What :func:`nonfinite_origin` said.
     """
     return NonFiniteError(
-        f"The loss of {where} is {value}, and {origin}; resume from the last checkpoint with a lower learning rate or "
+        f"the loss of {where} is {value}, and {origin}; resume from the last checkpoint with a lower learning rate or "
         "another precision, look at this batch, or set model.loss.on_nonfinite to 'skip'."
     )
 
@@ -94,7 +94,7 @@ def require_finite(state: Mapping[str, Tensor], step: int) -> None:
     name = _first_nonfinite(state.items())
     if name is not None:
         raise NonFiniteError(
-            f"The weights {name!r} are not finite after optimizer step {step}, so they are not saved; resume from the "
+            f"the weights {name!r} are not finite after optimizer step {step}, so they are not saved; resume from the "
             "last checkpoint with a lower learning rate or another precision."
         )
 

@@ -117,7 +117,7 @@ def optimizer_factory(description: OptimizerFactory | Mapping[str, Any]) -> Opti
     path = str(description.get("class_path"))
     kind = _imported(path)
     if not (_is_optimizer(kind) or _makes_optimizer_of_model(kind)):
-        raise ConfigurationError(f"The optimizer {path!r} is not an imported optimizer class; import its module first.")
+        raise ConfigurationError(f"the optimizer {path!r} is not an imported optimizer class; import its module first.")
     arguments = dict(description.get("init_args") or {})
     for name, value in arguments.items():
         if isinstance(value, str) and _is_optimizer(_imported(value)):
@@ -164,14 +164,14 @@ def make_optimizer(factory: OptimizerFactory, module: nn.Module, model: nn.Modul
     try:
         optimizer = factory(model if of_model else [entry for entry in module.parameters() if entry.requires_grad])  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"The optimizer cannot be made ({error}); correct model.optimizer.") from error
+        raise ConfigurationError(f"the optimizer cannot be made ({error}); correct model.optimizer.") from error
     if type(optimizer).__module__.startswith(("torch.optim.", "transformers.")):
         _require_step(optimizer, next(module.parameters()).device)
     held = {id(entry) for group in optimizer.param_groups for entry in group["params"]}
     left_out = [name for name, entry in module.named_parameters() if entry.requires_grad and id(entry) not in held]
     if of_model and left_out:
         raise ConfigurationError(
-            f"The optimizer that {_underlying(factory)[0].__name__} makes leaves out {len(left_out)} trainable "
+            f"the optimizer that {_underlying(factory)[0].__name__} makes leaves out {len(left_out)} trainable "
             f"parameters, such as {left_out[0]!r}, which would not be trained; use another for model.optimizer."
         )
     return optimizer
@@ -188,7 +188,7 @@ def _require_step(optimizer: Optimizer, device: torch.device) -> None:
         twin.step(lambda: torch.zeros((), device=device))
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         raise ConfigurationError(
-            f"The optimizer {kind.__name__} cannot step here ({error}); correct model.optimizer, or name another one."
+            f"the optimizer {kind.__name__} cannot step here ({error}); correct model.optimizer, or name another one."
         ) from error
 
 
@@ -211,7 +211,7 @@ def make_schedule(arguments: ScheduleOptions, optimizer: Optimizer, total_steps:
     endless = total_steps == float("inf")
     if endless and (arguments.name not in ("constant", "constant_with_warmup") or arguments.warmup_steps is None):
         raise ConfigurationError(
-            f"The schedule {arguments.name!r} needs a fit with an end; set trainer.max_epochs or trainer.max_steps, or "
+            f"the schedule {arguments.name!r} needs a fit with an end; set trainer.max_epochs or trainer.max_steps, or "
             "use 'constant_with_warmup' with schedule.warmup_steps."
         )
     warmup = arguments.warmup_steps
@@ -219,7 +219,7 @@ def make_schedule(arguments: ScheduleOptions, optimizer: Optimizer, total_steps:
         warmup = round(arguments.warmup_fraction * total_steps)
     if not endless and warmup >= total_steps > 1:
         rank_zero_warn(
-            f"The learning rate warms up over {warmup} of {int(total_steps)} optimizer steps, so training never "
+            f"the learning rate warms up over {warmup} of {int(total_steps)} optimizer steps, so training never "
             "reaches it; lower schedule.warmup_steps."
         )
     try:
@@ -235,7 +235,7 @@ def make_schedule(arguments: ScheduleOptions, optimizer: Optimizer, total_steps:
     except (TypeError, ValueError, ArithmeticError) as error:
         needed = re.findall(r"'(\w+)'", str(error)) if "missing" in str(error) else []
         remedy = f"set {' and '.join(needed)} in schedule.options" if needed else "correct schedule.options"
-        raise ConfigurationError(f"The schedule {arguments.name!r} cannot be made ({error}); {remedy}.") from error
+        raise ConfigurationError(f"the schedule {arguments.name!r} cannot be made ({error}); {remedy}.") from error
 
 
 def _try_out(schedule: LRScheduler, warmup: int, total_steps: float) -> None:

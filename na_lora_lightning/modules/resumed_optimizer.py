@@ -49,13 +49,13 @@ def require_same_optimizer(former_class: str | None, saved: Mapping[str, Any], o
     if is_other:
         former = "another one" if former_class is None else former_class
         raise ConfigurationError(
-            f"The checkpoint was trained with the optimizer {former} and this run has {now}, which cannot resume from "
+            f"the checkpoint was trained with the optimizer {former} and this run has {now}, which cannot resume from "
             f"the other's state; set model.optimizer as it was, or {_START}."
         )
     sizes, sizes_now = ([len(group["params"]) for group in each] for each in (groups, optimizer.param_groups))
     if sizes != sizes_now:
         raise ConfigurationError(
-            f"The checkpoint's optimizer has its parameters in groups of {_listed(sizes)} and this run's in groups of "
+            f"the checkpoint's optimizer has its parameters in groups of {_listed(sizes)} and this run's in groups of "
             f"{_listed(sizes_now)}, so its state cannot be used; set model.optimizer as it was, or {_START}."
         )
 
@@ -158,7 +158,7 @@ def _require_state_for(saved: dict[str, Any], optimizer: Optimizer, former: Mapp
         if _lacking_state({**saved, "param_groups": groups}, optimizer) is None:
             culprits.append(name)
     raise ConfigurationError(
-        f"The option {', '.join(culprits or former)} of the optimizer cannot change on the way, as the checkpoint has "
+        f"the option {', '.join(culprits or former)} of the optimizer cannot change on the way, as the checkpoint has "
         f"no {lacking!r} that it needs; set it as it was, or {_START}."
     )
 

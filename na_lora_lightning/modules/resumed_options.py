@@ -99,7 +99,7 @@ class ResumedOptions:
         if epoch["processed"] < epoch["ready"]:
             if ready < batches and ready % per_step:
                 raise ConfigurationError(
-                    f"The checkpoint was saved after {ready} batches of an epoch, which are not whole steps of "
+                    f"the checkpoint was saved after {ready} batches of an epoch, which are not whole steps of "
                     f"trainer.accumulate_grad_batches={per_step}; set it to "
                     f"{self._saved.get('trainer.accumulate_grad_batches')} as before, or to a divisor of {ready}."
                 )

@@ -140,7 +140,7 @@ class AdapterTrainingModule(AdapterModule, ABC):
             return mean_loss if self._has_scaler else torch.zeros_like(mean_loss, requires_grad=True)
         if target_tokens == 0:
             rank_zero_warn(
-                f"Training batch {batch_idx} has no target token, so nothing is learned from it; look at its labels.",
+                f"training batch {batch_idx} has no target token, so nothing is learned from it; look at its labels.",
                 category=NoTargetTokensWarning,
             )
         return mean_loss if self._step_average is None else self._step_average.loss(sums)

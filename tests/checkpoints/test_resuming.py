@@ -85,7 +85,7 @@ def test_damaged_checkpoints_are_passed_over_by_name(tmp_path: Path) -> None:
     before.write_bytes(b"")
     # Written just now both, and a file's time may be too coarse to tell which was later.
     os.utime(newest, ns=(0, 0))
-    with pytest.raises(CheckpointError, match=r"Every checkpoint in .* is damaged \(before\.ckpt: it is empty\)"):
+    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged \(before\.ckpt: it is empty\)"):
         continue_last_run(trainer)
 
 
@@ -174,7 +174,7 @@ def test_weights_alone_are_nothing_to_go_on_from(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         continue_last_run(trainer)
     assert str(caught.value) == (
-        f"Every checkpoint in {str(path.parent)!r} is of no use (a.ckpt: {reason}); give the path of another run's, or "
+        f"every checkpoint in {str(path.parent)!r} is unusable (a.ckpt: {reason}); give the path of another run's, or "
         "start over without ckpt_path."
     )
     # They can be evaluated.
@@ -182,10 +182,10 @@ def test_weights_alone_are_nothing_to_go_on_from(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         require_training_state(str(path))
     assert str(caught.value) == (
-        f"Training cannot resume from {str(path)!r}, as {reason}; give a checkpoint that has it, or start over."
+        f"training cannot resume from {str(path)!r}, as {reason}; give a checkpoint that has it, or start over."
     )
     checkpoint(tmp_path / "checkpoints" / "older.ckpt", 10**17)
-    with pytest.warns(DamagedCheckpointWarning, match=r"a\.ckpt' is of no use: it has the weights alone"):
+    with pytest.warns(DamagedCheckpointWarning, match=r"a\.ckpt' is unusable: it has the weights alone"):
         assert continue_last_run(trainer) == str(tmp_path / "checkpoints" / "older.ckpt")
 
 

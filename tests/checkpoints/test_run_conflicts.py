@@ -71,13 +71,13 @@ def test_folders_of_another_run_are_refused(workplace: Workplace, root: Path, op
         # Lightning follows links.
         shown = str(root / "a" / "x")
         expected = (
-            f"error: The folder {shown!r} holds another run, which this one would write over; go on with that one "
+            f"error: the folder {shown!r} holds another run, which this one would write over; go on with that one "
             "(--ckpt_path last), or give this one a folder of its own by the dirpath of its checkpoints."
         )
     else:
         shown = str(Path(spelling.format(root=root)))
         expected = (
-            f"error: The folder {shown!r} holds the adapter of another run, which this one would replace; set "
+            f"error: the folder {shown!r} holds the adapter of another run, which this one would replace; set "
             "adapter.folder to another, remove that one, or go on with its run (--ckpt_path last)."
         )
     assert error_of(log) == expected
@@ -97,7 +97,7 @@ def test_a_version_that_is_given_is_one_run(workplace: Workplace, root: Path, lo
     before = files(root)
     assert fit(command, log, trap=no_step)[0] == 2, log.read_text()
     assert error_of(log) == (
-        "error: The folder 'a/lightning_logs/mine' holds another run, which this one would write over; go on with that "
+        "error: the folder 'a/lightning_logs/mine' holds another run, which this one would write over; go on with that "
         "one (--ckpt_path last), or give this one a folder of its own by the logger's version, or "
         "trainer.default_root_dir."
     )
@@ -136,20 +136,20 @@ def test_two_processes_at_the_same_moment(workplace: Workplace, root: Path) -> N
     hold = hold_adapter(Path("link/x"))
     assert fit(adapter, log, trap=no_step)[0] == 2, log.read_text()
     rest = "is in use by another fit that runs now; wait until it ends, or give this one another."
-    assert error_of(log) == f"error: The adapter folder 'a/x' {rest}"
+    assert error_of(log) == f"error: the adapter folder 'a/x' {rest}"
     hold.release()
     assert list((root / "a").iterdir()) == []
     dirpath = workplace.arguments(root / "one", SHORT, "--checkpoint.dirpath=a/x")
     hold = hold_folder(root / "a" / "x")
     assert fit(dirpath, log, trap=no_step)[0] == 2, log.read_text()
-    assert error_of(log) == f"error: The folder {str(root / 'a' / 'x')!r} {rest}"
+    assert error_of(log) == f"error: the folder {str(root / 'a' / 'x')!r} {rest}"
     hold.release()
     # A run that goes on twice at once.
     last = workplace.arguments(root / "two", SHORT, "--ckpt_path=last")
     assert fit(last, log, trap=no_step)[0] == -signal.SIGKILL
     hold = hold_folder(last_run(root / "two"))
     assert fit(last, log, trap=no_step)[0] == 2, log.read_text()
-    assert error_of(log) == f"error: The folder {str(last_run(root / 'two'))!r} {rest}"
+    assert error_of(log) == f"error: the folder {str(last_run(root / 'two'))!r} {rest}"
     hold.release()
     assert fit(last, log)[0] == 0, log.read_text()
     assert not list(root.rglob("*lock*"))

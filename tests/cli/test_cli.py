@@ -278,17 +278,17 @@ def test_plain_lora_is_announced(workplace: Workplace, caplog: pytest.LogCapture
         (["--model.optimizer", "SGD", "--model.optimizer.rate", "1"], "'model.optimizer' has no option 'rate'"),
         (
             ["--model.optimizer", "SGD", "--model.optimizer.lr", "x"],
-            "The option 'model.optimizer.lr' cannot be 'x'; '-",
+            "the option 'model.optimizer.lr' cannot be 'x'; '-",
         ),
         (["--model.optimizer", "SGD", "--model.optimizer.lr", "-1"], "Invalid learning rate"),
-        (["--model.optimizer", "SparseAdam"], "The optimizer SparseAdam cannot step here (SparseAdam does"),
+        (["--model.optimizer", "SparseAdam"], "the optimizer SparseAdam cannot step here (SparseAdam does"),
         (
             ["--model.optimizer", "AdamW", "--model.optimizer.capturable", "true"],
             "optimizer AdamW cannot step here",
         ),
         (
             ["--trainer.val_check_interval", "99"],
-            "The trainer cannot fit: `val_check_interval` (99) must",
+            "the trainer cannot fit: `val_check_interval` (99) must",
         ),
         (["--model.schedule.name", "sine"], "'model.schedule.name' is 'sine', and must be one of 'linear', 'cosine'"),
         (["--gate_importance.keep_fraction", "2"], "keep_fraction is 2"),
@@ -300,7 +300,7 @@ def test_plain_lora_is_announced(workplace: Workplace, caplog: pytest.LogCapture
         (["--trainer.callbacks", "Foo"], "'trainer.callbacks' is 'Foo', which is not a known class"),
         (["--ckpt_path", "missing.ckpt"], "checkpoint 'missing.ckpt' does not exist"),
         (["--data.train", "missing.jsonl"], "missing.jsonl"),
-        (["--model.model_name_or_path", "./missing"], "The model folder './missing' does not exist"),
+        (["--model.model_name_or_path", "./missing"], "the model folder './missing' does not exist"),
         (["--data.tokenizer_name_or_path", "x"], 'must be given via "model.model_name_or_path"'),
         (["--config", "missing.yaml"], "missing.yaml"),
         (["stray"], "'stray' belongs to no option"),
@@ -336,7 +336,7 @@ def test_a_broken_configuration(workplace: Workplace, capsys: pytest.CaptureFixt
 
 
 def test_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    assert error_of(capsys, ["train"]).startswith("There is no command 'train'; use one of fit, validate")
+    assert error_of(capsys, ["train"]).startswith("there is no command 'train'; use one of fit, validate")
 
 
 def test_a_checkpoint_of_another_adapter(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:

@@ -123,28 +123,28 @@ def test_text_is_the_default_and_can_be_named(
 @pytest.mark.parametrize(
     ("data", "arguments", "message"),
     [
-        (None, ["--data", VISION, "--data.trian", "a"], "The class given for 'data' has no option 'trian'; correct or"),
+        (None, ["--data", VISION, "--data.trian", "a"], "the class given for 'data' has no option 'trian'; correct or"),
         (
             None,
             ["--data", "Nonsense"],
-            "The option 'data' is 'Nonsense', which is not a known class; give its import path",
+            "the option 'data' is 'Nonsense', which is not a known class; give its import path",
         ),
-        (None, ["--data", VISION, "--data.batch_size", "x"], "The option 'data.batch_size' cannot be 'x'; '--help'"),
+        (None, ["--data", VISION, "--data.batch_size", "x"], "the option 'data.batch_size' cannot be 'x'; '--help'"),
         (
             {"train": "a.jsonl"},
             ["--data", VISION],
             "config.yaml' is beside the class of the data and not among its arg",
         ),
-        ({"class_path": VISION, "train": "a"}, [], "The option 'data.train' of "),
-        ({"class_path": VISION, "init_args": {"trian": "a"}}, [], "The class given for 'data' has no option 'trian'"),
+        ({"class_path": VISION, "train": "a"}, [], "the option 'data.train' of "),
+        ({"class_path": VISION, "init_args": {"trian": "a"}}, [], "the class given for 'data' has no option 'trian'"),
         (
             {"class_path": VISION, "init_args": {"batch_size": "x"}},
             [],
-            "The option 'data.batch_size' cannot be 'x'; '-",
+            "the option 'data.batch_size' cannot be 'x'; '-",
         ),
         (None, ["--data", VISION, "--data.batch_size", "0"], "batch_size=0 is too small; set it to 1 or more"),
-        (None, ["--data", VISION], "The data for 'train' is not given but is needed to fit; set data.train"),
-        (None, ["--data", VISION, "--data.train", "absent.jsonl"], "The data file 'absent.jsonl' does not exist"),
+        (None, ["--data", VISION], "the data for 'train' is not given but is needed to fit; set data.train"),
+        (None, ["--data", VISION, "--data.train", "absent.jsonl"], "the data file 'absent.jsonl' does not exist"),
     ],
 )
 def test_mistakes(
@@ -165,5 +165,5 @@ def test_broken_image_stops_training_in_one_sentence(
     data = {"class_path": VISION, "init_args": {**sources(tmp_path), "num_workers": 2}}
     (tmp_path / "pictures" / "3.png").write_bytes(b"no picture")
     message = error_of(capsys, ["fit", "--config", config(tmp_path, options, data=data)])
-    assert message.startswith("Record 4 of '")
+    assert message.startswith("record 4 of '")
     assert message.endswith("or set skip_broken_images to true to leave such records out.")

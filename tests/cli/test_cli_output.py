@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import yaml
 from module_helpers import saved_model, tiny_tokenizer, write_records
 from transformers import MambaConfig, MambaForCausalLM
 
+import na_lora_lightning
 from na_lora_lightning.cli.arguments import plain
 from na_lora_lightning.cli.main import main, unread_output_is_dropped
 
@@ -227,3 +229,18 @@ def test_a_mistake_is_one_sentence_before_training(
         assert part in error
     assert not list(tmp_path.glob("run/**/adapter"))
     assert not list(tmp_path.glob("run/**/*.ckpt"))
+
+
+def test_errors_and_warnings_start_in_lower_case() -> None:
+    """They follow ``error:`` or the name of a warning; names of packages and classes keep their capital."""
+    begins: list[str] = []
+    for file in Path(na_lora_lightning.__file__).parent.rglob("*.py"):
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(call, ast.Call) or not call.args:
+                continue
+            text = call.args[0].values[0] if isinstance(call.args[0], ast.JoinedStr) else call.args[0]
+            named = ast.unparse(call.func).rpartition(".")[2]
+            if named.endswith(("Error", "warn")) and isinstance(text, ast.Constant) and isinstance(text.value, str):
+                begins.append(text.value.split(" ")[0])
+    assert len(begins) > 200
+    assert {word for word in begins if word[:1].isupper()} <= {"LoRA", "PEFT", "LearningRateFinder"}

@@ -150,7 +150,7 @@ def test_gates_without_lora_are_shown_and_then_refused(tmp_path: Path, capsys: p
 
 def test_an_unknown_folder_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "./no/such/folder"]) == 2
-    assert capsys.readouterr().err.startswith("error: The model folder './no/such/folder' does not exist")
+    assert capsys.readouterr().err.startswith("error: the model folder './no/such/folder' does not exist")
 
 
 @pytest.mark.parametrize("value", ['"x"', "-1", "null"])
@@ -160,10 +160,10 @@ def test_a_configuration_with_wrong_values_is_one_sentence(
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": ' + value + "}")
     assert main(["inspect", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: The model {str(tmp_path)!r} cannot be made from its configuration (")
+    assert error.startswith(f"error: the model {str(tmp_path)!r} cannot be made from its configuration (")
     assert error.count("\n") == 1
 
 
 def test_misspelt_options_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(tmp_path), "--lora.ranks", "3"]) == 2
-    assert capsys.readouterr().err == "error: There is no option 'lora.ranks'; did you mean 'lora.r'?\n"
+    assert capsys.readouterr().err == "error: there is no option 'lora.ranks'; did you mean 'lora.r'?\n"

@@ -142,7 +142,7 @@ def test_a_quantised_base_is_one_sentence(tmp_path: Path, capsys: pytest.Capture
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     assert main(["merge", "--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")]) == 2
-    assert f"error: The base model {base!r} is quantised (bitsandbytes)" in capsys.readouterr().err
+    assert f"error: the base model {base!r} is quantised (bitsandbytes)" in capsys.readouterr().err
     assert not (tmp_path / "merged").exists()
 
 

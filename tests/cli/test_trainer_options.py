@@ -101,7 +101,7 @@ def test_a_file_may_have_a_part_for_each_command(fit: Fit) -> None:
 
 def test_a_missing_command_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--config", "run.yaml"]) == 2
-    assert capsys.readouterr().err.startswith("error: No command is given; use one of fit, validate")
+    assert capsys.readouterr().err.startswith("error: no command is given; use one of fit, validate")
 
 
 def callback(name: str, **options: str) -> list[str]:
@@ -134,10 +134,10 @@ def callback(name: str, **options: str) -> list[str]:
         (["--trainer.val_check_interval=1000"], "`val_check_interval` (1000) must be less than or equal to the number"),
         (["--trainer.check_val_every_n_epoch=4"], "the fit has 3 epochs, so it would never validate"),
         (["--trainer.min_steps=100"], "trainer.min_steps is 100 and the fit ends after 12 optimizer steps"),
-        (["--trainer.max_time=00:00:10:00"], "The schedule 'cosine' needs a fit with an end"),
+        (["--trainer.max_time=00:00:10:00"], "the schedule 'cosine' needs a fit with an end"),
         (["--model.schedule.name=warmup_stable_decay"], "; set num_decay_steps in schedule.options."),
         (["--model.schedule.name=cosine_with_min_lr"], "One of min_lr or min_lr_rate should be set"),
-        (["--model.schedule.options={num_cycles: x}"], "The schedule 'cosine' cannot be made (could not convert"),
+        (["--model.schedule.options={num_cycles: x}"], "the schedule 'cosine' cannot be made (could not convert"),
     ],
 )
 def test_what_cannot_run_is_one_sentence_before_training(fit: Fit, arguments: list[str], message: str) -> None:

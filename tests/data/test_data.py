@@ -180,7 +180,7 @@ def test_unusable_record_is_an_error_before_training(make_datamodule: MakeDataMo
     source = write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "c"}])
     datamodule = make_datamodule(train=source)
     datamodule.prepare_data()
-    with pytest.raises(DataError, match=r"^Record 2 of '.*bad\.jsonl' has no completion \(its keys are 'prompt'\)"):
+    with pytest.raises(DataError, match=r"^record 2 of '.*bad\.jsonl' has no completion \(its keys are 'prompt'\)"):
         datamodule.setup("fit")
     with pytest.raises(DataError, match="does not exist"):
         make_datamodule(validation=str(tmp_path / "absent.jsonl")).prepare_data()

@@ -148,7 +148,7 @@ def test_an_end_within_an_answer_is_refused(use_chat_template: bool, name: str) 
     if name == "<|im_end|>" and not use_chat_template:
         assert encode(encoder, record)["reference"] == "bc"
         return
-    with pytest.raises(DataError, match=r"^Record 3 of 'data.jsonl' has an answer with '.*' within it, .*; remove"):
+    with pytest.raises(DataError, match=r"^record 3 of 'data.jsonl' has an answer with '.*' within it, .*; remove"):
         encode(encoder, record)
     # Where all of a text is learned from, it may be several documents.
     assert encode(encoder_of(tokenizer, use_chat_template=use_chat_template, loss_on="all"), record)

@@ -180,7 +180,7 @@ def test_sequence_end_is_added_where_the_template_marks_none() -> None:
 
 def test_template_that_renders_answers_differently_later_is_refused() -> None:
     encoder = encoder_of(tokenizer_of(REASONING_TEMPLATE))
-    with pytest.raises(DataError, match=r"^Record 3 of 'data.jsonl' has an answer \(message 2\) that .*; use a"):
+    with pytest.raises(DataError, match=r"^record 3 of 'data.jsonl' has an answer \(message 2\) that .*; use a"):
         encode(encoder, {"messages": conversation("a", "b", "c", "d")})
     one = encode(encoder, {"messages": conversation("a", "b")})
     assert target_text(encoder, one) == "<think>\n\n</think>\n\nb" + END_OF_TURN
@@ -232,7 +232,7 @@ def test_completion_that_is_cut_off_is_refused(loss_on: str, use_chat_template: 
     options = {"loss_on": loss_on, "use_chat_template": use_chat_template}
     record = {"prompt": "1+1", "completion": "22"}
     encode(encoder_of(tokenizer_of(), max_length=prompt_length + 1, **options), record)
-    with pytest.raises(DataError, match=rf"^Record 3 of .* max_length={prompt_length}; raise max_length or"):
+    with pytest.raises(DataError, match=rf"^record 3 of .* max_length={prompt_length}; raise max_length or"):
         encode(encoder_of(tokenizer_of(), max_length=prompt_length, **options), record)
 
 
@@ -274,7 +274,7 @@ def test_training_records_have_no_columns_for_generation() -> None:
     ],
 )
 def test_record_that_cannot_be_used_is_named(record: dict[str, Any], reason: str) -> None:
-    with pytest.raises(DataError, match=f"^Record 3 of 'data.jsonl' {reason}") as raised:
+    with pytest.raises(DataError, match=f"^record 3 of 'data.jsonl' {reason}") as raised:
         encode(encoder_of(tokenizer_of()), record)
     assert "\n" not in str(raised.value)
 
@@ -315,8 +315,8 @@ def test_tokenizer_that_lacks_something(tokenizer: dict[str, Any], options: dict
 @pytest.mark.parametrize(
     ("folder", "reason"),
     [
-        ("./absent", r"^The tokenizer folder '\./absent' does not exist; correct"),
-        (".", r"^The tokenizer '.*' cannot be loaded \(the folder has no tokenizer that transformers can read\); give"),
+        ("./absent", r"^the tokenizer folder '\./absent' does not exist; correct"),
+        (".", r"^the tokenizer '.*' cannot be loaded \(the folder has no tokenizer that transformers can read\); give"),
     ],
 )
 def test_folder_without_a_tokenizer(folder: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

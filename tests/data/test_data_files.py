@@ -166,7 +166,7 @@ def test_number_in_place_of_text_is_refused(kind: str, tmp_path: Path) -> None:
         path.write_text(json.dumps([good, bad]) if kind == "json" else f"{json.dumps(good)}\n{json.dumps(bad)}\n")
     datamodule = InstructionDataModule(saved_tokenizer(tmp_path / "t"), train=str(path))
     number, type_name = (1 if "parquet" in kind else 2), ("datetime" if "date" in kind else "int")
-    with pytest.raises(DataError, match=rf"^Record {number} of .* needs text as its .*, which is of type {type_name};"):
+    with pytest.raises(DataError, match=rf"^record {number} of .* needs text as its .*, which is of type {type_name};"):
         datamodule.setup("fit")
 
 
@@ -175,21 +175,21 @@ def test_number_in_place_of_text_is_refused(kind: str, tmp_path: Path) -> None:
 
 def test_unquoted_commas_are_refused_with_their_line(tmp_path: Path) -> None:
     path = write(tmp_path / "data.csv", "prompt,completion\nred, or blue,sky\n")
-    with pytest.raises(DataError, match=r"^Line 2 of '.*' has 3 cells where the header has 2; put text that"):
+    with pytest.raises(DataError, match=r"^line 2 of '.*' has 3 cells where the header has 2; put text that"):
         load(path)
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("prompt,completion\na,b\n\n\nc\n", "Line 5 of .* has 1 cell where the header has 2; put"),
-        ('prompt,completion\n"a\nb",c\nd,e,f\n', "Line 4 of .* has 3 cells where"),
-        ("prompt;completion\na;b;c\n", "Line 2 of .* has 3 cells .*; put text that has semicolons or"),
-        ('prompt,completion\na,b\n"c,d\ne,f\n', r"Line 3 of .* is malformed \(a double quote is not closed\); put"),
-        ('prompt,completion\n"a"b,c\n', r"Line 2 of .* is malformed \(.*\); put text with quotes"),
-        ("prompt,prompt,completion\na,b,c\n", "The file .* has the column 'prompt' twice; rename"),
-        ("\n\n", "The file .* has no header; put"),
-        ("prompt,completion\n", "The data .* has no records; give"),
+        ("prompt,completion\na,b\n\n\nc\n", "line 5 of .* has 1 cell where the header has 2; put"),
+        ('prompt,completion\n"a\nb",c\nd,e,f\n', "line 4 of .* has 3 cells where"),
+        ("prompt;completion\na;b;c\n", "line 2 of .* has 3 cells .*; put text that has semicolons or"),
+        ('prompt,completion\na,b\n"c,d\ne,f\n', r"line 3 of .* is malformed \(a double quote is not closed\); put"),
+        ('prompt,completion\n"a"b,c\n', r"line 2 of .* is malformed \(.*\); put text with quotes"),
+        ("prompt,prompt,completion\na,b,c\n", "the file .* has the column 'prompt' twice; rename"),
+        ("\n\n", "the file .* has no header; put"),
+        ("prompt,completion\n", "the data .* has no records; give"),
         (
             "prompt,completion\ncaf\u00e9,b\n".encode("cp1252"),
             r"is not in UTF-8 \(byte 0xe9 at position 4 of line 2\); save",
@@ -258,17 +258,17 @@ def test_everyday_json_is_read(content: str, encoding: str, suffix: str, tmp_pat
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ('{"prompt": "a", "prompt": "b"}', "Line 1 of .*it has the key 'prompt' twice"),
-        ('{"prompt": "a"}\n{"prompt": {"b": 1, "b": 2}}', "Line 2 of .*it has the key 'b' twice"),
-        ('{"prompt": "a"}\n{"prompt": 1e400}', "Line 2 of .*it has the number 1e400, which is too large"),
-        ('{"prompt": "a\nb"}', "Line 1 of .*Invalid control character at"),
-        ('[{"prompt": "a"}\n{"prompt": "b"}]', "Line 2 of .*its array has no comma or end here"),
-        ('[{"prompt": "a"}] 1', "Line 1 of .*there is something after the end of its array"),
-        ('{"prompt": ' + "[" * 100_000, "Line 1 of .*it is nested too deeply"),
-        ('{"prompt": "a"}\n{"n": ' + "1" * 5000 + "}", "Line 2 of .*Exceeds the limit"),
+        ('{"prompt": "a", "prompt": "b"}', "line 1 of .*it has the key 'prompt' twice"),
+        ('{"prompt": "a"}\n{"prompt": {"b": 1, "b": 2}}', "line 2 of .*it has the key 'b' twice"),
+        ('{"prompt": "a"}\n{"prompt": 1e400}', "line 2 of .*it has the number 1e400, which is too large"),
+        ('{"prompt": "a\nb"}', "line 1 of .*Invalid control character at"),
+        ('[{"prompt": "a"}\n{"prompt": "b"}]', "line 2 of .*its array has no comma or end here"),
+        ('[{"prompt": "a"}] 1', "line 1 of .*there is something after the end of its array"),
+        ('{"prompt": ' + "[" * 100_000, "line 1 of .*it is nested too deeply"),
+        ('{"prompt": "a"}\n{"n": ' + "1" * 5000 + "}", "line 2 of .*Exceeds the limit"),
         (
             '{"prompt": "a"}\n\n{"prompt": "b"\n{"prompt": "c"}\n' * 3,
-            "Line 3 of .*Expecting ',' delimiter at column 15",
+            "line 3 of .*Expecting ',' delimiter at column 15",
         ),
         (b'{"prompt": "a"}\n{"prompt": "\xff"}', r"not in UTF-8 \(byte 0xff at position 13 of line 2\); save"),
     ],
@@ -321,5 +321,5 @@ def test_parquet_that_is_no_text_is_refused(tmp_path: Path) -> None:
     pq.write_table(
         pa.table({"prompt": pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64()))}), tmp_path / "odd.parquet"
     )
-    with pytest.raises(DataError, match=r"The column 'prompt' of '.*' cannot be read \(.*\); save"):
+    with pytest.raises(DataError, match=r"the column 'prompt' of '.*' cannot be read \(.*\); save"):
         load(tmp_path / "odd.parquet")

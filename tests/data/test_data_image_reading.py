@@ -234,10 +234,10 @@ def test_survey_counts_images_and_names_what_is_missing(tmp_path: Path) -> None:
         counts, missing = images.survey()
         assert counts == [2, 0, 0, 3, 1]
         assert list(missing) == [3]
-        assert missing[3].startswith("Record 4 of 'data' has the image 'no.png', which does not exist in")
+        assert missing[3].startswith("record 4 of 'data' has the image 'no.png', which does not exist in")
         assert [image.size for image in images.read(0, 2)] == [(24, 24), (29, 31)]
         assert [len(images.read(index, count)) for index, count in ((0, 1), (1, 0), (2, 0))] == [1, 0, 0]
-        with pytest.raises(ImageError, match=r"^Record 4 of 'data' has the image 'no\.png', which does not exist"):
+        with pytest.raises(ImageError, match=r"^record 4 of 'data' has the image 'no\.png', which does not exist"):
             images.read(3, 3)
 
 
@@ -248,7 +248,7 @@ def test_one_image_or_several(tmp_path: Path) -> None:
     assert images.survey() == ([1, 2, 1], {})
     assert images.read(2, 1)[0].size == (29, 31)
     with pytest.raises(
-        DataError, match=r"^The data 'x' has no column 'image' or 'images' \(its columns are 'picture'\);"
+        DataError, match=r"^the data 'x' has no column 'image' or 'images' \(its columns are 'picture'\);"
     ):
         RecordImages(Dataset.from_dict({"picture": [a]}), "x", ImageReader(tmp_path))
 

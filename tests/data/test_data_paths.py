@@ -116,7 +116,7 @@ def test_file_that_is_written_anew_is_read_anew(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        ("w?.jsonl", "The data file 'w\\?.jsonl' does not exist; correct"),
+        ("w?.jsonl", "the data file 'w\\?.jsonl' does not exist; correct"),
         ("~nobody-of-that-name/data.jsonl", "does not exist; correct"),
         ("https://example.org/data.jsonl", "is an address; download"),
         ("s3://bucket/data.csv:train", "is an address; download"),

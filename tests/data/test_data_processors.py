@@ -52,11 +52,11 @@ def test_processor_without_videos_keeps_its_settings(vlm: Vlm, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda folder: str(folder / "absent"), r"^The processor folder '.*absent' does not exist; correct the path"),
-        (lambda folder: saved_model(folder), r"^The model '.*' has no processor for images; give a vision-language"),
+        (lambda folder: str(folder / "absent"), r"^the processor folder '.*absent' does not exist; correct the path"),
+        (lambda folder: saved_model(folder), r"^the model '.*' has no processor for images; give a vision-language"),
         (
             lambda folder: str(folder),
-            r"^The processor of '.*' cannot be loaded \(.*\); give the folder or hub name of a",
+            r"^the processor of '.*' cannot be loaded \(.*\); give the folder or hub name of a",
         ),
     ],
 )

@@ -93,16 +93,16 @@ def test_columns_can_be_exchanged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("absent.jsonl", None, r"The data file '.*absent\.jsonl' does not exist; correct"),
-        ("absent.csv", None, r"The data file '.*absent\.csv' does not exist; correct"),
-        ("absent", None, r"The data '.*absent' cannot be loaded because .* does not exist; correct"),
+        ("absent.jsonl", None, r"the data file '.*absent\.jsonl' does not exist; correct"),
+        ("absent.csv", None, r"the data file '.*absent\.csv' does not exist; correct"),
+        ("absent", None, r"the data '.*absent' cannot be loaded because .* does not exist; correct"),
         ("data.txt", "a", r"because .* is not a \.jsonl, \.json, \.csv, \.tsv or \.parquet file; correct"),
         ("data.jsonl", "", "is empty; give"),
         ("data.csv", "prompt,completion\n", "has no records; give"),
-        ("data.jsonl", '{"prompt": "a"}\n\n{"prompt": "b"\n', r"Line 3 of '.*' is malformed \(Expecting ',' "),
-        ("data.jsonl", '{"prompt": "a"}\n[1]\n', r"Line 2 of '.*' is malformed \(it is no JSON object\); correct"),
-        ("data.json", '[{"prompt": "a"}', "Line 1 of '.*' is malformed \\(its array has no end\\)"),
-        ("data.parquet", "no parquet", r"The data '.*data\.parquet' cannot be loaded \(.*\); give"),
+        ("data.jsonl", '{"prompt": "a"}\n\n{"prompt": "b"\n', r"line 3 of '.*' is malformed \(Expecting ',' "),
+        ("data.jsonl", '{"prompt": "a"}\n[1]\n', r"line 2 of '.*' is malformed \(it is not a JSON object\); correct"),
+        ("data.json", '[{"prompt": "a"}', "line 1 of '.*' is malformed \\(its array has no end\\)"),
+        ("data.parquet", "no parquet", r"the data '.*data\.parquet' cannot be loaded \(.*\); give"),
     ],
 )
 def test_unusable_file(name: str, content: str | None, reason: str, tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ IGNORANT = "{% for message in messages %}{{ message.role }}{{ message.content }}
     ],
 )
 def test_what_would_be_lost_is_refused(record: dict[str, Any], template: str, reason: str) -> None:
-    with pytest.raises(DataError, match=f"^Record 3 of 'data.jsonl' {reason}") as raised:
+    with pytest.raises(DataError, match=f"^record 3 of 'data.jsonl' {reason}") as raised:
         encode(record, template)
     assert "\n" not in str(raised.value)
 
@@ -173,7 +173,7 @@ def test_turn_that_asks_for_another_loss_is_refused(keys: dict[str, Any], loss_o
     (key,) = keys
     turns = conversation("a", "b", "c", "d")
     turns[1] = {**turns[1], **keys}
-    with pytest.raises(DataError, match=rf"^Record 3 of 'data.jsonl' has the key '{key}' \(.*\) in message 2, but"):
+    with pytest.raises(DataError, match=rf"^record 3 of 'data.jsonl' has the key '{key}' \(.*\) in message 2, but"):
         encode({"messages": turns}, loss_on=loss_on)
 
 
@@ -193,7 +193,7 @@ def test_turns_that_ask_for_what_is_done_are_trained_on() -> None:
 )
 def test_record_that_asks_for_another_loss_is_refused(keys: dict[str, Any]) -> None:
     (key,) = keys
-    with pytest.raises(DataError, match=rf"^Record 3 of 'data.jsonl' has the key '{key}' \(.*\), but all records are"):
+    with pytest.raises(DataError, match=rf"^record 3 of 'data.jsonl' has the key '{key}' \(.*\), but all records are"):
         encode({**PAIR, **keys})
     usual = {"weight": "1", "train": True, "loss_on": "completion", "train_on_inputs": False, "loss": 2.5, "mask": 0}
     assert encode({**PAIR, **usual})[1] == "b" + END_OF_TURN

@@ -60,7 +60,7 @@ def damaged(folder: Path, *, missing: tuple[int, ...] = (), broken: tuple[int, .
 def test_missing_file_is_an_error_before_training(vlm: Vlm, tmp_path: Path) -> None:
     source = damaged(tmp_path, missing=(2, 4))
     reason = (
-        r"^Record 3 of '.*data\.jsonl' has the image 'pictures/2\.png', which does not exist in '.*'; correct its path"
+        r"^record 3 of '.*data\.jsonl' has the image 'pictures/2\.png', which does not exist in '.*'; correct its path"
     )
     with pytest.raises(ImageError, match=reason + REMEDY):
         module_of(vlm("llava"), train=source)
@@ -69,7 +69,7 @@ def test_missing_file_is_an_error_before_training(vlm: Vlm, tmp_path: Path) -> N
 def test_missing_files_are_left_out_and_counted(vlm: Vlm, tmp_path: Path) -> None:
     source = damaged(tmp_path, missing=(2, 4))
     reason = (
-        r"^2 of 6 records of '.*' are left out because their images are missing: Record 3 of '.*' has the image 'pict"
+        r"^2 of 6 records of '.*' are left out because their images are missing: record 3 of '.*' has the image 'pict"
     )
     with pytest.warns(LeftOutRecordsWarning, match=reason):
         datamodule = module_of(vlm("llava"), train=source, **LEFT)
@@ -80,7 +80,7 @@ def test_missing_files_are_left_out_and_counted(vlm: Vlm, tmp_path: Path) -> Non
     for number in (0, 1, 3, 5):
         (tmp_path / "pictures" / f"{number}.png").unlink()
     with pytest.raises(
-        ImageError, match=r"^Record 1 of .* correct its path, as no record of the data has its images\.$"
+        ImageError, match=r"^record 1 of .* correct its path, as no record of the data has its images\.$"
     ):
         module_of(vlm("llava"), train=source, **LEFT)
 
@@ -89,7 +89,7 @@ def test_missing_files_are_left_out_and_counted(vlm: Vlm, tmp_path: Path) -> Non
 def test_broken_file_is_an_error_in_one_sentence(num_workers: int, vlm: Vlm, tmp_path: Path) -> None:
     source = damaged(tmp_path, broken=(2,))
     datamodule = module_of(vlm("llava"), train=source, batch_size=2, num_workers=num_workers)
-    reason = r"^Record 3 of '.*data\.jsonl' has the image 'pictures/2\.png', which cannot be decoded \(.*\); replace it"
+    reason = r"^record 3 of '.*data\.jsonl' has the image 'pictures/2\.png', which cannot be decoded \(.*\); replace it"
     with pytest.raises(ImageError, match=reason + REMEDY) as raised:
         list(datamodule.train_dataloader())
     assert "\n" not in str(raised.value)
@@ -101,11 +101,11 @@ def test_limits_of_images_reach_the_reader(vlm: Vlm, tmp_path: Path) -> None:
     for options, reason in (
         (
             {"max_image_pixels": 575},
-            r"^Record 1 of '.*' has the image '0\.png', which has more pixels than max_image_pix",
+            r"^record 1 of '.*' has the image '0\.png', which has more pixels than max_image_pix",
         ),
         (
             {"max_image_bytes": 100},
-            r"^Record 1 of '.*' has the image '0\.png' of 1,\d\d\d bytes, more than max_image_byt",
+            r"^record 1 of '.*' has the image '0\.png' of 1,\d\d\d bytes, more than max_image_byt",
         ),
     ):
         with pytest.raises(ImageError, match=reason + ".*" + REMEDY):
@@ -136,7 +136,7 @@ def test_broken_files_are_left_out_of_their_batches(kind: str, num_workers: int,
     assert batches[2]["prompts"] == batches[2]["references"] == []
     assert [reference.strip() for reference in batches[1]["references"]] == ["2", "3"]
     # Each is named once, though it is met again.
-    assert [reason.partition(" of ")[0] for reason in reasons] == ["Record 1", "Record 5", "Record 6"]
+    assert [reason.partition(" of ")[0] for reason in reasons] == ["record 1", "record 5", "record 6"]
     assert reasons[0].endswith("replace it; until then it is left out.")
     assert len(datamodule.left_out) == 3
 
@@ -158,12 +158,12 @@ def test_image_that_the_processor_refuses_is_named(vlm: Vlm, tmp_path: Path) -> 
     picture(1, 300, 1).save(tmp_path / "pictures" / "1.png")
     datamodule = module_of(vlm("qwen2_vl"), train=source)
     reason = (
-        r"^Record 2 of '.*' is refused by Qwen2VLProcessor \(absolute aspect ratio must be .*\); replace its images"
+        r"^record 2 of '.*' is refused by Qwen2VLProcessor \(absolute aspect ratio must be .*\); replace its images"
     )
     with pytest.raises(ImageError, match=reason + REMEDY):
         list(datamodule.train_dataloader())
     datamodule = module_of(vlm("qwen2_vl"), train=source, **LEFT)
-    with pytest.warns(LeftOutRecordsWarning, match=r"^Record 2 of '.*' is refused by Qwen2VLProcessor"):
+    with pytest.warns(LeftOutRecordsWarning, match=r"^record 2 of '.*' is refused by Qwen2VLProcessor"):
         (batch,) = datamodule.train_dataloader()
     assert sorted(target_texts(datamodule, batch)) == ["0<|im_end|>", "2<|im_end|>"]
 
@@ -174,7 +174,7 @@ def test_images_that_do_not_go_into_one_batch_are_reported(vlm: Vlm, tmp_path: P
     datamodule = module_of(vlm("llava"), train=source, image_options=options)
     with pytest.raises(
         DataError,
-        match=r"^Record \d of '.*' and those beside it cannot be put in one batch by LlavaProcessor \(.*\); set b",
+        match=r"^record \d of '.*' and those beside it cannot be put in one batch by LlavaProcessor \(.*\); set b",
     ):
         list(datamodule.train_dataloader())
     assert len(list(module_of(vlm("llava"), train=source, image_options=options, batch_size=1).train_dataloader())) == 2
@@ -194,7 +194,7 @@ def test_loading_processes_change_nothing(vlm: Vlm, tmp_path: Path) -> None:
     for num_workers in (0, 2):
         module = RecordingModule()
         with pytest.warns(
-            LeftOutRecordsWarning, match=r"^Record 4 of '.*' has the image 'pictures/3\.png', which cannot"
+            LeftOutRecordsWarning, match=r"^record 4 of '.*' has the image 'pictures/3\.png', which cannot"
         ):
             trainer(max_epochs=2).fit(module, make(vlm("qwen2_vl"), source, num_workers=num_workers, **LEFT))
         seen.append(module.seen)

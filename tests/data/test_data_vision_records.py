@@ -113,7 +113,7 @@ def test_text_without_a_chat_template() -> None:
         )["text_ids"]
         == encoded["text_ids"]
     )
-    with pytest.raises(DataError, match=r"^Record 3 of 'data.jsonl' has 'messages', which need a chat template; use"):
+    with pytest.raises(DataError, match=r"^record 3 of 'data.jsonl' has 'messages', which need a chat template; use"):
         encode(encoder, {"messages": conversation("a", "b")})
 
 
@@ -176,7 +176,7 @@ def test_beginning_is_marked_once() -> None:
     ],
 )
 def test_record_that_cannot_be_used_is_named(record: dict[str, Any], images: int, reason: str) -> None:
-    with pytest.raises(DataError, match=f"^Record 3 of 'data.jsonl' {reason}") as raised:
+    with pytest.raises(DataError, match=f"^record 3 of 'data.jsonl' {reason}") as raised:
         encode(encoder_of("qwen2_vl"), record, images)
     assert "\n" not in str(raised.value)
 
@@ -185,7 +185,7 @@ def test_answer_that_makes_a_token_with_its_prompt_is_refused() -> None:
     processor = tiny_vlm_processor("llava", merges=[(":", "Ġ")])
     processor.tokenizer.chat_template = processor.chat_template
     reason = (
-        r"^Record 3 of 'data.jsonl' has an answer whose first letters make one token with the end of its prompt \('SI"
+        r"^record 3 of 'data.jsonl' has an answer whose first letters make one token with the end of its prompt \('SI"
     )
     with pytest.raises(DataError, match=reason):
         encode(encoder_of("llava", processor=processor), {"prompt": "a", "completion": "b"})
@@ -212,7 +212,7 @@ def test_text_longer_than_the_maximum_is_refused() -> None:
     assert encode(encoder_of("qwen2_vl", max_length=length), record)["tokens"] == length
     with pytest.raises(
         DataError,
-        match=rf"^Record 3 of .* has {length} tokens, with one for each image, more than max_length={length - 1};",
+        match=rf"^record 3 of .* has {length} tokens, with one for each image, more than max_length={length - 1};",
     ):
         encode(encoder_of("qwen2_vl", max_length=length - 1), record)
 
@@ -243,7 +243,7 @@ def test_tokens_of_images_count_for_the_maximum(vlm: Vlm, tmp_path: Path) -> Non
     datamodule.setup("fit")
     with pytest.raises(
         DataError,
-        match=r"^Record 2 of '.*data.jsonl' has 57 tokens with its images, more than max_length=56; raise max_",
+        match=r"^record 2 of '.*data.jsonl' has 57 tokens with its images, more than max_length=56; raise max_",
     ):
         list(datamodule.train_dataloader())
 
@@ -264,7 +264,7 @@ def test_answer_that_changes_beside_images_is_refused(
 
     monkeypatch.setattr(kind, "get_text_with_replacements", change)
     with pytest.raises(
-        DataError, match=r"^Record 1 of '.*' has an answer whose tokens Qwen2VLProcessor changes when it"
+        DataError, match=r"^record 1 of '.*' has an answer whose tokens Qwen2VLProcessor changes when it"
     ):
         list(datamodule.train_dataloader())
 

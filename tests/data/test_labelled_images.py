@@ -158,17 +158,17 @@ def test_augmented_images_have_the_size_of_the_model(kind: str, tmp_path: Path) 
 
 
 def test_a_class_without_enough_shots_is_refused(clip: str, shapes: str) -> None:
-    with pytest.raises(DataError, match=r"^The class 'blue_bar' has 5 images in '.*' and shots=6 are wanted of each;"):
+    with pytest.raises(DataError, match=r"^the class 'blue_bar' has 5 images in '.*' and shots=6 are wanted of each;"):
         fit_data(clip, train=shapes, shots=6)
 
 
 def test_an_unknown_or_missing_label_is_refused(clip: str, shapes: str, lines: str, tmp_path: Path) -> None:
     image = str(Path(shapes) / "red_circle" / "0.png")
     other = write_lines(tmp_path / "other.jsonl", [{"image": image, "label": "cow"}])
-    with pytest.raises(DataError, match=r"^Record 1 of '.*other.jsonl' has the label 'cow', .* \('blue_bar', .*; "):
+    with pytest.raises(DataError, match=r"^record 1 of '.*other.jsonl' has the label 'cow', .* \('blue_bar', .*; "):
         fit_data(clip, train=lines, validation=other)
     empty = write_lines(tmp_path / "empty.jsonl", [{"image": image, "label": "red_circle"}, {"image": image}])
-    with pytest.raises(DataError, match=r"Record 2 of '.*empty.jsonl' has no label"):
+    with pytest.raises(DataError, match=r"record 2 of '.*empty.jsonl' has no label"):
         fit_data(clip, train=lines, validation=empty)
     without = write_lines(tmp_path / "without.jsonl", [{"image": image}])
     with pytest.raises(DataError, match="has no labels, from which the classes could be told"):
@@ -185,12 +185,12 @@ def test_a_missing_or_broken_image_is_refused(clip: str, shapes: str, tmp_path: 
     (tmp_path / "broken.png").write_bytes(b"no image")
     records = [{"image": image, "label": "a"}, {"image": "gone.png", "label": "b"}]
     with pytest.raises(
-        ImageError, match=r"^Record 2 of '.*' has the image 'gone.png', which does not exist .*record\.$"
+        ImageError, match=r"^record 2 of '.*' has the image 'gone.png', which does not exist .*record\.$"
     ):
         fit_data(clip, train=write_lines(tmp_path / "gone.jsonl", records))
     records[1]["image"] = "broken.png"
     data = fit_data(clip, train=write_lines(tmp_path / "broken.jsonl", records))
-    with pytest.raises(ImageError, match=r"^Record 2 of '.*' has the image 'broken.png', which cannot be decoded"):
+    with pytest.raises(ImageError, match=r"^record 2 of '.*' has the image 'broken.png', which cannot be decoded"):
         images_and_labels(data)
 
 

@@ -34,7 +34,7 @@ def module(model: str, **evaluation: Any) -> NALoRALightningModule:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, r"Record 2 of '.*' has 71 tokens, and the model's positions end there \(n_positions=64\); set "),
+        ({}, r"record 2 of '.*' has 71 tokens, and the model's positions end there \(n_positions=64\); set "),
         ({"max_length": 70}, "has 70 tokens, .* set data.max_length to 64 or less"),
         (
             {"max_length": 62, "pad_to_multiple_of": 48},
@@ -92,7 +92,7 @@ def test_a_token_without_an_embedding_is_named(tmp_path: Path) -> None:
     quiet_trainer(tmp_path).fit(module(base), datamodule=data(tmp_path, base, 2, 2))
     path = tmp_path / "new.jsonl"
     path.write_text('{"prompt": "ab", "completion": "c"}\n{"prompt": "a<new>", "completion": "c"}\n')
-    with pytest.raises(DataError, match=r"Record 2 of .* has the token '<new>' \(id 64\), and the model has emb"):
+    with pytest.raises(DataError, match=r"record 2 of .* has the token '<new>' \(id 64\), and the model has emb"):
         quiet_trainer(tmp_path).fit(module(base), datamodule=InstructionDataModule(base, train=str(path)))
     tokenizer.pad_token = "<new>"
     tokenizer.save_pretrained(base)
@@ -103,8 +103,8 @@ def test_a_token_without_an_embedding_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda ids: ids.fill_(64), "A batch has the token id 64, and the model has embeddings for the ids 0 to 63"),
-        (lambda ids: ids.new_zeros(2, 65), "A batch is 65 tokens long, and no more than 64 can be used"),
+        (lambda ids: ids.fill_(64), "a batch has the token id 64, and the model has embeddings for the ids 0 to 63"),
+        (lambda ids: ids.new_zeros(2, 65), "a batch is 65 tokens long, and no more than 64 can be used"),
     ],
 )
 def test_batches_of_other_data_modules_are_one_sentence_too(tmp_path: Path, change: Any, message: str) -> None:

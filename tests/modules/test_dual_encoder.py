@@ -439,7 +439,7 @@ def test_classes_that_do_not_fit_are_refused(clip: str, train: str, tmp_path: Pa
     module.configure_model()
     with pytest.raises(ConfigurationError, match="has no classes yet"):
         module.class_logits(some_images(clip, train))
-    with pytest.raises(ConfigurationError, match="There are no classes to make prompts of"):
+    with pytest.raises(ConfigurationError, match="there are no classes to make prompts of"):
         quiet_trainer(tmp_path).validate(make_module(clip), [some_images(clip, train)])
     with pytest.raises(ConfigurationError, match=r"target_parameters is for experts"):
         make_module(clip, lora=LoRAArguments(target_parameters="all-experts")).configure_model()

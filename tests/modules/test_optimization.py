@@ -157,9 +157,9 @@ def test_lora_fa_trains_b_alone(fit: Fit) -> None:
     [
         (
             PLUS[:3],
-            "The class or function given for 'model.optimizer' needs loraplus_lr_ratio; give it as model.optimi",
+            "the class or function given for 'model.optimizer' needs loraplus_lr_ratio; give it as model.optimi",
         ),
-        ([*PLUS, "--model.optimizer.foo=1"], "The class given for 'model.optimizer' has no option 'foo'"),
+        ([*PLUS, "--model.optimizer.foo=1"], "the class given for 'model.optimizer' has no option 'foo'"),
         (["--model.optimizer=peft.optimizers.create_foo"], "module 'peft.optimizers' has no attribute 'create_foo'"),
         (["--model.optimizer=json.dumps"], "Expected 'json.dumps' to be a function that returns"),
     ],

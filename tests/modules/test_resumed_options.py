@@ -240,7 +240,7 @@ def test_another_seed_draws_other_dropout(run: Run) -> None:
             r"trained with the optimizer torch.optim.AdamW and this run has torch.optim.SGD",
         ),
         (partial(torch.optim.Adam, lr=0.1), r"torch.optim.AdamW and this run has torch.optim.Adam, which cannot"),
-        (partial(torch.optim.AdamW, lr=0.1, amsgrad=True), r"The option amsgrad of the .* no 'max_exp_avg_sq'"),
+        (partial(torch.optim.AdamW, lr=0.1, amsgrad=True), r"the option amsgrad of the .* no 'max_exp_avg_sq'"),
         (
             lambda parameters: torch.optim.AdamW([{"params": [entry]} for entry in parameters]),
             r"in groups of 28 and this run's in groups of 1 and 1",

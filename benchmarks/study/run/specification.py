@@ -168,7 +168,7 @@ def neighbour(rate: float, factor: float) -> float:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise StudyError(f"{str(path)!r} is no file; give the path of a study in YAML.")
+        raise StudyError(f"{str(path)!r} is not a file; give the path of a study in YAML.")
     return dict(yaml.safe_load(path.read_text()))
 
 

@@ -183,7 +183,7 @@ class LabelledImageDataModule(ResumableDataModule):
         names = data.class_names(self._given_names)
         if len(set(names)) != len(names) or len(names) < _FEWEST_CLASSES:
             raise ConfigurationError(
-                f"The classes of {data.source!r} are {names}, and there must be at least two of different names; "
+                f"the classes of {data.source!r} are {names}, and there must be at least two of different names; "
                 "correct class_names or the data."
             )
         self._class_names = names

@@ -94,12 +94,12 @@ class LabelledImages:
         labels = [label for label in self.labels or () if label is not None]
         if not labels:
             raise DataError(
-                f"The data {self.source!r} has no labels, from which the classes could be told; give class_names, or "
+                f"the data {self.source!r} has no labels, from which the classes could be told; give class_names, or "
                 "name its column of labels with the option columns."
             )
         if not all(isinstance(label, str) for label in labels):
             raise DataError(
-                f"The labels of {self.source!r} are numbers, of which a prompt cannot be made; give class_names in the "
+                f"the labels of {self.source!r} are numbers, of which a prompt cannot be made; give class_names in the "
                 "order of these numbers."
             )
         return sorted(set(labels))
@@ -192,7 +192,7 @@ def few_of_each_class(classes: Sequence[int], names: Sequence[str], shots: int, 
         images = members[number]
         if len(images) < shots:
             raise DataError(
-                f"The class {name!r} has {len(images)} images in {source!r} and shots={shots} are wanted of each; "
+                f"the class {name!r} has {len(images)} images in {source!r} and shots={shots} are wanted of each; "
                 "lower shots, add images, or leave the class out."
             )
         generator = torch.Generator()

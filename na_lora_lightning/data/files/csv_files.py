@@ -73,10 +73,10 @@ class _Table:
         self.reader = csv.reader(chain([first], lines), delimiter=self.delimiter, strict=True)
         header = [cell.strip() for cell in next(self.read_rows(), [])]
         if not any(header):
-            raise DataError(f"The file {str(path)!r} has no header; put the names of its columns in its first line.")
+            raise DataError(f"the file {str(path)!r} has no header; put the names of its columns in its first line.")
         twice = {name for name in header if header.count(name) > 1}
         if twice & names:
-            raise DataError(f"The file {str(path)!r} has the column {min(twice & names)!r} twice; rename one.")
+            raise DataError(f"the file {str(path)!r} has the column {min(twice & names)!r} twice; rename one.")
         # Such columns, and that of pandas' row numbers, have no name of their own, and are left out.
         self.columns = ["" if name in twice else name for name in header]
 
@@ -88,7 +88,7 @@ class _Table:
             elif len(cells) > 1 or any(cell.strip() for cell in cells):
                 counted = f"{len(cells)} {'cell' if len(cells) == 1 else 'cells'}"
                 raise DataError(
-                    f"Line {line} of {str(self.path)!r} has {counted} where the header has {len(self.columns)}; put "
+                    f"line {line} of {str(self.path)!r} has {counted} where the header has {len(self.columns)}; put "
                     f"text that has {_DELIMITERS[self.delimiter]} or line breaks in double quotes, or remove the line."
                 )
             line = self.next_line
@@ -105,7 +105,7 @@ class _Table:
             except csv.Error as error:
                 reason = next((reason for part, reason in _REASONS.items() if part in str(error)), str(error))
                 raise DataError(
-                    f"Line {line} of {str(self.path)!r} is malformed ({reason}); put text with quotes or line breaks "
+                    f"line {line} of {str(self.path)!r} is malformed ({reason}); put text with quotes or line breaks "
                     "in double quotes, and double the quotes inside."
                 ) from error
             if cells is None:

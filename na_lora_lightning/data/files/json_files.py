@@ -121,7 +121,7 @@ class _Scanner:
 
     def read_object(self) -> dict[str, Any]:
         if self.next_character() != "{":
-            self.refuse("it is no JSON object")
+            self.refuse("it is not a JSON object")
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.buffer, self.position)
@@ -156,7 +156,7 @@ class _Scanner:
         self.refuse(f"{reason.rstrip(': ').removesuffix(' at')} at column {column}")
 
     def refuse(self, reason: str) -> NoReturn:
-        raise DataError(f"Line {self.line} of {str(self.path)!r} is malformed ({reason}); correct or remove it.")
+        raise DataError(f"line {self.line} of {str(self.path)!r} is malformed ({reason}); correct or remove it.")
 
     def _end_of_space(self) -> int:
         match = _SPACE.match(self.buffer, self.position)

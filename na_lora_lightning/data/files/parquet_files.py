@@ -72,7 +72,7 @@ def _features(path: Path, names: frozenset[str]) -> dict[str, Any]:
             if field.name in names:
                 reason = str(error).partition("\n")[0].rstrip(".")
                 raise DataError(
-                    f"The column {field.name!r} of {str(path)!r} cannot be read ({reason}); save it with another type."
+                    f"the column {field.name!r} of {str(path)!r} cannot be read ({reason}); save it with another type."
                 ) from error
     return features
 

@@ -66,11 +66,11 @@ def load_records(
             remedy = "correct the path"
             if "://" in name:
                 reason, remedy = "is an address", "download it and give the path of the file"
-            raise DataError(f"The data {source!r} cannot be loaded because {name!r} {reason}; {remedy}.")
+            raise DataError(f"the data {source!r} cannot be loaded because {name!r} {reason}; {remedy}.")
         else:
             records = load_dataset(path=name, name=config, split=split or default_split)
     if len(records) == 0:
-        raise DataError(f"The data {source!r} has no records; give data with at least one record.")
+        raise DataError(f"the data {source!r} has no records; give data with at least one record.")
     return _renamed(records, source, columns or {})
 
 
@@ -111,7 +111,7 @@ def _renamed(records: Dataset, source: str, columns: dict[str, str]) -> Dataset:
         if name not in records.column_names:
             present = ", ".join(repr(column) for column in records.column_names)
             raise DataError(
-                f"The data {source!r} has no column {name!r} (its columns are {present}); correct the option columns."
+                f"the data {source!r} has no column {name!r} (its columns are {present}); correct the option columns."
             )
     # A column that has a wanted name by chance would be in the way.
     in_the_way = (set(columns) & set(records.column_names)) - set(columns.values())
@@ -122,9 +122,9 @@ def _renamed(records: Dataset, source: str, columns: dict[str, str]) -> Dataset:
 
 def _load_file(path: Path, split: str, names: frozenset[str]) -> Dataset:
     if not (_exists(path) and path.is_file()):
-        raise DataError(f"The data file {str(path)!r} does not exist; correct the path.")
+        raise DataError(f"the data file {str(path)!r} does not exist; correct the path.")
     if path.stat().st_size == 0:
-        raise DataError(f"The data file {str(path)!r} is empty; give a file with at least one record.")
+        raise DataError(f"the data file {str(path)!r} is empty; give a file with at least one record.")
     return Splits(lambda _: _read([path], names), ["train"]).select(split)
 
 
@@ -141,7 +141,7 @@ def _load_folder(path: Path, split: str, names: frozenset[str]) -> Dataset:
         return saved
     if split not in saved:
         raise DataError(
-            f"The saved data {str(path)!r} has no split {split!r} (its splits are {', '.join(saved)}); "
+            f"the saved data {str(path)!r} has no split {split!r} (its splits are {', '.join(saved)}); "
             "add one of them to the name after a colon."
         )
     return saved[split]
@@ -213,6 +213,6 @@ def _explained(source: str) -> Iterator[None]:
     except _FAILURES as error:
         reason = str(error.__cause__ or error).strip().partition("\n")[0].rstrip(".")
         raise DataError(
-            f"The data {source!r} cannot be loaded ({reason}); give a {_KINDS}, a folder of a saved data set, or a "
+            f"the data {source!r} cannot be loaded ({reason}); give a {_KINDS}, a folder of a saved data set, or a "
             "name on the hub, with a split that it has."
         ) from error

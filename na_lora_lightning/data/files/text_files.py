@@ -56,7 +56,7 @@ def _encoding_of(path: Path) -> str:
 
 
 def _undecodable(path: Path, encoding: str) -> DataError:
-    where, remedy = f"The file {str(path)!r}", "save it as UTF-8 (in Excel: 'CSV UTF-8')"
+    where, remedy = f"the file {str(path)!r}", "save it as UTF-8 (in Excel: 'CSV UTF-8')"
     if not encoding.startswith("utf-8"):
         return DataError(f"{where} begins like {encoding[:6].upper()} and is not; {remedy}.")
     with path.open("rb") as file:

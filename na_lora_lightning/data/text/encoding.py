@@ -65,13 +65,13 @@ class RecordEncoder:
         name = tokenizer.name_or_path
         if tokenizer.eos_token_id is None:
             raise ConfigurationError(
-                f"The tokenizer {name!r} has no end-of-sequence token, from which the model learns to stop; "
+                f"the tokenizer {name!r} has no end-of-sequence token, from which the model learns to stop; "
                 "set its eos_token."
             )
         if tokenizer.chat_template is None and (use_chat_template or system_prompt is not None):
             option = "use_chat_template" if use_chat_template else "system_prompt"
             raise ConfigurationError(
-                f"The option {option} needs a chat template, which the tokenizer {name!r} lacks; use the "
+                f"the option {option} needs a chat template, which the tokenizer {name!r} lacks; use the "
                 f"tokenizer of an instruction-tuned model or leave {option} out."
             )
         self.tokenizer = tokenizer
@@ -117,7 +117,7 @@ class RecordEncoder:
         try:
             return self._with_tools(read_tools(record))._encode(record, evaluation, needs_completion)
         except DataError as error:
-            raise DataError(f"Record {index + 1} of {source!r} {error}") from error.__cause__
+            raise DataError(f"record {index + 1} of {source!r} {error}") from error.__cause__
 
     def _with_tools(self, tools: list[dict[str, Any]] | None) -> RecordEncoder:
         """The encoder for one record."""

@@ -57,7 +57,7 @@ def require_ids(encoded: Dataset, source: str, tokenizer: PreTrainedTokenizerBas
     beyond = f"the model has embeddings for the ids 0 to {limits.rows - 1}"
     if pad is not None and pad >= limits.rows:
         raise ConfigurationError(
-            f"Batches are padded with {tokenizer.convert_ids_to_tokens(pad)!r} (id {pad}), and {beyond}; set the "
+            f"batches are padded with {tokenizer.convert_ids_to_tokens(pad)!r} (id {pad}), and {beyond}; set the "
             "tokenizer's pad_token to one of those, or resize the model's embedding and save it first."
         )
     for column in _IDS:
@@ -66,7 +66,7 @@ def require_ids(encoded: Dataset, source: str, tokenizer: PreTrainedTokenizerBas
             if found is not None:
                 record, token = found
                 raise DataError(
-                    f"Record {record + 1} of {source!r} has the token {tokenizer.convert_ids_to_tokens(token)!r} (id "
+                    f"record {record + 1} of {source!r} has the token {tokenizer.convert_ids_to_tokens(token)!r} (id "
                     f"{token}), and {beyond}; resize its embedding and save it first, or use the model's own tokenizer."
                 )
 
@@ -93,12 +93,12 @@ def require_positions(
         rounded = f" ({padded} when padded)" if padded > length else ""
         fitting = usable // pad_to_multiple_of * pad_to_multiple_of
         raise DataError(
-            f"Record {record + 1} of {source!r} has {length} tokens{rounded}, and {limits.describe_positions()}; set "
+            f"record {record + 1} of {source!r} has {length} tokens{rounded}, and {limits.describe_positions()}; set "
             f"data.max_length to {fitting} or less, or shorten it."
         )
     if limits.positions is not None and length > limits.positions[0]:
         rank_zero_warn(
-            f"Record {record + 1} of {source!r} has {length} tokens, and the model was made for {limits.positions[0]} "
+            f"record {record + 1} of {source!r} has {length} tokens, and the model was made for {limits.positions[0]} "
             f"({limits.positions[1]}); lower data.max_length if long texts do badly.",
             category=LongRecordsWarning,
         )
@@ -111,7 +111,7 @@ def require_positions(
             room = usable - length + 1
             lower = f"set evaluation.max_new_tokens to {room} or less, or " if room > 0 else ""
             raise DataError(
-                f"Record {record + 1} of {source!r} has a prompt of {length} tokens, which with "
+                f"record {record + 1} of {source!r} has a prompt of {length} tokens, which with "
                 f"evaluation.max_new_tokens={max_new_tokens} is more than {usable}, and {limits.describe_positions()}; "
                 f"{lower}shorten prompts."
             )

@@ -13,7 +13,7 @@ def load_tokenizer(name_or_path: str, *, revision: str | None, trust_remote_code
     """Loads a tokenizer, or explains in one sentence why it cannot be loaded."""
     folder = Path(name_or_path).expanduser()
     if not folder.is_dir() and name_or_path.startswith(("/", "./", "../", "~")):
-        raise ConfigurationError(f"The tokenizer folder {name_or_path!r} does not exist; correct the path.")
+        raise ConfigurationError(f"the tokenizer folder {name_or_path!r} does not exist; correct the path.")
     try:
         return AutoTokenizer.from_pretrained(
             str(folder) if folder.is_dir() else name_or_path,
@@ -25,6 +25,6 @@ def load_tokenizer(name_or_path: str, *, revision: str | None, trust_remote_code
         if folder.is_dir():
             reason = "the folder has no tokenizer that transformers can read"
         raise ConfigurationError(
-            f"The tokenizer {name_or_path!r} cannot be loaded ({reason}); give the folder of a tokenizer or "
+            f"the tokenizer {name_or_path!r} cannot be loaded ({reason}); give the folder of a tokenizer or "
             "its name on the hub."
         ) from error

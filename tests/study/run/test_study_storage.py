@@ -133,9 +133,9 @@ def test_a_changed_result_is_no_match(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["status", "nowhere.yaml"], "Error: 'nowhere.yaml' is no file; give the path of a study in YAML."),
-        (["reproduce", "s/lora/rate1-seed0"], "Error: there is no result of a cell 's/lora/rate1-seed0'; names are "),
-        (["pretrain", "llama-tanh"], "Error: there is no recipe for a model 'llama-tanh'; choose one of llama-silu,"),
+        (["status", "nowhere.yaml"], "error: 'nowhere.yaml' is not a file; give the path of a study in YAML."),
+        (["reproduce", "s/lora/rate1-seed0"], "error: there is no result of a cell 's/lora/rate1-seed0'; names are "),
+        (["pretrain", "llama-tanh"], "error: there is no recipe for a model 'llama-tanh'; choose one of llama-silu,"),
     ],
 )
 def test_errors(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
