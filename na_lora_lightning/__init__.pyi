@@ -11,6 +11,7 @@ from na_lora_lightning.arguments import ScheduleArguments as ScheduleArguments
 from na_lora_lightning.arguments import ScheduleOptions as ScheduleOptions
 from na_lora_lightning.callbacks.gate_importance import GateImportanceCallback as GateImportanceCallback
 from na_lora_lightning.callbacks.step_scale import StepScaleCallback as StepScaleCallback
+from na_lora_lightning.callbacks.view_options import ViewOptions as ViewOptions
 from na_lora_lightning.checkpoints.callbacks import ResumableCurves as ResumableCurves
 from na_lora_lightning.checkpoints.callbacks import RunCheckpoint as RunCheckpoint
 from na_lora_lightning.checkpoints.files import AtomicCheckpointIO as AtomicCheckpointIO

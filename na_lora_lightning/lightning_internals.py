@@ -97,6 +97,12 @@ def unlogged_metrics(trainer: Trainer) -> tuple[int, int, dict[str, float]]:
     return last_step, step, {"epoch": trainer.current_epoch, **named} if named else {}
 
 
+def metrics_of_loop(trainer: Trainer) -> dict[str, float]:
+    """What the loop under way, training or validation, has logged of its batch or epoch so far, by name."""
+    metrics = convert_tensors_to_scalars(dict(_read(trainer, "_logger_connector").metrics["callback"]))
+    return {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
+
+
 def processed_batches(trainer: Trainer) -> int:
     """Training batches of all epochs so far, those before a resume included."""
     return int(_read(trainer, "fit_loop.epoch_loop.batch_progress").total.processed)

@@ -84,7 +84,7 @@ def nonlinearity_aware(
                 peft_model(**batch).loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
-        print(controller.metrics()["gate_mask_density/silu"])
+        print(controller.metrics()["gates/selection_misalignment"])
     """
     if measure_every < 0:
         raise ConfigurationError(

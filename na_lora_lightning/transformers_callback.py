@@ -19,7 +19,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from na_lora_lightning.checkpoints.controller_state import STATE_FILE, find_state, fingerprint, save_state
 from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
-from na_lora_lightning.core.mechanisms.metrics import as_floats
 from na_lora_lightning.core.mechanisms.step_scale_options import StepScaleOptions
 from na_lora_lightning.core.observation.observer import ObserverOptions
 from na_lora_lightning.core.stepping.optimizers import stepping_optimizer
@@ -40,7 +39,7 @@ class NALoRATrainerCallback(TrainerCallback, ExportableState):
     counted. Its state is saved in each checkpoint as ``na_lora_state.pt`` and restored when training resumes.
 
     Metrics are added to the Trainer's training logs, so that ``trainer.state.log_history`` and the console show them:
-    ``gate_responsiveness/silu`` and the others that the callbacks for Lightning write. Trainer calls the callbacks that
+    ``gates/responsiveness`` and the others that the callbacks for Lightning write. Trainer calls the callbacks that
     write to TensorBoard, W&B and the like before yours; :meth:`add_to` puts this one before them.
 
     Args:
@@ -50,7 +49,7 @@ class NALoRATrainerCallback(TrainerCallback, ExportableState):
             with labels: no label smoothing and no ``compute_loss_func``.
         example_inputs: Keyword arguments of one small forward pass, for models that take more than text.
         allow_unmasked_gates: Accept that some gates have no LoRA instead of stopping with their names.
-        log_layers: Log each curve of each layer too, and not of each activation alone.
+        log_layers: Log each curve of each layer too (``gate_responsiveness/layer_03``), and not over all layers alone.
         resume_from: Folder of the checkpoint to resume from, needed where it is neither in ``args.output_dir`` nor
             ``args.resume_from_checkpoint``.
 
@@ -162,11 +161,8 @@ class NALoRATrainerCallback(TrainerCallback, ExportableState):
         # Evaluation and the summary at the end call their losses otherwise.
         if self.controller is None or logs is None or "loss" not in logs or "learning_rate" not in logs:
             return
-        metrics = self.controller.curves()
-        if not self._log_layers:
-            activations = {site.activation.name for site in self.controller.gates}
-            metrics = {tag: value for tag, value in metrics.items() if tag.rpartition("/")[2] in activations}
-        named = as_floats(metrics)
+        found = self.controller.gate_metrics()
+        named = found.overview() | (found.by_layer() if self._log_layers else {})
         logs.update(named)
         # Trainer has put a copy of the logs there already.
         state.log_history[-1].update(named)

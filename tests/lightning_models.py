@@ -173,9 +173,10 @@ class RowWatch(Callback):
         self.masked += int((weights == 0).sum()) * stepped
 
 
-def both() -> list[Any]:
+def both(**options: Any) -> list[Any]:
     """Both callbacks, with masks that change."""
-    return [GateImportanceCallback(0.5, warmup_steps=2, refresh_every=2), StepScaleCallback(granularity="channel")]
+    importance = GateImportanceCallback(0.5, warmup_steps=2, refresh_every=2, **options)
+    return [importance, StepScaleCallback(granularity="channel", **options)]
 
 
 @cache

@@ -42,6 +42,16 @@ class OfflineWandb(WandbLogger):
     def log_metrics(self, *arguments: Any, **keywords: Any) -> None:
         """Takes them."""
 
+    @property
+    def pictures(self) -> list[str]:
+        """Names of the pictures that it was given."""
+        return self.__dict__.setdefault("_pictures", [])
+
+    def log_image(self, key: str, images: list[Any], step: int | None = None, **keywords: Any) -> None:
+        """Takes them."""
+        assert all(image.mode == "RGB" for image in images)
+        self.pictures.append(key)
+
 
 class OfflineMLFlow(MLFlowLogger):
     """Asks a server for the number of its experiment, and a new run for its version."""
@@ -53,7 +63,13 @@ class OfflineMLFlow(MLFlowLogger):
         self._run_id, self._initialized = run_id, False
         self._log_model, self._checkpoint_callback = False, None
         self._server = Path(save_dir) / "server.json"
-        self._mlflow_client: Any = SimpleNamespace(get_experiment_by_name=self._find)
+        self.pictures: list[str] = []
+        self._mlflow_client: Any = SimpleNamespace(get_experiment_by_name=self._find, log_image=self._take_picture)
+
+    def _take_picture(self, run_id: str, image: Any, artifact_file: str) -> None:
+        assert run_id == self.run_id
+        assert image.mode == "RGB"
+        self.pictures.append(artifact_file)
 
     def _find(self, name: str) -> Any:
         found = json.loads(self._server.read_text()) if self._server.exists() else {}

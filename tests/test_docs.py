@@ -21,11 +21,11 @@ from module_helpers import (
     write_records,
 )
 from peft import PeftModel
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 from vision_helpers import vlm_folders, write_vision_records  # noqa: F401
 
 from na_lora_lightning.cli.main import main
+from na_lora_lightning.history import read_history
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -176,9 +176,10 @@ def test_the_configuration_trains_a_tiny_model(
     assert list((tmp_path / "runs").glob("**/adapter_model.safetensors"))
     assert "Adapter" in capsys.readouterr().out
     if kind:
-        # Curves of each part of the model.
-        tags = EventAccumulator(str(run)).Reload().Tags()["scalars"]
-        assert {"gate_step_scale/language_layer_01", "gate_step_scale/vision_layer_01"} <= set(tags)
+        # Each part of the model is watched.
+        history = read_history(run)
+        assert history is not None
+        assert {"language_layer_01", "vision_layer_01"} <= {site["label"] for site in history.start["sites"]}
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -214,12 +215,12 @@ def test_the_plain_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     model = run("plain_pytorch.py", tmp_path, monkeypatch)
     printed = capsys.readouterr().out
     losses = [float(value) for value in re.findall(r"^step \d+, loss ([\d.]+)$", printed, re.MULTILINE)]
-    density = [float(value) for value in re.findall(r"^  gate_mask_density/silu ([\d.]+)$", printed, re.MULTILINE)]
+    churn = [float(value) for value in re.findall(r"^  gates/mask_churn ([\d.]+)$", printed, re.MULTILINE)]
     assert len(losses) == 4
     assert losses == sorted(losses, reverse=True)
-    # 22 of 24 channels.
-    assert density == [1.0, 0.9167, 0.9167, 0.9167]
-    assert printed.count("selection_share/silu") == 4
+    # The first mask holds 2 of 24 channels.
+    assert churn[:2] == [0.0, 0.0833]
+    assert len(churn) == printed.count("gates/selection_share") == 4
     before, after = loss_of_adapter(model, tmp_path / "runs" / "plain_pytorch")
     assert after < before
 
@@ -229,12 +230,12 @@ def test_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     AcceleratorState._reset_state(reset_partial_state=True)
     printed = capsys.readouterr().out
     losses = [float(value) for value in re.findall(r"'loss': '([\d.]+)'", printed)]
-    density = [float(value) for value in re.findall(r"'gate_mask_density/silu': '([\d.]+)'", printed)]
+    churn = [float(value) for value in re.findall(r"'gates/mask_churn': '([\d.]+)'", printed)]
     assert len(losses) == 4
     assert losses == sorted(losses, reverse=True)
-    # 22 of 24 channels.
-    assert density == [1.0, 0.9167, 0.9167, 0.9167]
-    assert "selection_share/silu" in printed
+    # The first mask holds 2 of 24 channels.
+    assert churn[:2] == [0.0, 0.08333]
+    assert "gates/selection_share" in printed
     before, after = loss_of_adapter(model, tmp_path / "runs" / "hugging_face_trainer" / "checkpoint-20")
     assert after < before
 

@@ -274,8 +274,8 @@ def test_labels_that_the_trainer_keeps_from_the_model_are_missed_by_name(tmp_pat
         trainer.train()
 
 
-GROUPS = {"gate_responsiveness", "gate_mask_density", "gate_mask_churn", "gate_step_scale", "gate_step_scale_deviation"}
-GROUPS |= {"gate_regime_suppressed", "gate_regime_transitional", "gate_regime_homogeneous"}
+GROUPS = {"gate_responsiveness", "gate_mask_churn", "gate_step_scale_deviation"}
+GROUPS |= {"gate_regime_suppressed", "gate_regime_homogeneous"}
 GROUPS |= {"selection_misalignment", "selection_share"}
 
 
@@ -286,11 +286,12 @@ def test_metrics_are_in_the_log_history_of_logging_steps(tmp_path: Path, layers:
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["step"] for entry in logs] == [2, 4, 6, 8]
-    places = ("layer_00", "layer_01", "silu") if layers else ("silu",)
+    wanted = {f"gates/{group.removeprefix('gate_')}" for group in GROUPS}
+    wanted |= {f"{group}/{layer}" for group in GROUPS for layer in ("layer_00", "layer_01") if layers}
     for entry in logs:
-        tags = {name for name in entry if "/" in name}
-        assert tags == {f"{group}/{place}" for group in GROUPS for place in places}
-    assert [entry["gate_mask_density/silu"] for entry in logs] == [1.0, 0.5, 0.5, 0.5]
+        assert {name for name in entry if "/" in name} == wanted
+    # The first mask holds a half.
+    assert [entry["gates/mask_churn"] for entry in logs][:2] == [0.0, 0.5]
     others = [entry for entry in trainer.state.log_history if "loss" not in entry]
     assert len(others) == 3
     assert not any("/" in name for entry in others for name in entry)
@@ -307,8 +308,9 @@ def test_tensorboard_gets_the_metrics_of_a_callback_that_stands_before_it(
     # Version 4 has an argument for the folder, in place of the variable.
     log = EventAccumulator(str(next(tmp_path.rglob("events.out.*")).parent))
     log.Reload()
-    density = log.Scalars("train/gate_mask_density/silu")
-    assert [(event.step, event.value) for event in density] == [(2, 1.0), (4, 0.5), (6, 0.5), (8, 0.5)]
+    churn = log.Scalars("train/gates/mask_churn")
+    assert [event.step for event in churn] == [2, 4, 6, 8]
+    assert [event.value for event in churn][:2] == [0.0, 0.5]
 
     trainer = make_trainer(tmp_path, llama(), [NALoRATrainerCallback()], report_to="tensorboard", max_steps=1)
     with pytest.warns(UserWarning, match=r"not reported to tensorboard.*add this one by .*add_to\(trainer\)"):

@@ -79,6 +79,5 @@ def test_watching_logs_the_regimes_and_the_scale_that_would_be(tmp_path: Path) -
     assert sentences == []
     logged = [entry for entry in trainer.state.log_history if "learning_rate" in entry]
     assert [entry["step"] for entry in logged] == [2]
-    shares = [logged[0][f"gate_regime_{name}/silu"] for name in ("suppressed", "transitional", "homogeneous")]
-    assert sum(shares) == pytest.approx(1.0, abs=1e-6)
-    assert logged[0]["gate_step_scale_deviation/silu"] > 0
+    assert 0.0 < logged[0]["gates/regime_suppressed"] + logged[0]["gates/regime_homogeneous"] < 1.0
+    assert logged[0]["gates/step_scale_deviation"] > 0

@@ -1,4 +1,4 @@
-"""Draws the README's picture of gates from the event file of a run; needs matplotlib.
+"""Draws the README's picture of gates from the history of a run.
 
 Usage: python docs/figures/gates.py runs/quickstart/version_0 docs/figures/gates.png
 """
@@ -9,7 +9,8 @@ import sys
 
 import matplotlib.pyplot as plt
 import numpy as np
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from na_lora_lightning.history import read_history
 
 PANELS = (
     ("gate_responsiveness", "Gate responsiveness\nmean |φ'| over channels and tokens", "viridis"),
@@ -19,15 +20,13 @@ PANELS = (
 
 def draw(run: str, target: str) -> None:
     """Draws layers × optimizer steps, a panel for each curve."""
-    events = EventAccumulator(run)
-    events.Reload()
+    history = read_history(run)
+    assert history is not None, f"{run} has no history.jsonl"
+    steps = np.array([entry["step"] for entry in history.steps])
     figure, axes = plt.subplots(1, len(PANELS), figsize=(9, 3.6), layout="constrained", sharey=True)
     for axis, (curve, title, colours) in zip(axes, PANELS, strict=True):
-        tags = sorted(tag for tag in events.Tags()["scalars"] if tag.startswith(f"{curve}/layer_"))
-        values = np.array([[point.value for point in events.Scalars(tag)] for tag in tags])
-        # TensorBoard counts from 0.
-        steps = np.array([point.step + 1 for point in events.Scalars(tags[0])])
-        mesh = axis.pcolormesh(steps, np.arange(len(tags)), values, cmap=colours, shading="nearest")
+        values = np.array([entry["gates"][curve] for entry in history.steps]).T
+        mesh = axis.pcolormesh(steps, np.arange(len(values)), values, cmap=colours, shading="nearest")
         figure.colorbar(mesh, ax=axis)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("optimizer step")

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from na_lora_lightning.callbacks.model_search import explain_missing_parameters
+from na_lora_lightning.callbacks.monitor import GateMonitor
 from na_lora_lightning.callbacks.session import GateSession, GateSettings
 from na_lora_lightning.callbacks.supported import require_supported_strategy
 from na_lora_lightning.callbacks.tuner_sweeps import Sweep, batches_shown, follow_sweeps, leave_sweeps
@@ -65,6 +66,15 @@ class GateCallback(Callback, ABC):
         session = self._fitted()
         return session if gate_callbacks(trainer)[0] is self else None
 
+    def _led_fit(self, trainer: Trainer) -> GateSession | None:
+        """The same, where a fit is under way."""
+        return self._led(trainer) if self._is_fitting else None
+
+    @property
+    def monitor(self) -> GateMonitor | None:
+        """What shows the fit under way, or the last one."""
+        return None if self._session is None else self._session.monitor
+
     # ---- a run of the trainer ----
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -78,7 +88,7 @@ class GateCallback(Callback, ABC):
         """Finds the gates and checks everything that can be checked before training."""
         callbacks = gate_callbacks(trainer)
         if callbacks[0] is self:
-            begin_session(trainer, pl_module, callbacks)
+            begin_session(trainer, pl_module, callbacks).watch(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes the hooks off, and warns of what never acted."""
@@ -92,19 +102,19 @@ class GateCallback(Callback, ABC):
         """Takes the hooks off when training fails."""
         if trainer.state.fn == "fit" and not self._is_fitting:
             explain_missing_parameters(pl_module, exception)
-        self._end_run(trainer)
+        self._end_run(trainer, f"stopped by {type(exception).__name__}")
 
-    def _end_run(self, trainer: Trainer) -> None:
+    def _end_run(self, trainer: Trainer, outcome: str = "stopped") -> None:
         if trainer.state.fn == "fit":
-            self._end(trainer)
+            self._end(trainer, outcome=outcome)
             leave_sweeps(trainer.callbacks)  # type: ignore[attr-defined]
         if self._pending_state is not None:
             # Of a checkpoint that was loaded to validate, say, which the next fit must not begin with.
             self._pending_state = self._state_before_run
 
-    def _end(self, trainer: Trainer, *, ran_its_course: bool = False) -> None:
+    def _end(self, trainer: Trainer, *, ran_its_course: bool = False, outcome: str = "stopped") -> None:
         if self._session is not None and self._session.is_under_way:
-            self._session.end(trainer, ran_its_course=ran_its_course)
+            self._session.end(trainer, ran_its_course=ran_its_course, outcome=outcome)
 
     # ---- training ----
 
@@ -137,6 +147,8 @@ class GateCallback(Callback, ABC):
         """Looks at training again."""
         if self._is_fitting:
             self._fitted().look(True)
+        if session := self._led_fit(trainer):
+            session.show_validation(trainer, pl_module)
 
     # ---- state ----
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from na_lora_lightning.callbacks import monitor
 from na_lora_lightning.callbacks.gate_callback import GateCallback
+from na_lora_lightning.callbacks.monitor import write_histograms
 from na_lora_lightning.callbacks.session import GateSettings
+from na_lora_lightning.callbacks.view_options import ViewOptions
 from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.mechanisms.importance import TemporalImportance
 from na_lora_lightning.core.mechanisms.importance_options import Criterion, ImportanceOptions, ImportanceVariant, Scope
@@ -32,8 +33,8 @@ class GateImportanceCallback(GateCallback):
     Why the defaults are what they are is said at
     :class:`~na_lora_lightning.core.mechanisms.importance_options.ImportanceOptions`.
 
-    Logged on logging steps, by layer and by activation: ``gate_responsiveness``, ``gate_mask_density``,
-    ``gate_mask_churn``, ``selection_misalignment`` and ``selection_share``.
+    Logged on logging steps, over all layers: ``gates/responsiveness``, ``gates/mask_churn``,
+    ``gates/selection_misalignment`` and ``gates/selection_share``; by layer too where ``view`` asks for it.
 
     Args:
         keep_fraction: Fraction of gate channels whose rows are updated, in (0, 1].
@@ -50,6 +51,7 @@ class GateImportanceCallback(GateCallback):
         histogram_every_n_steps: Optimizer steps between two histograms of channel responsiveness, 0 for none.
         allow_unmasked_gates: Accept that some gates have no LoRA instead of stopping with their names.
         example_inputs: Keyword arguments of one small forward pass, for models without a vocabulary.
+        view: What is shown, beside the curves over all layers.
 
     Raises:
         ConfigurationError: An argument is out of range.
@@ -73,8 +75,9 @@ class GateImportanceCallback(GateCallback):
         histogram_every_n_steps: int = 100,
         allow_unmasked_gates: bool = False,
         example_inputs: Mapping[str, Any] | None = None,
+        view: ViewOptions = ViewOptions(),
     ) -> None:
-        super().__init__(GateSettings(observer, allow_unmasked_gates, example_inputs))
+        super().__init__(GateSettings(observer, allow_unmasked_gates, example_inputs, view))
         self.options = ImportanceOptions(
             keep_fraction=keep_fraction,
             beta=beta,
@@ -98,4 +101,4 @@ class GateImportanceCallback(GateCallback):
         assert controller.importance is not None
         every = self._histogram_every_n_steps
         if every and (controller.importance.steps - 1) % every == 0:
-            monitor.write_histograms(trainer, controller.importance, controller.gates.labels, step)
+            write_histograms(trainer, controller.importance, controller.gates.labels, step)

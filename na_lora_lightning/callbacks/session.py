@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -11,8 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from na_lora_lightning.callbacks import monitor
 from na_lora_lightning.callbacks.model_search import find_peft_model
+from na_lora_lightning.callbacks.monitor import GateMonitor
 from na_lora_lightning.callbacks.supported import (
     in_training_dtype,
     is_true_in_any_process,
@@ -21,12 +21,16 @@ from na_lora_lightning.callbacks.supported import (
     require_reachable_rows,
     require_whole_closure,
 )
+from na_lora_lightning.callbacks.view_options import ViewOptions
 from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.discovery.gates import discover_gates
 from na_lora_lightning.core.observation.observer import ObserverOptions
 from na_lora_lightning.core.stepping.optimizers import stepping_optimizer
 from na_lora_lightning.errors import ConfigurationError, UpdateError
 from na_lora_lightning.lightning_internals import is_step_to_log, logged_step, planned_steps, require_progress
+
+# Answers of each validation that are shown.
+_SAMPLES = 5
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,13 @@ class GateSettings:
         allow_unmasked_gates: Accept that some gates have no LoRA.
         example_inputs: Keyword arguments of one small forward pass, for models that take more than text; by default
             the LightningModule's attribute ``example_inputs``, where it has one.
+        view: What is shown.
     """
 
     observer: ObserverOptions
     allow_unmasked_gates: bool
     example_inputs: Mapping[str, Any] | None
+    view: ViewOptions = ViewOptions()
 
     def __post_init__(self) -> None:
         if self.example_inputs is not None and not isinstance(self.example_inputs, Mapping):
@@ -67,6 +73,7 @@ class GateSession:
     Attributes:
         controller: Its hooks are on from :meth:`start` to :meth:`end`.
         is_under_way: Whether the fit is between :meth:`begin` and :meth:`end`.
+        monitor: Shows what the gates do; None in a sweep of a tuner.
 
     Raises:
         ConfigurationError: The settings differ, or the module has not one PEFT model.
@@ -89,6 +96,8 @@ class GateSession:
             inputs = example_inputs and in_training_dtype(trainer, example_inputs)
             gates = discover_gates(model, inputs).require(chosen.allow_unmasked_gates)
         self.controller = GateController(model, gates, chosen.observer, reduce_over_processes(trainer))
+        self.monitor: GateMonitor | None = None
+        self._view = chosen.view
         self.is_under_way = False
         self._logs_next_step = False
         self._step_to_log = 0
@@ -107,11 +116,19 @@ class GateSession:
         require_whole_closure(trainer, pl_module, self._optimizer)
         self.is_under_way = True
 
+    def watch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Has the fit shown; called in every process, after :meth:`begin`."""
+        self.monitor = GateMonitor(trainer, pl_module, self.controller, self._view)
+        shows = bool(trainer.loggers) or self.monitor.keeps_history
+        self._is_logged = is_true_in_any_process(trainer, shows)
+
     def start(self, trainer: Trainer) -> None:
         """Puts the hooks on model and optimizer, and says what is in force."""
         self.controller.attach(trainer.optimizers)
         self.controller.total_steps = planned_steps(trainer)
         self.controller.announce()
+        if self.monitor is not None:
+            self.monitor.start(trainer)
 
     def begin_batch(self, trainer: Trainer, batch: Any) -> None:
         """Decides whether the coming step is logged, and so measured for selection misalignment."""
@@ -125,6 +142,8 @@ class GateSession:
         self._logs_next_step = self._logs_next_step or (self._is_logged and is_step_to_log(trainer))
         self._step_to_log = logged_step(trainer)
         self.controller.meter.enabled = self._logs_next_step
+        if self._logs_next_step and self.monitor is not None:
+            self.monitor.before_step(trainer)
         self.show_labels(batch)
 
     def show_labels(self, batch: Any) -> None:
@@ -146,17 +165,27 @@ class GateSession:
             return None
         if self._logs_next_step:
             self._logs_next_step = False
-            monitor.write(trainer, controller.curves(), self._step_to_log)
+            if self.monitor is not None:
+                self.monitor.write_step(trainer, self._step_to_log)
             controller.misalignment = None
             _warn_of_nonfinite(controller.observer.take_nonfinite(), self._step_to_log)
         return self._step_to_log
+
+    def show_validation(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes what a validation within the fit measured, with the answers that its module keeps."""
+        if self.monitor is None:
+            return
+        answers = list(getattr(getattr(pl_module, "evaluator", None), "answers", ()))[:_SAMPLES]
+        self.monitor.write_validation(trainer, [asdict(answer) for answer in answers])
 
     def look(self, enabled: bool) -> None:
         """Looks at forward passes, or away from those of a validation that computes gradients of its own."""
         self.controller.observer.enabled = enabled
 
-    def end(self, trainer: Trainer, *, ran_its_course: bool) -> None:
+    def end(self, trainer: Trainer, *, ran_its_course: bool, outcome: str = "stopped") -> None:
         """Takes the hooks off, and warns of what never acted."""
+        if self.monitor is not None:
+            self.monitor.end(trainer, "ended" if ran_its_course else outcome)
         # A dry run (``fast_dev_run``) trains nothing that anybody keeps.
         if ran_its_course and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.controller.conclude()
@@ -167,7 +196,7 @@ class GateSession:
 def _require_same(settings: list[GateSettings]) -> None:
     first = settings[0]
     for other in settings[1:]:
-        for name in ("observer", "allow_unmasked_gates", "example_inputs"):
+        for name in ("observer", "allow_unmasked_gates", "example_inputs", "view"):
             if not _are_same(getattr(first, name), getattr(other, name)):
                 raise ConfigurationError(
                     "the two NA-LoRA callbacks find and observe gates together and were given different values of "

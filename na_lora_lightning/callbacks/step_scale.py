@@ -7,6 +7,7 @@ from typing import Any
 
 from na_lora_lightning.callbacks.gate_callback import GateCallback
 from na_lora_lightning.callbacks.session import GateSettings
+from na_lora_lightning.callbacks.view_options import ViewOptions
 from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.mechanisms.step_scale import StepScale
 from na_lora_lightning.core.mechanisms.step_scale_options import Granularity, StepScaleOptions
@@ -42,6 +43,7 @@ class StepScaleCallback(GateCallback):
         observer: What the statistics look at.
         allow_unmasked_gates: Accept that some gates have no LoRA instead of stopping with their names.
         example_inputs: Keyword arguments of one small forward pass, for models without a vocabulary.
+        view: What is shown, beside the curves over all layers.
 
     Raises:
         ConfigurationError: An argument is out of range.
@@ -63,8 +65,9 @@ class StepScaleCallback(GateCallback):
         observer: ObserverOptions = ObserverOptions(),
         allow_unmasked_gates: bool = False,
         example_inputs: Mapping[str, Any] | None = None,
+        view: ViewOptions = ViewOptions(),
     ) -> None:
-        super().__init__(GateSettings(observer, allow_unmasked_gates, example_inputs))
+        super().__init__(GateSettings(observer, allow_unmasked_gates, example_inputs, view))
         self.options = StepScaleOptions(
             granularity=granularity,
             tau=tau,

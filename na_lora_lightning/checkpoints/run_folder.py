@@ -65,6 +65,11 @@ class RunFolder(Callback):
             self.folder = folder
             self._checkpoints_follow = not continue_loggers(trainer, folder, record)
 
+    @property
+    def run_folder(self) -> Path | None:
+        """The folder, by the name under which other callbacks ask for it."""
+        return self.folder
+
     def begin(self, trainer: Trainer, checkpoint: str | None = None, trains: bool = True) -> None:
         """Chooses a folder, unless the run has one.
 

@@ -75,7 +75,7 @@ def expand_switches(config: Namespace, defaults: Namespace, names: Collection[st
 
 def share_settings(config: Namespace, defaults: Namespace, pair: tuple[str, str]) -> None:
     """Gives both mechanisms, which find and observe gates together, what was set for one of them."""
-    for setting in ("observer", "allow_unmasked_gates", "example_inputs"):
+    for setting in ("observer", "allow_unmasked_gates", "example_inputs", "view"):
         for given, other in (pair, pair[::-1]):
             untouched = config[other][setting] == defaults[other][setting]
             if untouched and config[given][setting] != defaults[given][setting]:

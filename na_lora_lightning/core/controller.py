@@ -29,7 +29,7 @@ from na_lora_lightning.core.mechanisms.importance import TemporalImportance
 from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
 from na_lora_lightning.core.mechanisms.mechanism import Mechanism
 from na_lora_lightning.core.mechanisms.mechanism_set import MechanismSet
-from na_lora_lightning.core.mechanisms.metrics import as_floats, by_layer_and_activation, misalignment_metrics
+from na_lora_lightning.core.mechanisms.metrics import GateMetrics, gate_metrics
 from na_lora_lightning.core.mechanisms.saved_options import Changes, in_words
 from na_lora_lightning.core.mechanisms.step_scale import StepScale
 from na_lora_lightning.core.mechanisms.step_scale_options import StepScaleOptions
@@ -256,16 +256,16 @@ class GateController:
         self.gradients.forget()
 
     def metrics(self) -> dict[str, float]:
-        """What TensorBoard shows, by the same tags: each curve by layer and by activation.
+        """What TensorBoard shows, by the same tags: curves over all layers (``gates/responsiveness``) and by layer.
 
         Selection misalignment is among them where the last step was measured (``meter.enabled``).
         """
-        return as_floats(self.curves())
+        found = self.gate_metrics()
+        return found.overview() | found.by_layer()
 
-    def curves(self) -> dict[str, Tensor]:
-        """The same as scalar tensors on the device of the gates."""
-        tagged = by_layer_and_activation(self.gates, self.mechanisms.metrics())
-        return tagged if self.misalignment is None else tagged | misalignment_metrics(self.gates, *self.misalignment)
+    def gate_metrics(self) -> GateMetrics:
+        """The same by site, with one synchronisation with the device."""
+        return gate_metrics(self.gates, self.mechanisms, self.misalignment)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values that restore all mechanisms exactly; to be taken between optimizer steps."""

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import override
 
-from na_lora_lightning.callbacks import monitor
+from na_lora_lightning.callbacks.logger_kinds import is_tensorboard
 from na_lora_lightning.checkpoints.measurements import STAGE, Measurement, WrittenAdapter, heading, validation_metrics
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.modules.evaluation import EvaluatedAnswer
@@ -131,9 +131,7 @@ class FitSummaryCallback(Callback):
         if adapter is not None:
             lines += [("Adapter", str(adapter.folder)), ("Weights", f"those of {adapter.weights}")]
         lines += [
-            ("Curves", f"tensorboard --logdir {logger.log_dir}")
-            for logger in trainer.loggers
-            if monitor.is_tensorboard(logger)
+            ("Curves", f"tensorboard --logdir {logger.log_dir}") for logger in trainer.loggers if is_tensorboard(logger)
         ]
         for label, value in lines:
             # A path is there to be copied: no wrapping, and no markup in what a user named.

@@ -10,7 +10,7 @@ from foreign_modules import Manual
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning_models import ForeignModule, assert_equal_states, both, fitted_alone, loader, lora_state, make_trainer
 
-from na_lora_lightning import GateImportanceCallback, StepScaleCallback
+from na_lora_lightning import GateImportanceCallback, StepScaleCallback, ViewOptions
 from na_lora_lightning import lightning_internals as trainer_progress
 from na_lora_lightning.errors import ConfigurationError
 
@@ -50,7 +50,7 @@ def test_the_callbacks_log_when_the_module_does(tmp_path: Path, options: dict[st
     make_trainer(tmp_path, callbacks=both(), logger=[first, second], **options).fit(Logs(), loader())
     wanted = first.steps.get("loss", [])
     assert len(wanted) == 8 // options.get("accumulate_grad_batches", 1) // options["log_every_n_steps"]
-    for metric in ("gate_mask_density/silu", "gate_step_scale/silu", "selection_misalignment/silu"):
+    for metric in ("gates/mask_churn", "gates/step_scale_deviation", "gates/selection_misalignment"):
         assert first.steps.get(metric, []) == wanted, metric
         assert second.steps.get(metric, []) == wanted, metric
 
@@ -60,21 +60,22 @@ def test_manual_accumulation_logs_its_steps(tmp_path: Path) -> None:
     recorder = Recorder()
     make_trainer(tmp_path, callbacks=both(), logger=recorder, log_every_n_steps=3).fit(Manual(2), loader())
     assert recorder.steps["loss"] == [2, 5]
-    assert recorder.steps["gate_mask_density/silu"] == recorder.steps["selection_misalignment/silu"] == [3, 5]
+    assert recorder.steps["gates/mask_churn"] == recorder.steps["gates/selection_misalignment"] == [3, 5]
 
 
 def test_files_of_the_loggers(tmp_path: Path) -> None:
     loggers = [CSVLogger(tmp_path, "csv"), TensorBoardLogger(tmp_path, "tensorboard")]
-    callbacks = [GateImportanceCallback(0.5, histogram_every_n_steps=4), StepScaleCallback()]
+    view = ViewOptions(layer_curves=True)
+    callbacks = [GateImportanceCallback(0.5, histogram_every_n_steps=4, view=view), StepScaleCallback(view=view)]
     make_trainer(tmp_path, callbacks=callbacks, logger=loggers, log_every_n_steps=4).fit(ForeignModule(), loader())
     header, *rows = (tmp_path / "csv" / "version_0" / "metrics.csv").read_text().splitlines()
-    assert {"gate_mask_density/silu", "gate_step_scale/layer_00", "selection_share/silu"} <= set(header.split(","))
+    assert {"gates/mask_churn", "gate_step_scale_deviation/layer_00", "gates/selection_share"} <= set(header.split(","))
     assert {row.split(",")[header.split(",").index("step")] for row in rows} == {"3", "7"}
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "tensorboard" / "version_0"), {"histograms": 9}).Reload()
-    assert [event.step for event in events.Scalars("gate_mask_density/silu")] == [3, 7]
+    assert [event.step for event in events.Scalars("gates/mask_churn")] == [3, 7]
     assert [event.step for event in events.Histograms("gate_responsiveness_of_channels/layer_00")] == [0, 4]
 
 

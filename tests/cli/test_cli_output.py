@@ -101,8 +101,8 @@ def test_own_groups_come_first(command: str, capsys: pytest.CaptureFixture[str])
     groups = [match[1] for line in lines if (match := re.fullmatch(r"\S.* \(([a-z_.]+)\):", line))]
     assert groups == [
         *("model", "model.lora", "model.schedule", "model.loss", "model.evaluation", "model.adapter", "data"),
-        *("gate_importance", "gate_importance.variant", "gate_importance.observer"),
-        *("step_scale", "step_scale.observer", "fit_summary", "checkpoint", command, "trainer"),
+        *("gate_importance", "gate_importance.variant", "gate_importance.observer", "gate_importance.view"),
+        *("step_scale", "step_scale.observer", "step_scale.view", "fit_summary", "checkpoint", command, "trainer"),
     ]
     # One line of usage instead of a hundred and fifty.
     assert lines[0] == f"usage: na-lora {command} [--config FILE] [--OPTION VALUE ...]"

@@ -253,10 +253,10 @@ def test_each_activation_has_curves_and_a_scale_of_its_own(folder: Path, train: 
     trainer.fit(make_module(base), few_shot(base, train))
     events = EventAccumulator(logger.log_dir)
     events.Reload()
-    for group in ("gate_responsiveness", "gate_step_scale", "gate_mask_density", "selection_misalignment"):
+    for group in ("responsiveness", "step_scale", "mask_churn", "selection_misalignment"):
         for activation in ("quick_gelu", "gelu"):
-            assert len(events.Scalars(f"{group}/{activation}")) == 2, (group, activation)
-    last = [events.Scalars(f"gate_step_scale/{activation}")[-1].value for activation in ("quick_gelu", "gelu")]
+            assert len(events.Scalars(f"gates/{group}/{activation}")) == 2, (group, activation)
+    last = [events.Scalars(f"gates/step_scale/{activation}")[-1].value for activation in ("quick_gelu", "gelu")]
     assert last[0] != last[1]
     assert all(0.1 <= value < 1.0 for value in last)
     assert len(events.Scalars("train/loss")) == 2

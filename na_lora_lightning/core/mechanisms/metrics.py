@@ -1,14 +1,25 @@
-"""Scalars by layer and by activation that tell what LoRA does to a model's gates."""
+"""What LoRA does to a model's gates, in numbers: by site, as curves by layer, and as a few curves over all layers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from na_lora_lightning.core.observation.misalignment import share_of_selection
 from na_lora_lightning.core.sites import GateMap
+from na_lora_lightning.curves import overview_tag
+
+if TYPE_CHECKING:
+    from na_lora_lightning.core.mechanisms.mechanism_set import MechanismSet
+
+MISALIGNMENT, SHARE = "selection_misalignment", "selection_share"
+# Norms of the feature and of the selection term, squared.
+_NORMS = ("feature", "selection")
 
 
 def sites_by_activation(gates: GateMap) -> dict[str, list[int]]:
@@ -19,59 +30,100 @@ def sites_by_activation(gates: GateMap) -> dict[str, list[int]]:
     return dict(sorted(members.items()))
 
 
-def by_layer_and_activation(gates: GateMap, metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names each site's value by its layer, and adds the channel-weighted mean over the sites of an activation.
+@dataclass(frozen=True)
+class GateMetrics:
+    """Numbers of one step, taken from the device.
+
+    Attributes:
+        gates: Whose they are.
+        sites: A value for each site, by group; NaN for a site that was not measured.
+        squared_norms: Of what the adapter changes, ``[2][sites]``; empty where that was not measured.
+        constant: Groups that are left out of the curves by layer.
+        constant_over_layers: Those that are left out of the curves over all layers.
+    """
+
+    gates: GateMap
+    sites: Mapping[str, Sequence[float]]
+    squared_norms: Sequence[Sequence[float]]
+    constant: frozenset[str]
+    constant_over_layers: frozenset[str]
+
+    def overview(self) -> dict[str, float]:
+        """Each group over all layers, ``gates/responsiveness``; by activation (``…/silu``) where there are several.
+
+        Means are weighted by channels. Squared norms are added, so that a share is not the mean of the sites' shares.
+        """
+        curves: dict[str, float] = {}
+        of_activations = sites_by_activation(self.gates)
+        for group, values in self.sites.items():
+            if group in self.constant_over_layers:
+                continue
+            for activation, members in of_activations.items():
+                seen = [index for index in members if not math.isnan(values[index])]
+                if seen:
+                    suffix = f"/{activation}" if len(of_activations) > 1 else ""
+                    curves[overview_tag(group) + suffix] = (
+                        self._share(seen) if group == SHARE else self._mean(values, seen, group)
+                    )
+        return curves
+
+    def by_layer(self) -> dict[str, float]:
+        """Each site's value by tags such as ``gate_responsiveness/layer_03``."""
+        return {
+            f"{group}/{label}": value
+            for group, values in self.sites.items()
+            if group not in self.constant
+            for label, value in zip(self.gates.labels, values, strict=True)
+            if not math.isnan(value)
+        }
+
+    def _mean(self, values: Sequence[float], members: Sequence[int], group: str) -> float:
+        sites = [self.gates.sites[index] for index in members]
+        # A measurement of misalignment is of a site's experts together.
+        weights = [site.channels * (1 if group == MISALIGNMENT else site.networks) for site in sites]
+        products = (values[index] * weight for index, weight in zip(members, weights, strict=True))
+        return math.fsum(products) / sum(weights)
+
+    def _share(self, members: Sequence[int]) -> float:
+        feature, selection = (math.sqrt(math.fsum(row[index] for index in members)) for row in self.squared_norms)
+        return selection / (feature + selection) if feature + selection > 0 else 0.0
+
+
+def gate_metrics(gates: GateMap, mechanisms: MechanismSet, misalignment: tuple[Tensor, Tensor] | None) -> GateMetrics:
+    """Takes the numbers of the last step from the device, with one synchronisation.
 
     Args:
         gates: Whose sites these are.
-        metrics: ``[sites]`` for each group of curves.
-
-    Returns:
-        Scalar tensors by tag, such as ``gate_responsiveness/layer_03`` and ``gate_responsiveness/silu``.
+        mechanisms: What is on.
+        misalignment: Mean |Δρ| ``[sites]``, NaN where it was not measured, and squared norms ``[2, sites]``; None for
+            a step that was not measured.
     """
-    tagged: dict[str, Tensor] = {}
-    for group, values in metrics.items():
-        for label, value in zip(gates.labels, values, strict=True):
-            tagged[f"{group}/{label}"] = value
-        for activation, members in sites_by_activation(gates).items():
-            sites = [gates.sites[index] for index in members]
-            channels = torch.tensor([float(site.channels * site.networks) for site in sites], device=values.device)
-            tagged[f"{group}/{activation}"] = (values[members] * channels).sum() / channels.sum()
-    return tagged
+    groups = mechanisms.metrics()
+    if misalignment is not None:
+        moved, norms = misalignment
+        shares = torch.where(moved.isnan(), moved, share_of_selection(norms))
+        groups = groups | {MISALIGNMENT: moved, SHARE: shares, **dict(zip(_NORMS, norms, strict=True))}
+    values = torch.stack([value.float() for value in groups.values()]).tolist() if groups else []
+    named = dict(zip(groups, values, strict=True))
+    squared = [named.pop(name) for name in _NORMS if name in named]
+    return GateMetrics(gates, named, squared, *_constant_groups(mechanisms))
 
 
-def misalignment_metrics(gates: GateMap, moved: Tensor, squared_norms: Tensor) -> dict[str, Tensor]:
-    """Selection misalignment and its share, by layer and activation.
-
-    Args:
-        gates: Whose sites these are.
-        moved: Mean |Δρ|, ``[sites]``; NaN where it was not measured.
-        squared_norms: ``[2, sites]``, as :class:`~na_lora_lightning.core.observation.misalignment.MisalignmentMeter`
-            measures them.
-
-    Returns:
-        Scalar tensors by tag; without the sites that were not measured.
-    """
-    shares = share_of_selection(squared_norms)
-    measured = ~moved.isnan()
-    tagged: dict[str, Tensor] = {}
-    for label, seen, change, share in zip(gates.labels, measured.tolist(), moved, shares, strict=True):
-        if seen:
-            tagged |= {f"selection_misalignment/{label}": change, f"selection_share/{label}": share}
-    for activation, members in sites_by_activation(gates).items():
-        members = [index for index in members if measured[index]]
-        if members:
-            sites = [gates.sites[index] for index in members]
-            channels = torch.tensor([float(site.channels) for site in sites], device=moved.device)
-            tagged[f"selection_misalignment/{activation}"] = (moved[members] * channels).sum() / channels.sum()
-            # Norms add in squares, so the share of an activation is not the mean of its sites' shares.
-            tagged[f"selection_share/{activation}"] = share_of_selection(squared_norms[:, members].sum(dim=1))
-    return tagged
-
-
-def as_floats(metrics: Mapping[str, Tensor]) -> dict[str, float]:
-    """The values of scalar tensors of one device, with one device synchronisation."""
-    if not metrics:
-        return {}
-    values = torch.stack([value.float() for value in metrics.values()]).tolist()
-    return dict(zip(metrics, values, strict=True))
+def _constant_groups(mechanisms: MechanismSet) -> tuple[frozenset[str], frozenset[str]]:
+    """Groups that say nothing, by layer and over all layers: constant whatever the model does, or told by others."""
+    # What is left beside the other two regimes.
+    everywhere = {"gate_regime_transitional"}
+    over_layers: set[str] = set()
+    importance, scale = mechanisms.importance, mechanisms.step_scale or mechanisms.watched_scale
+    if importance is not None:
+        options = importance.options
+        if options.selection == "top_k" and options.keep_fraction_start in (None, options.keep_fraction):
+            (everywhere if options.scope == "site" else over_layers).add("gate_mask_density")
+        if options.is_neutral:
+            everywhere |= {"gate_mask_density", "gate_mask_churn"}
+    if scale is not None and scale.options.normalize:
+        if scale.options.granularity == "channel":
+            everywhere.add("gate_step_scale")
+        elif scale.options.granularity == "site":
+            over_layers.add("gate_step_scale")
+    return frozenset(everywhere), frozenset(everywhere | over_layers)
