@@ -209,14 +209,15 @@ def test_the_scaling_of_each_variant_is_in_the_misalignment() -> None:
     measured = {}
     for name in ("rslora", "patterns", "dora", "lora_bias", "adalora", "alora", "pissa"):
         model = twin_of(VARIANTS[name])
-        controller = controlled(model, torch.optim.SGD(trained(model), lr=0.0))
+        optimizer = torch.optim.SGD(trained(model), lr=0.0)
+        controller = controlled(model, optimizer)
         kept: dict[str, list[Tensor]] = {}
         site, batch = controller.gates.sites[0], batch_of(0)
         real = batch["attention_mask"].bool()
         for key, module in (("base", site.lora_layer.base_layer), ("moved", site.lora_layer)):
             module.register_forward_hook(keeper(kept, key, real))  # type: ignore[union-attr]
         model(**batch).loss.backward()
-        controller._after_step(None, None, None)  # type: ignore[arg-type]
+        optimizer.step()
         assert controller.misalignment is not None
         expected = (torch.sigmoid(kept["moved"][0]) - torch.sigmoid(kept["base"][0])).abs().mean()
         assert float(controller.misalignment[0][0]) == pytest.approx(float(expected), rel=1e-3, abs=1e-7), name
@@ -231,9 +232,10 @@ def test_an_initialisation_that_moves_the_base_starts_misaligned_and_responds_as
         torch.manual_seed(0)
         config = LoraConfig(r=4, target_modules=LLAMA_TARGETS, init_lora_weights=name, task_type="CAUSAL_LM")
         model = get_peft_model(tiny_llama(), config).train()
-        controller = controlled(model, torch.optim.SGD(trained(model), lr=0.0))
+        optimizer = torch.optim.SGD(trained(model), lr=0.0)
+        controller = controlled(model, optimizer)
         model(**batch_of(0)).loss.backward()
-        controller._after_step(None, None, None)  # type: ignore[arg-type]
+        optimizer.step()
         assert controller.misalignment is not None
         assert controller.importance is not None
         found[name] = (controller.misalignment[0], controller.importance.responsiveness)

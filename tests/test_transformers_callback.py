@@ -255,7 +255,7 @@ def test_padding_prompts_and_evaluation_are_not_counted(tmp_path: Path) -> None:
                 controller = of.controller
                 assert controller is not None
                 controller._aside.give_back([*controller.observer.buffers, controller.meter.sums])
-                to.append(controller.observer.buffers[-1][0].item())
+                to.append(controller.observer._tokens[0].item())  # type: ignore[index]
 
         options: dict[str, Any] = {"eval_strategy": evaluation, "eval_steps": 1, "num_train_epochs": 1}
         make_trainer(tmp_path, model, [callback, Counting()], data, **options).train()

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -40,18 +39,11 @@ from na_lora_lightning.core.precision import single_precision
 from na_lora_lightning.core.sharding import Shards
 from na_lora_lightning.core.silent_sites import SilenceCheck
 from na_lora_lightning.core.sites import GateMap
-from na_lora_lightning.core.stepping.optimizers import (
-    StepCalls,
-    only_first_evaluation,
-    optimizer_of_rows,
-    skips_by_itself,
-)
+from na_lora_lightning.core.stepping.hooks import StepHooks
+from na_lora_lightning.core.stepping.optimizers import optimizer_of_rows, skips_by_itself
 from na_lora_lightning.core.stepping.rows import RowUpdate
 from na_lora_lightning.core.stepping.skipped_steps import Aside, GradientWatch
-from na_lora_lightning.errors import ConfigurationError, UpdateError
-
-# Optimizers whose steps are corrected: none may be corrected twice.
-_corrected: WeakSet[Optimizer] = WeakSet()
+from na_lora_lightning.errors import ConfigurationError
 
 
 class GateController:
@@ -97,14 +89,9 @@ class GateController:
         self._warned_before = False
         self._steps_when_attached = 0
         self._reduce = reduce
-        self._update = RowUpdate.of_channels(gates.sites, self.layout)
-        self._update_of_a: RowUpdate | None = None
-        self._weight_of_a = torch.ones(1)
-        self._adapters = [site.adapters for site in gates.sites]
-        self._handles: list[Any] = []
-        self._optimizer: Optimizer | None = None
+        self._update = RowUpdate(gates.sites, self.layout)
+        self._hooks = StepHooks(self._before_step, self._after_step, self._after_more, self.observer.unobserved)
         self._stepped = False
-        self._calls = StepCalls()
         self._aside = Aside()
         parameters = {id(rows.parameter): rows.parameter for site in gates.sites for rows in site.parameters()}
         self.gradients = GradientWatch(list(parameters.values()), self._aside.drop)
@@ -120,30 +107,23 @@ class GateController:
         """Turns the temporal-importance mask on; before :meth:`attach`.
 
         Raises:
-            ConfigurationError: It is on already, or its options do not work for a site.
+            ConfigurationError: It is on already, its options do not work for a site, or training began.
         """
-        self._require_before_training(TemporalImportance)
         return self.mechanisms.turn_on(TemporalImportance, options)
 
     def set_step_scale(self, options: StepScaleOptions) -> StepScale:
         """Turns the step scale on; before :meth:`attach`.
 
         Raises:
-            ConfigurationError: It is on already, or would be exactly 1 for every gate.
+            ConfigurationError: It is on already, would be exactly 1 for every gate, or training began.
         """
-        self._require_before_training(StepScale)
         mechanism = self.mechanisms.turn_on(StepScale, options)
-        if mechanism.factor_of_a != 1.0:
+        if self.mechanisms.factor_of_a != 1.0:
             # Several sites may share a layer.
             entries = {id(entry.parameter): entry for site in self.gates.sites for entry in site.matrices_a()}
             self._correct_too(entries.values())
-            self._update_of_a = RowUpdate.of_matrices(entries.values())
-            self._weight_of_a = torch.full((1,), mechanism.factor_of_a, device=self.observer.device)
+            self._update = RowUpdate(self.gates.sites, self.layout, entries.values())
         return mechanism
-
-    def _require_before_training(self, kind: type[Mechanism]) -> None:
-        if self._handles:
-            raise ConfigurationError(f"the {kind.title} is set after training began; set it before attach().")
 
     @property
     def importance(self) -> TemporalImportance | None:
@@ -156,14 +136,9 @@ class GateController:
         return self.mechanisms.step_scale
 
     @property
-    def watched_scale(self) -> StepScale | None:
-        """What the step scale would be by the last measured step alone, where rows are only watched."""
-        return self.mechanisms.watched_scale
-
-    @property
     def is_attached(self) -> bool:
         """Whether hooks are on the model and the optimizer."""
-        return bool(self._handles)
+        return bool(self._hooks)
 
     @property
     def weights(self) -> Tensor:
@@ -190,20 +165,9 @@ class GateController:
             raise ConfigurationError(
                 "no mechanism is set, so training would be plain LoRA; call set_importance() or set_step_scale() first."
             )
-        optimizer = self.optimizer_of_gates(optimizers)
-        if optimizer in _corrected:
-            raise ConfigurationError(
-                f"the steps of this {type(optimizer).__name__} are corrected by NA-LoRA already, and would be twice; "
-                "keep one callback or one `with` block for both mechanisms, or detach() the earlier controller."
-            )
-        _corrected.add(optimizer)
-        self._optimizer = optimizer
+        self._hooks.attach(self.optimizer_of_gates(optimizers))
         self._steps_when_attached = self.steps
         self.mechanisms.attach(lambda: self.meter.enabled)
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
         # The meter's hooks on lora_B must exist before a pre-activation is observed; order does not matter further.
         self.meter.attach()
         self.observer.attach()
@@ -226,14 +190,9 @@ class GateController:
 
     def detach(self) -> None:
         """Removes every hook from the model and the optimizer."""
-        if self._handles:
+        if self._hooks:
             forget_graphs()
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        if self._optimizer is not None:
-            _corrected.discard(self._optimizer)
-        self._optimizer = None
+        self._hooks.detach()
         self.observer.detach()
         self.meter.detach()
         self.gradients.detach()
@@ -304,7 +263,7 @@ class GateController:
 
     def _begin_step(self) -> None:
         self._forget()
-        self._calls.forget()
+        self._hooks.forget()
 
     def _before_pass(self) -> None:
         self.announce()
@@ -312,57 +271,29 @@ class GateController:
         if self.gradients.begin_pass():
             self._aside.take([*self.observer.buffers, self.meter.sums])
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        if self._calls.begins():
-            self._require_same_adapters()
-            self._update.remember(optimizer)
-            if self._update_of_a is not None:
-                self._update_of_a.remember(optimizer)
-        return only_first_evaluation(args, kwargs, self._look_away)
-
-    def _look_away(self, closure: Callable[[], Any]) -> Any:
-        enabled, self.observer.enabled = self.observer.enabled, False
-        try:
-            return closure()
-        finally:
-            self.observer.enabled = enabled
-
-    def _require_same_adapters(self) -> None:
-        for site, adapters in zip(self.gates.sites, self._adapters, strict=True):
-            if site.adapters != adapters:
-                raise UpdateError(
-                    f"the active adapters of {site.lora_layer_name!r} were {adapters} when training began and are "
-                    f"{site.adapters} now, so other rows train than those that are masked; call set_adapter() before "
-                    "training, and train one adapter after the other in a fit of its own."
-                )
+    def _before_step(self, optimizer: Optimizer) -> None:
+        self._update.remember(optimizer)
 
     @torch.no_grad()
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        # A manual optimization steps inside of the training step, and so inside of autocast.
-        with single_precision(self.observer.device):
-            if not self._calls.is_done():
-                self._take_step(optimizer)
-            elif self.mechanisms.are_active:
-                # Of what a subclass does after its base class has stepped, the mask alone can be told.
-                self._correct(optimizer, again=True)
-
-    def _take_step(self, optimizer: Optimizer) -> None:
+    def _after_step(self, optimizer: Optimizer) -> None:
         if skips_by_itself(optimizer):
             self._forget()
             return
-        self._aside.give_back([*self.observer.buffers, self.meter.sums])
-        statistics = self.observer.finish_step(self._reduce)
-        self.misalignment = self.meter.finish_step(self._reduce)
-        self._silence.check(next(iter(statistics.values())).tokens)
-        self.gradients.stepped()
-        self.steps += 1
-        self._stepped = True
-        self.mechanisms.update(statistics)
-        if self.mechanisms.are_active:
-            self._correct(optimizer)
+        # A manual optimization steps inside of the training step, and so inside of autocast.
+        with single_precision(self.observer.device):
+            self._aside.give_back([*self.observer.buffers, self.meter.sums])
+            statistics = self.observer.finish_step(self._reduce)
+            self.misalignment = self.meter.finish_step(self._reduce)
+            self._silence.check(next(iter(statistics.values())).tokens)
+            self.gradients.stepped()
+            self.steps += 1
+            self._stepped = True
+            self.mechanisms.update(statistics)
+            if self.mechanisms.are_active:
+                self._update.correct(optimizer, self.weights, self.mechanisms.factor_of_a)
 
-    def _correct(self, optimizer: Optimizer, again: bool = False) -> None:
-        of_channels, of_a = self.weights, self._weight_of_a
-        self._update.correct((of_channels > 0).float() if again else of_channels, optimizer)
-        if self._update_of_a is not None:
-            self._update_of_a.correct((of_a > 0).float() if again else of_a, optimizer)
+    def _after_more(self, optimizer: Optimizer) -> None:
+        if self.mechanisms.are_active:
+            # Of what a subclass does after its base class has stepped, the mask alone can be told.
+            with single_precision(self.observer.device):
+                self._update.correct(optimizer, (self.weights > 0).float(), float(self.mechanisms.factor_of_a > 0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -31,12 +31,42 @@ class Layout:
         self.site_slices = _consecutive([networks * columns for networks, columns in sites])
         self.site_networks = _consecutive([networks for networks, _ in sites])
         self.total = sum(self.sizes)
-        counts = torch.tensor(self.sizes, device=device)
+        counts = torch.tensor(self.sizes, dtype=torch.int64, device=device)
         self.network_of_column = torch.arange(len(self.sizes), device=device).repeat_interleave(counts)
 
     def spread(self, per_network: Tensor) -> Tensor:
         """Repeats ``[..., networks]`` to ``[..., total]``."""
         return per_network.index_select(-1, self.network_of_column)
+
+    def over_networks(self, values: Tensor, reduction: Callable[[Tensor], Tensor]) -> Tensor:
+        """Reduces each network's columns, those of networks of one size at once.
+
+        Args:
+            values: ``[..., total]``.
+            reduction: From ``[..., networks of a size, columns]`` to ``[..., networks of a size]``.
+
+        Returns:
+            ``[..., networks]``.
+        """
+        return _reduced(values, self.sizes, reduction)
+
+    def over_sites(self, values: Tensor, reduction: Callable[[Tensor], Tensor]) -> Tensor:
+        """The same for the columns of each site's networks together, to ``[..., sites]``."""
+        return _reduced(values, [columns.stop - columns.start for columns in self.site_slices], reduction)
+
+
+def runs(sizes: Sequence[int]) -> Iterator[tuple[slice, int]]:
+    """Stretches of equal sizes one after another: where each lies in a flat buffer, and the size."""
+    start = 0
+    for size, equal in itertools.groupby(sizes):
+        stop = start + size * len(list(equal))
+        yield slice(start, stop), size
+        start = stop
+
+
+def _reduced(values: Tensor, sizes: Sequence[int], reduction: Callable[[Tensor], Tensor]) -> Tensor:
+    parts = [reduction(values[..., where].unflatten(-1, (-1, size))) for where, size in runs(sizes)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 def _consecutive(sizes: Sequence[int]) -> tuple[slice, ...]:

@@ -80,16 +80,16 @@ def updated(weight: Tensor, moved: Tensor, rows: Tensor | None, experts: int, we
     """
     site = site_of(weight, torch.arange(0) if rows is None else rows, experts)
     if rows is None:
-        update = RowUpdate.of_matrices(site.parameters())
+        update = RowUpdate([], Layout([], torch.device("cpu")), site.parameters())
     else:
-        update = RowUpdate.of_channels([site], Layout([(experts, rows.numel())], torch.device("cpu")))
+        update = RowUpdate([site], Layout([(experts, rows.numel())], torch.device("cpu")))
     optimizer = torch.optim.SGD([site.parameters()[0].parameter], lr=1.0)
     update.remember(optimizer)
     parameter: Any = site.parameters()[0].parameter
     with torch.no_grad():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         local += moved
-    update.correct(weights, optimizer)
+    update.correct(optimizer, weights, float(weights[0]))
     return local.detach()
 
 

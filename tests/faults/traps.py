@@ -15,7 +15,7 @@ from na_lora_lightning.checkpoints import files as checkpointing
 from na_lora_lightning.checkpoints.csv_curves import ContinuedWriter
 from na_lora_lightning.checkpoints.run_record import RunRecord
 from na_lora_lightning.core.controller import GateController
-from na_lora_lightning.core.stepping.rows import RowUpdate
+from na_lora_lightning.core.stepping.rows import _Group
 from na_lora_lightning.modules.fit_summary import FitSummaryCallback
 from na_lora_lightning.modules.language import NALoRALightningModule
 
@@ -105,7 +105,7 @@ def _between_micro_batches(number: int) -> None:
 
 def _between_rows_and_a(number: int) -> None:
     """Each step corrects the rows of B first, and then A."""
-    _at_call(RowUpdate, "correct", after=True)(2 * number - 1)
+    _at_call(_Group, "correct", after=True)(2 * number - 1)
 
 
 # What only some loggers do.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from na_lora_lightning.core.activations import ActivationValues
-from na_lora_lightning.core.layout import Layout
+from na_lora_lightning.core.layout import Layout, runs
 from na_lora_lightning.core.mechanisms.importance_options import Criterion, ImportanceOptions, kept_count
 from na_lora_lightning.core.mechanisms.mechanism import Mechanism, mean_per_site, moving_average
 from na_lora_lightning.core.mechanisms.saved_options import (
@@ -60,37 +60,38 @@ class ResponsivenessCollector:
 
 
 def top_k_mask(scores: Tensor, count: int) -> Tensor:
-    """1 for the ``count`` largest of ``scores`` ``[channels]`` and 0 elsewhere; equal scores by lower index first."""
-    order = torch.sort(scores, descending=True, stable=True).indices
-    return torch.zeros_like(scores).index_fill_(0, order[:count], 1.0)
+    """1 for the ``count`` largest of ``scores`` ``[..., channels]``, 0 elsewhere; equal scores by lower index first."""
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    return torch.zeros_like(scores).scatter_(-1, order[..., :count], 1.0)
 
 
 def row_weights(scores: Tensor, options: ImportanceOptions, keep_fraction: float, seed: int) -> Tensor:
-    """Weights of the LoRA rows of one scope.
+    """Weights of the LoRA rows of scopes of one size, each ranked by itself.
 
     Args:
-        scores: Temporal importance s, ``[channels]``.
+        scores: Temporal importance s, ``[..., channels]``.
         options: Which selection and control.
         keep_fraction: k at this step.
-        seed: Seed of the random control at this refresh.
+        seed: Seed of the random control at this refresh for the first scope; those after it count on.
 
     Returns:
-        ``[channels]`` float32.
+        Float32, shaped like ``scores``.
     """
     if options.control == "random":
-        generator = torch.Generator().manual_seed(seed)
-        scores = torch.rand(scores.numel(), generator=generator).to(scores.device)
+        seeds = range(seed, seed + scores[..., 0].numel())
+        drawn = [torch.rand(scores.shape[-1], generator=torch.Generator().manual_seed(each)) for each in seeds]
+        scores = torch.stack(drawn).view_as(scores).to(scores.device)
     if options.selection == "top_k":
         ranked = -scores if options.control == "reversed" else scores
-        return top_k_mask(ranked, kept_count(keep_fraction, scores.numel()))
-    mean = scores.mean()
+        return top_k_mask(ranked, kept_count(keep_fraction, scores.shape[-1]))
+    mean = scores.mean(dim=-1, keepdim=True)
     if options.selection == "threshold":
         kept = (scores >= options.threshold * mean).to(scores.dtype)
         return 1.0 - kept if options.control == "reversed" else kept
     relative = torch.where(mean > 0, scores.clamp(min=0.0) / mean, torch.ones_like(scores))
     if options.control == "reversed":
-        relative = relative.max() + relative.min() - relative
-    return relative / relative.mean()
+        relative = relative.amax(dim=-1, keepdim=True) + relative.amin(dim=-1, keepdim=True) - relative
+    return relative / relative.mean(dim=-1, keepdim=True)
 
 
 class TemporalImportance(Mechanism):
@@ -136,7 +137,7 @@ class TemporalImportance(Mechanism):
     @property
     def scope_sizes(self) -> tuple[int, ...]:
         """Channels of each scope that is ranked by itself."""
-        return tuple(scope.stop - scope.start for scope in self._scopes)
+        return self.layout.sizes if self.options.scope == "site" else (self.layout.total,)
 
     def first_mask(self) -> int | None:
         """Optimizer step (counted from 1) of the first mask that can hold or weight a row; None for never."""
@@ -160,10 +161,6 @@ class TemporalImportance(Mechanism):
         return self._average_weight > 0
 
     @property
-    def _scopes(self) -> tuple[slice, ...]:
-        return self.layout.slices if self.options.scope == "site" else (slice(0, self.layout.total),)
-
-    @property
     def is_active(self) -> bool:
         """Whether a mask is in force, so that an update must be changed."""
         return self.steps > self.options.warmup_steps
@@ -178,17 +175,19 @@ class TemporalImportance(Mechanism):
         """Takes in one optimizer step and refreshes the mask when it is due."""
         self.steps += 1
         valid = statistics.tokens > 0
-        valid_columns = self.layout.spread(valid)
-        mean = statistics.sums[0] / self.layout.spread(statistics.tokens.clamp(min=1.0))
+        tokens = self.layout.spread(statistics.tokens)
+        valid_columns = tokens > 0
+        mean = statistics.sums[0] / tokens.clamp(min=1.0)
         self.responsiveness = torch.where(valid_columns, mean, self.responsiveness)
-        value, usable = mean, valid
+        value, usable, usable_columns = mean, valid, valid_columns
         if self.options.criterion == "output_derivative_change":
             value = (mean - self._previous) if self.options.signed else (mean - self._previous).abs()
             usable = valid & self._seen
+            usable_columns = self.layout.spread(usable)
             self._previous = torch.where(valid_columns, mean, self._previous)
             self._seen |= valid
         beta = self.options.beta
-        self._average = moving_average(self._average, value, self.layout.spread(usable), beta)
+        self._average = moving_average(self._average, value, usable_columns, beta)
         ones = torch.ones_like(self._average_weight)
         self._average_weight = moving_average(self._average_weight, ones, usable, beta)
         if self.options.refreshes_at(self.steps):
@@ -225,11 +224,14 @@ class TemporalImportance(Mechanism):
     def _refresh(self) -> None:
         keep_fraction = self.options.keep_fraction_at(self.steps)
         scores = self.importance
-        new = torch.empty_like(self.weights)
-        for index, scope in enumerate(self._scopes):
-            # Far apart, so that no two refreshes and scopes share a random mask.
-            seed = self.options.seed * 1_000_003 + self.steps * 10_007 + index
-            new[scope] = row_weights(scores[scope], self.options, keep_fraction, seed)
+        # Far apart, so that no two refreshes and scopes share a random mask.
+        seed = self.options.seed * 1_000_003 + self.steps * 10_007
+        parts = []
+        for scopes, size in runs(self.scope_sizes):
+            of_size = scores[scopes].view(-1, size)
+            parts.append(row_weights(of_size, self.options, keep_fraction, seed).flatten())
+            seed += len(of_size)
+        new = torch.cat(parts)
         # A network that has seen no token has no ranking: its rows stay as vanilla LoRA trains them.
         unseen = self.layout.spread(self._average_weight) == 0
         new = torch.where(unseen, torch.ones_like(new), new)

@@ -119,17 +119,16 @@ class Mechanism(ABC):
         """Brings what is in force in line with options that have changed."""
 
 
-def moving_average(average: Tensor, value: Tensor, valid: Tensor, beta: float) -> Tensor:
-    """β·average + (1−β)·value where ``valid``, and ``average`` elsewhere; all of one shape.
+def moving_average(average: Tensor, value: Tensor, valid: Tensor | None, beta: float) -> Tensor:
+    """β·average + (1−β)·value where ``valid`` (None for everywhere), and ``average`` elsewhere; all of one shape.
 
     The average starts at zero. Averaging ones in the same way gives its total weight, 1 − β^t after t valid steps,
     and the quotient is the bias-corrected average.
     """
-    return torch.where(valid, torch.lerp(value, average, beta), average)
+    moved = torch.lerp(value, average, beta)
+    return moved if valid is None else torch.where(valid, moved, average)
 
 
 def mean_per_site(values: Tensor, layout: Layout) -> Tensor:
     """Means over each site's columns, ``[columns]`` to ``[sites]``."""
-    if layout.total == len(layout.site_slices):
-        return values
-    return torch.stack([values[columns].mean() for columns in layout.site_slices])
+    return layout.over_sites(values, lambda columns: columns.mean(dim=-1))

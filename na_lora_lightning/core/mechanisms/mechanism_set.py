@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import reduce
 from typing import Any, TypeVar
 
 import torch
@@ -38,6 +40,7 @@ class MechanismSet:
         self._layout = layout
         self._by_name: dict[str, Mechanism] = {}
         self._watching: Watching | None = None
+        self._is_attached = False
 
     def __iter__(self) -> Iterator[Mechanism]:
         return iter(self._by_name.values())
@@ -49,8 +52,10 @@ class MechanismSet:
         """Adds a mechanism.
 
         Raises:
-            ConfigurationError: It is on already, or its options do not work for a site.
+            ConfigurationError: It is on already, its options do not work for a site, or training began.
         """
+        if self._is_attached:
+            raise ConfigurationError(f"the {kind.title} is set after training began; set it before attach().")
         if kind.name in self._by_name:
             raise ConfigurationError(f"the {kind.title} is set twice for one model; keep one of the two callbacks.")
         options.check(self._gates.sites)
@@ -89,11 +94,13 @@ class MechanismSet:
     @property
     def row_weights(self) -> Tensor:
         """The part of its update that the rows of each channel take, ``[channels of all sites]``, float32."""
-        weights = torch.ones(self._layout.total, device=self._observer.device)
-        for mechanism in self:
-            if mechanism.is_active:
-                weights = weights * mechanism.row_weights(self._layout)
-        return weights
+        active = [mechanism.row_weights(self._layout) for mechanism in self if mechanism.is_active]
+        return reduce(torch.mul, active) if active else torch.ones(self._layout.total, device=self._observer.device)
+
+    @property
+    def factor_of_a(self) -> float:
+        """The part of its update that ``lora_A`` of the gate layers takes."""
+        return math.prod(mechanism.factor_of_a for mechanism in self)
 
     def attach(self, is_measured: Callable[[], bool]) -> None:
         """Puts the mechanisms' own hooks on; with a mask that holds nothing alone, the step scale is watched too.
@@ -101,6 +108,7 @@ class MechanismSet:
         Args:
             is_measured: Whether the coming step is measured.
         """
+        self._is_attached = True
         for mechanism in self:
             mechanism.attach()
         if self._watching is None and self.step_scale is None and self.are_neutral:
@@ -108,6 +116,7 @@ class MechanismSet:
 
     def detach(self) -> None:
         """Takes the hooks off."""
+        self._is_attached = False
         for mechanism in self:
             mechanism.detach()
 

@@ -62,21 +62,18 @@ class RegimeCollector:
 
     def collect(self, values: ActivationValues, token_weight: Tensor) -> Tensor:
         """``[6, columns]``: mass of the three regimes, then mass·|E−1| of the three."""
-        signed_gap = values.homogeneity_gap
-        gap = signed_gap.abs()
-        mass = values.output.abs()
+        gap, signed_gap, mass = values.homogeneity_gap.abs(), values.homogeneity_gap, values.output.abs()
+        amounts = torch.empty(self.components, *mass.shape, dtype=mass.dtype, device=mass.device)
+        by_regime, gap_mass = amounts.view(2, len(REGIMES), *mass.shape)
+        suppressed, transitional, homogeneous = by_regime
         # Indicators as numbers: products are several times faster than a choice by booleans on a CPU.
-        suppressed = torch.lt(signed_gap, -1.0, out=torch.empty_like(mass))
-        homogeneous = torch.le(gap, self._tau, out=torch.empty_like(mass))
-        in_suppressed, in_homogeneous = suppressed * mass, homogeneous * mass
+        torch.lt(signed_gap, -1.0, out=suppressed).mul_(mass)
+        torch.le(gap, self._tau, out=homogeneous).mul_(mass)
         # By element, where it is exact; a difference of sums would cancel where suppressed tokens hold nearly all mass.
-        by_regime = (in_suppressed, mass - in_suppressed - in_homogeneous, in_homogeneous)
-        amounts = (*by_regime, *(own * gap for own in by_regime))
-        return torch.stack([self._sum(amount, token_weight) for amount in amounts])
-
-    def _sum(self, amount: Tensor, token_weight: Tensor) -> Tensor:
-        per_channel = token_weight @ amount
-        return per_channel.flatten() if self._per_channel else per_channel.sum(dim=1)
+        torch.sub(mass, suppressed, out=transitional).sub_(homogeneous)
+        torch.mul(by_regime, gap, out=gap_mass)
+        per_channel = token_weight @ amounts
+        return (per_channel if self._per_channel else per_channel.sum(dim=-1)).reshape(self.components, -1)
 
 
 def scale_of_shares(shares: Tensor, gap_shares: Tensor, eta_min: float) -> Tensor:
@@ -101,8 +98,8 @@ def _as_shares(average: Tensor) -> Tensor:
 
     A group that was not seen in the first steps, such as an expert, has weighed less than the steps since.
     """
-    total = average[: len(REGIMES)].sum(dim=0)
-    return average / torch.where(total > 0, total, 1.0)
+    # What is not zero is no smaller than a share times 1 - β, which is far above the least number.
+    return average / average[: len(REGIMES)].sum(dim=0).clamp(min=torch.finfo(average.dtype).tiny)
 
 
 def is_meaningful(shares: Tensor) -> Tensor:
@@ -141,9 +138,9 @@ class StepScale(Mechanism):
         self._network_in_activation = one_hot(self._activation_of_network, len(self.activations)).float()
         self._channels = torch.tensor([float(site.channels) for site in of_network], device=device)
         self._partitioned = torch.tensor([has_partition(site) for site in of_network], device=device)
-        groups = len(self.activations) if options.granularity == "activation" else layout.total
-        self._group_average = torch.zeros(2 * len(REGIMES), groups, device=device)
-        self._network_average = torch.zeros(len(REGIMES), len(of_network), device=device)
+        self._groups = len(self.activations) if options.granularity == "activation" else layout.total
+        # Of the groups that have a scale each, and behind them of the networks.
+        self._averages = torch.zeros(2 * len(REGIMES), self._groups + len(of_network), device=device)
         self._weight = torch.zeros((), device=device)
         self.scale = torch.ones(layout.total, device=device)
         self._acted = torch.zeros((), dtype=torch.bool, device=device)
@@ -173,15 +170,31 @@ class StepScale(Mechanism):
         """p_R of each network, ``[3, networks]``."""
         return _as_shares(self._network_average)
 
+    @property
+    def _group_average(self) -> Tensor:
+        return self._averages[:, : self._groups]
+
+    @_group_average.setter
+    def _group_average(self, value: Tensor) -> None:
+        self._averages[:, : self._groups] = value
+
+    @property
+    def _network_average(self) -> Tensor:
+        return self._averages[: len(REGIMES), self._groups :]
+
+    @_network_average.setter
+    def _network_average(self, value: Tensor) -> None:
+        self._averages[: len(REGIMES), self._groups :] = value
+
     def update(self, statistics: StepStatistics) -> None:
         """Takes in one optimizer step and sets the scale."""
         self.steps += 1
-        per_network = self._sum_columns(statistics.sums)
-        grouped = self._group(statistics.sums, per_network)
-        self._group_average = self._average(self._group_average, grouped)
-        self._network_average = self._average(self._network_average, per_network[: len(REGIMES)])
+        per_network = self.layout.over_networks(statistics.sums, lambda columns: columns.sum(dim=-1))
+        by_activation = self.options.granularity == "activation"
+        grouped = per_network @ self._network_in_activation if by_activation else statistics.sums
+        self._take_in(torch.cat([grouped, per_network], dim=1))
         one = torch.ones_like(self._weight)
-        self._weight = moving_average(self._weight, one, one.bool(), self.options.beta)
+        self._weight = moving_average(self._weight, one, None, self.options.beta)
         self.scale = self._scale()
 
     def row_weights(self, channels: Layout) -> Tensor:
@@ -195,36 +208,25 @@ class StepScale(Mechanism):
         metrics["gate_step_scale"] = mean_per_site(self.scale, self.layout)
         if self.options.granularity == "channel":
             # Their mean alone says nothing where it is normalised to 1.
-            deviations = [self.scale[columns].std(correction=0) for columns in self.layout.site_slices]
-            metrics["gate_step_scale_deviation"] = torch.stack(deviations)
+            metrics["gate_step_scale_deviation"] = self.layout.over_sites(
+                self.scale, lambda columns: columns.std(dim=-1, correction=0)
+            )
         return metrics
 
-    def _average(self, average: Tensor, sums: Tensor) -> Tensor:
-        """Moves the average towards the shares of this step; a column without mass keeps its shares."""
+    def _take_in(self, sums: Tensor) -> None:
+        """Moves the averages towards the shares of this step; a column without mass keeps its shares."""
         mass = sums[: len(REGIMES)].sum(dim=0)
-        seen = mass > 0
-        kept = average / self._weight.clamp(min=1e-12)
-        shares = torch.where(seen, sums / torch.where(seen, mass, 1.0), kept)
-        return moving_average(average, shares, torch.ones_like(average, dtype=torch.bool), self.options.beta)
-
-    def _sum_columns(self, sums: Tensor) -> Tensor:
-        """``[6, columns]`` to ``[6, networks]``."""
-        if self.layout.total == len(self.layout.sizes):
-            return sums
-        return torch.stack([sums[:, columns].sum(dim=1) for columns in self.layout.slices], dim=1)
-
-    def _group(self, sums: Tensor, per_network: Tensor) -> Tensor:
-        if self.options.granularity != "activation":
-            return sums
-        return per_network @ self._network_in_activation
+        kept = self._averages / self._weight.clamp(min=1e-12)
+        shares = torch.where(mass > 0, sums / mass, kept)
+        self._averages = moving_average(self._averages, shares, None, self.options.beta)
 
     def _scale(self) -> Tensor:
-        shares = _as_shares(self._group_average)
+        shares, of_networks = _as_shares(self._averages).tensor_split([self._groups], dim=1)
         per_group = scale_of_shares(shares[: len(REGIMES)], shares[len(REGIMES) :], self.options.eta_min)
         if self.options.granularity == "activation":
             per_group = per_group[self._activation_of_network]
-        scaled_networks = self._partitioned & is_meaningful(self.network_shares)
-        self._acted |= scaled_networks.any()
+        scaled_networks = self._partitioned.logical_and(is_meaningful(of_networks[: len(REGIMES)]))
+        self._acted.logical_or_(scaled_networks.any())
         scaled = self.layout.spread(scaled_networks)
         if self.options.normalize:
             per_group = self._normalized(per_group, scaled)
@@ -233,7 +235,7 @@ class StepScale(Mechanism):
     def _normalized(self, scale: Tensor, scaled: Tensor) -> Tensor:
         """Divides by the mean over the enclosing span, columns of unscaled networks left out."""
         if self.options.granularity == "channel":
-            means = torch.stack([scale[columns].mean() for columns in self.layout.slices])
+            means = self.layout.over_networks(scale, lambda columns: columns.mean(dim=-1))
             return scale / self.layout.spread(means).clamp(min=1e-12)
         if self.options.granularity == "activation":
             members = torch.ones_like(scale)[:, None]

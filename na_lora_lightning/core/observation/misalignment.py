@@ -154,6 +154,8 @@ class MisalignmentMeter:
     def _on_pre_activation(self, index: int, site: GateSite, looked_at: Tensor, weight: Tensor) -> None:
         if self._selection(index) is None:
             return
+        # A copy, because an activation may work in place.
+        looked_at = looked_at.to(torch.float32, copy=True)
         if index in self._base:
             self._delta[index] = looked_at - self._base.pop(index)
         if index not in self._delta:

@@ -1,13 +1,15 @@
 """Gate statistics of an optimizer step, from one observer shared by all mechanisms.
 
-The observer hooks the activation modules. In each training forward pass it adds, per gate channel, sums over the
-real tokens to a buffer that is laid out flat over all sites; micro-batches accumulate, and processes add their
-buffers, so that a mean over them is the mean over all tokens of the step.
+The observer hooks the activation modules. In each training forward pass it takes rows of their inputs, evaluates them
+for many sites at once, and adds, per gate channel, sums over the real tokens to a buffer that is laid out flat over
+all sites; micro-batches accumulate, and processes add their buffers, so that a mean over them is the mean over all
+tokens of the step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,13 +22,12 @@ from na_lora_lightning.core.experts import RoutedCall, routed_call
 from na_lora_lightning.core.layout import Layout
 from na_lora_lightning.core.observation.passes import ForwardPasses
 from na_lora_lightning.core.observation.routed_rows import look_at
+from na_lora_lightning.core.observation.taken_rows import Batch, RowsOfSite, TakenRows
 from na_lora_lightning.core.observation.tokens import TokenSelection
 from na_lora_lightning.core.pre_activations import Handle
 from na_lora_lightning.core.precision import single_precision
 from na_lora_lightning.core.sites import GateSite
 from na_lora_lightning.errors import ConfigurationError
-
-_CPU_CHUNK_ELEMENTS = 64 * 1536
 
 Listener = Callable[[int, GateSite, Tensor, Tensor], None]
 
@@ -68,11 +69,11 @@ class Collector(Protocol):
         """Columns that each network of a site takes: its channels, or 1 for sums over them."""
 
     def collect(self, values: ActivationValues, token_weight: Tensor) -> Tensor:
-        """Sums over tokens, ``[components, networks·columns]``.
+        """Sums over tokens, ``[components, sites·networks·columns]``.
 
         Args:
-            values: Activation values at ``[tokens, channels]``, float32.
-            token_weight: ``[networks, tokens]``, how many tokens each stands for in a network, or 0.
+            values: Activation values at ``[sites, tokens, channels]``, float32.
+            token_weight: ``[sites, networks, tokens]``, how many tokens each stands for in a network, or 0.
         """
 
 
@@ -116,8 +117,11 @@ class GateObserver(ForwardPasses):
         self._collectors: dict[str, Collector] = {}
         self._is_due: dict[str, Callable[[], bool]] = {}
         self._layouts: dict[str, Layout] = {}
+        # Everything that is summed up, and parts of it by collector.
+        self._buffer: Tensor | None = None
         self._sums: dict[str, Tensor] = {}
         self._tokens: Tensor | None = None
+        self._taken = TakenRows()
         self._calls: dict[int, int] = {}
         self._routed: dict[nn.Module, RoutedCall] = {}
         self._networks_of_site = Layout([(site.networks, 1) for site in sites], torch.device("cpu")).site_slices
@@ -145,11 +149,10 @@ class GateObserver(ForwardPasses):
         layout = Layout([(site.networks, collector.columns(site)) for site in self.sites], self.device)
         self._collectors[name] = collector
         self._layouts[name] = layout
-        self._sums[name] = torch.zeros(collector.components, layout.total, device=self.device)
         return layout
 
     def listen(self, listener: Listener) -> None:
-        """Calls ``listener(site index, site, z, token weight)`` in each recorded pass, after z was summed up.
+        """Calls ``listener(site index, site, z, token weight)`` in each recorded pass, with z in the model's dtype.
 
         Sites of stacked experts are not listened to.
         """
@@ -157,7 +160,11 @@ class GateObserver(ForwardPasses):
 
     def attach(self) -> None:
         """Registers the hooks."""
-        self._tokens = torch.zeros(sum(site.networks for site in self.sites), device=self.device)
+        shapes = [(each.components, self._layouts[name].total) for name, each in self._collectors.items()]
+        sizes = [self._networks_of_site[-1].stop, *map(math.prod, shapes)]
+        self._buffer = torch.zeros(sum(sizes), device=self.device)
+        self._tokens, *sums = self._buffer.split(sizes)
+        self._sums = {name: s.view(shape) for name, s, shape in zip(self._collectors, sums, shapes, strict=True)}
         self._handles += self.hook()
         begin_experts = outside_of_graphs(self._begin_experts)
         for owner in dict.fromkeys(site.experts.owner for site in self.sites if site.experts is not None):
@@ -180,14 +187,14 @@ class GateObserver(ForwardPasses):
     @property
     def buffers(self) -> list[Tensor]:
         """What was summed up since the last step, the sums themselves."""
-        return [*self._sums.values(), *([] if self._tokens is None else [self._tokens])]
+        self._evaluate(self._taken.take_all())
+        return [] if self._buffer is None else [self._buffer]
 
     def reset(self) -> None:
         """Forgets what was seen since the last step."""
-        for sums in self._sums.values():
-            sums.zero_()
-        if self._tokens is not None:
-            self._tokens.zero_()
+        self._taken.clear()
+        if self._buffer is not None:
+            self._buffer.zero_()
 
     def finish_step(self, reduce: Callable[[Tensor], None] | None) -> dict[str, StepStatistics]:
         """Hands over the sums of the step and starts the next.
@@ -199,18 +206,16 @@ class GateObserver(ForwardPasses):
             A copy of the sums for each collector that is due. A network of which one is NaN or infinite counts as if it
             had seen no token, so that moving averages stay finite, and is marked in ``nonfinite``.
         """
-        assert self._tokens is not None, "attach() comes first"
-        due = {name: self._sums[name] for name in self._due()}
+        assert self._buffer is not None, "attach() comes first"
+        assert self._tokens is not None
+        self._evaluate(self._taken.take_all())
         if reduce is not None:
-            reduce(self._tokens)
-            for sums in due.values():
-                reduce(sums)
-        broken = torch.zeros_like(self._tokens)
-        for name, sums in due.items():
-            columns = (~sums.isfinite()).any(dim=0).to(broken)
-            broken.index_add_(0, self._layouts[name].network_of_column, columns)
-        usable = broken == 0
-        self.nonfinite = ~usable if self.nonfinite is None else self.nonfinite | ~usable
+            reduce(self._buffer)
+        due = {name: self._sums[name] for name in self._due()}
+        # What is not finite makes the sum over its network so.
+        totals = [self._layouts[name].over_networks(each, lambda x: x.sum(dim=(0, -1))) for name, each in due.items()]
+        usable = sum(totals, self._tokens).isfinite()
+        self.nonfinite = ~usable if self.nonfinite is None else self.nonfinite.logical_or(~usable)
         tokens = torch.where(usable, self._tokens, 0.0)
         statistics = {
             name: StepStatistics(torch.where(self._layouts[name].spread(usable), sums, 0.0), tokens)
@@ -235,6 +240,9 @@ class GateObserver(ForwardPasses):
     def _pass_begins(self) -> None:
         self._calls.clear()
 
+    def _pass_ends(self) -> None:
+        self._evaluate(self._taken.take_all())
+
     def _begin_experts(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.selection is not None:
             self._routed[owner] = routed_call(args, kwargs)
@@ -258,33 +266,32 @@ class GateObserver(ForwardPasses):
         return watcher
 
     def _record(self, index: int, selection: TokenSelection, pre_activation: Tensor) -> None:
-        assert self._tokens is not None
         site = self.sites[index]
         if site.experts is None:
-            looked_at = selection.rows(pre_activation, site.name, site.time_first).float()
+            rows = selection.rows(pre_activation, site.name, site.time_first)
             weight = selection.weights(pre_activation)[None]
         else:
             routed = self._routed[site.experts.owner]
             rows, weight = look_at(site.experts, routed, selection, pre_activation, site.name)
-            looked_at = rows.float()
             routed.activations += 1
-        chunk, due = self._tokens_per_chunk(looked_at), self._due()
-        for some, some_weight in zip(looked_at.split(chunk), weight.split(chunk, dim=1), strict=True):
-            values = site.activation.evaluate(some)
-            for name in due:
-                collected = self._collectors[name].collect(values, some_weight)
-                columns = self._layouts[name].site_slices[index]
-                self._sums[name][:, columns] += collected.to(self._sums[name].device)
-        self._tokens[self._networks_of_site[index]] += weight.sum(dim=1).to(self._tokens.device)
+        self._evaluate(self._taken.add(RowsOfSite(index, site.activation, rows, weight), pre_activation))
+        if self.selection is None:
+            # No end of a pass comes after a layer that is called by itself.
+            self._pass_ends()
         if site.experts is None:
             for listener in self._listeners:
-                listener(index, site, looked_at, weight[0])
+                listener(index, site, rows, weight[0])
+
+    @torch.no_grad()
+    def _evaluate(self, batches: Iterable[Batch]) -> None:
+        assert self._tokens is not None
+        for batch in batches:
+            with single_precision(batch.rows.device):
+                values = batch.activation.evaluate(batch.rows)
+                batch.add_to(self._tokens[None], self._networks_of_site, batch.weight.sum(dim=-1).reshape(1, -1))
+                for name in self._due():
+                    collected = self._collectors[name].collect(values, batch.weight)
+                    batch.add_to(self._sums[name], self._layouts[name].site_slices, collected)
 
     def _due(self) -> list[str]:
         return [name for name in self._collectors if name not in self._is_due or self._is_due[name]()]
-
-    @staticmethod
-    def _tokens_per_chunk(looked_at: Tensor) -> int:
-        """Tokens evaluated at once: on a CPU few enough that intermediate values stay in its cache."""
-        tokens, channels = looked_at.shape
-        return max(1, _CPU_CHUNK_ELEMENTS // channels) if looked_at.device.type == "cpu" else max(1, tokens)

@@ -113,6 +113,14 @@ class ForwardPasses:
                 handles.append(site.lora_layer.register_forward_pre_hook(alone))
         return handles
 
+    def unobserved(self, closure: Callable[[], Any]) -> Any:
+        """Calls a closure whose forward passes are not recorded."""
+        enabled, self.enabled = self.enabled, False
+        try:
+            return closure()
+        finally:
+            self.enabled = enabled
+
     def forget_pass(self) -> None:
         """Forgets the forward pass under way."""
         self.selection = self._outermost = self._shared_mask = None
@@ -132,6 +140,9 @@ class ForwardPasses:
 
     def _pass_begins(self) -> None:
         """Called in each recorded forward pass before its first gate."""
+
+    def _pass_ends(self) -> None:
+        """Called after its last gate."""
 
     def _is_trained(self) -> bool:
         # Evaluation runs without gradients, and a checkpointed model is run again inside the backward pass.
@@ -161,6 +172,7 @@ class ForwardPasses:
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if module is self._outermost:
+            self._pass_ends()
             self.selection = self._outermost = None
             self._given.clear()
             self._picked.clear()

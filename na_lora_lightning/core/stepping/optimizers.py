@@ -1,8 +1,8 @@
-"""What differs between optimizers: wrappers around them, how they skip, closures, and weights that they keep."""
+"""What differs between optimizers: wrappers around them, how they skip, and weights that they keep."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -72,64 +72,6 @@ def skips_by_itself(optimizer: Optimizer) -> bool:
     """
     overflow = getattr(optimizer, "found_inf", None)
     return isinstance(overflow, Tensor) and bool(overflow)
-
-
-class StepCalls:
-    """Tells the calls of hooks that belong to one step apart.
-
-    Torch hooks the method ``step`` of each class. Where a subclass calls that of its base class in its own, hooks are
-    called twice before and twice after one step, and an error in between leaves calls out.
-    """
-
-    def __init__(self) -> None:
-        self._is_open = self._is_taken = False
-
-    def begins(self) -> bool:
-        """Called before: whether the step begins here."""
-        begins, self._is_open, self._is_taken = not self._is_open, True, False
-        return begins
-
-    def is_done(self) -> bool:
-        """Called after: whether the step was done already, and what follows is the rest of a subclass's method."""
-        was_taken, self._is_open, self._is_taken = self._is_taken, False, True
-        return was_taken
-
-    def forget(self) -> None:
-        """Forgets a step that failed."""
-        self._is_open = self._is_taken = False
-
-
-def only_first_evaluation(
-    args: tuple[Any, ...], kwargs: dict[str, Any], look_away: Callable[[Callable[[], Any]], Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Arguments of a step in which all evaluations of the closure but the first are not looked at.
-
-    The first evaluation is at the weights from which the step starts. Those after it are of the same tokens at weights
-    that are tried out (LBFGS), and would count these tokens again.
-
-    Args:
-        args: Positional arguments of ``step``, the optimizer among them.
-        kwargs: Keyword arguments of ``step``.
-        look_away: Calls a closure unobserved and returns what it returns.
-
-    Returns:
-        The arguments to use instead; None where there is no closure.
-    """
-    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-    if not callable(closure):
-        return None
-    evaluated = False
-
-    def observed_once() -> Any:
-        nonlocal evaluated
-        if evaluated:
-            return look_away(closure)
-        evaluated = True
-        return closure()
-
-    if "closure" in kwargs:
-        return args, {**kwargs, "closure": observed_once}
-    return (args[0], observed_once, *args[2:]), kwargs
 
 
 def _is_of(optimizer: Any, *packages: str) -> bool:

@@ -8,11 +8,12 @@ gradients, keep moving zero-gradient rows through momentum, and decay weights wh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from na_lora_lightning.core.channels import as_slice
@@ -21,6 +22,11 @@ from na_lora_lightning.core.lora_layers import LoRARows
 from na_lora_lightning.core.sharding import is_sharded, local_part, local_rows
 from na_lora_lightning.core.sites import GateSite
 from na_lora_lightning.core.stepping.optimizers import weights_in_state
+from na_lora_lightning.errors import UpdateError
+
+_PARAMETER = ""
+# Of rows that are copied at once.
+_MOST_ELEMENTS = 1 << 22
 
 
 def blend_rows(before: Tensor, after: Tensor, weight: Tensor) -> Tensor:
@@ -49,70 +55,92 @@ def by_network(parameter: Tensor, networks: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _GateRows:
-    """The rows of one parameter that make channels of one site, as far as this process holds them.
+class _Rows:
+    """The corrected rows of one parameter, as far as this process holds them.
 
     Attributes:
         parameter: ``[rows, ...]``.
         index: Where the rows are in :func:`local_part` of it.
-        before: A copy of them, ``[own channels, ...]``.
-        columns: The site's channels among all of them.
-        own: Which of a network's channels they make.
+        weight: Which of all weights each of them takes, ``[own rows]`` or ``[own rows, 1, experts]``, int64.
         networks: Number of networks of the site.
     """
 
     parameter: Tensor
     index: slice | Tensor
-    before: Tensor
-    columns: slice
-    own: slice | Tensor
-    networks: int
+    weight: Tensor
+    networks: int = 1
 
-    def rows(self) -> Tensor:
-        """The part of the parameter that this process holds, with the experts apart; a view."""
-        return self.rows_of(self.parameter)
-
-    def rows_of(self, like: Tensor) -> Tensor:
-        """The same of a tensor that is laid out like the parameter, such as one of the optimizer's state."""
+    def whole(self, like: Tensor) -> Tensor:
+        """What this process holds of a tensor that is laid out like the parameter, with the experts apart; a view."""
         return by_network(local_part(like), self.networks)
 
-    def weight_of_rows(self, weights: Tensor) -> Tensor:
-        """m·η of each own row, ``[own channels]`` or ``[own channels, 1, experts]``, from that of all channels."""
-        weight = weights[self.columns].to(self.before.device)
-        if self.networks > 1:
-            weight = weight.view(self.networks, -1).T[:, None]
-        return weight[self.own]
 
-
-def _gate_rows(entry: LoRARows, site: GateSite, columns: slice) -> _GateRows | None:
-    """The rows of a site in a parameter; None where this process holds none of them."""
+def _rows_of_channels(entry: LoRARows, site: GateSite, columns: slice) -> _Rows:
+    """The rows of a site in a parameter."""
     held = local_rows(entry.parameter, entry.name)
-    own: slice | Tensor = slice(None)
-    numbers, device = site.rows, entry.parameter.device
+    numbers = site.rows
+    weight = torch.arange(columns.start, columns.stop)
+    if site.networks > 1:
+        weight = weight.view(site.networks, -1).T[:, None]
     if is_sharded(entry.parameter):
         own = ((numbers >= held.start) & (numbers < held.stop)).nonzero()[:, 0]
-        if not own.numel():
-            return None
-        numbers = numbers[own] - held.start
-    evenly = as_slice(numbers)
-    index = evenly if evenly is not None else numbers.to(device)
-    before = torch.empty_like(by_network(local_part(entry.parameter), site.networks)[index])
-    own = own if isinstance(own, slice) else own.to(device)
-    return _GateRows(entry.parameter, index, before, columns, own, site.networks)
+        numbers, weight = numbers[own] - held.start, weight[own]
+    evenly = as_slice(numbers) if numbers.numel() else None
+    index = numbers.to(entry.parameter.device) if evenly is None else evenly
+    return _Rows(entry.parameter, index, weight, site.networks)
 
 
-def _in_state(optimizer: Optimizer, target: _GateRows, name: str) -> Tensor | None:
-    kept: Tensor | None = optimizer.state.get(target.parameter, {}).get(name)
-    return kept
+def _whole_matrix(entry: LoRARows, weight: int) -> _Rows:
+    """All rows of a matrix, which share one weight."""
+    return _Rows(entry.parameter, slice(None), torch.full((len(local_part(entry.parameter)),), weight))
 
 
-def _whole_matrix(entry: LoRARows) -> _GateRows | None:
-    """All rows of a matrix, which share one weight; None where this process holds none of them."""
-    before = torch.empty_like(local_part(entry.parameter))
-    if not before.numel():
-        return None
-    shared = torch.zeros(len(before), dtype=torch.long, device=before.device)
-    return _GateRows(entry.parameter, slice(None), before, slice(0, 1), shared, 1)
+class _Group:
+    """Rows of several parameters that are alike, so that they are copied and blended at once.
+
+    Args:
+        members: The rows of each.
+        device: Where the weights are.
+    """
+
+    def __init__(self, members: Sequence[_Rows], device: torch.device) -> None:
+        self._members = members
+        self._are_views = isinstance(members[0].index, slice)
+        weight = torch.cat([rows.weight for rows in members])
+        evenly = as_slice(weight) if weight.ndim == 1 else None
+        self._weight = weight.to(device) if evenly is None else evenly
+        self._before: dict[str, Tensor] = {}
+
+    def remember(self, optimizer: Optimizer) -> None:
+        """Copies the rows, and those of weights that the optimizer keeps."""
+        for name in (_PARAMETER, *weights_in_state(optimizer)):
+            self._before[name] = torch.cat(self._rows(self._tensors(optimizer, name)), out=self._before.get(name))
+
+    def correct(self, weights: Tensor, optimizer: Optimizer) -> None:
+        """Blends the rows by those of all weights that are theirs."""
+        for name, before in self._before.items():
+            tensors = self._tensors(optimizer, name)
+            after = self._rows(tensors)
+            blended = blend_rows(before, torch.cat(after), weights[self._weight].to(before.device))
+            parts = blended.split([len(rows.weight) for rows in self._members])
+            if self._are_views and all(tensor is not None for tensor in tensors):
+                # Undocumented, and what torch's own optimizers copy with: one launch for all.
+                torch._foreach_copy_(after, parts)
+                continue
+            for rows, tensor, part in zip(self._members, tensors, parts, strict=True):
+                if tensor is not None:
+                    rows.whole(tensor)[rows.index] = part
+
+    def _tensors(self, optimizer: Optimizer, name: str) -> list[Tensor | None]:
+        """The parameters, or what the optimizer keeps beside each under a name."""
+        if name == _PARAMETER:
+            return [rows.parameter for rows in self._members]
+        return [optimizer.state.get(rows.parameter, {}).get(name) for rows in self._members]
+
+    def _rows(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        # In its first step the optimizer copies its own weights from the parameter.
+        pairs = zip(self._members, tensors, strict=True)
+        return [rows.whole(rows.parameter if tensor is None else tensor)[rows.index] for rows, tensor in pairs]
 
 
 class RowUpdate:
@@ -121,64 +149,63 @@ class RowUpdate:
     Each process works on the rows that it holds.
 
     Args:
-        targets: The rows; None stands for those that this process does not hold.
+        sites: Gate sites whose LoRA rows are trained, with a weight for each channel.
+        layout: Flat layout of their channels.
+        matrices: Matrices that are corrected as a whole, with one weight for all of them.
     """
 
-    def __init__(self, targets: Iterable[_GateRows | None]) -> None:
-        self._targets = [rows for rows in targets if rows is not None]
-        self._state_before: list[list[Tensor]] = []
-
-    @classmethod
-    def of_channels(cls, sites: Sequence[GateSite], layout: Layout) -> RowUpdate:
-        """Of the rows that make gate channels, with a weight for each channel.
-
-        Args:
-            sites: Gate sites whose LoRA rows are trained.
-            layout: Flat layout of their channels.
-        """
-        return cls(
-            _gate_rows(entry, site, columns)
-            for site, columns in zip(sites, layout.site_slices, strict=True)
-            for entry in site.parameters()
-        )
-
-    @classmethod
-    def of_matrices(cls, entries: Iterable[LoRARows]) -> RowUpdate:
-        """Of whole matrices, with one weight for all of them."""
-        return cls(_whole_matrix(entry) for entry in entries)
+    def __init__(self, sites: Sequence[GateSite], layout: Layout, matrices: Iterable[LoRARows] = ()) -> None:
+        pairs = zip(sites, layout.site_slices, strict=True)
+        rows = [_rows_of_channels(entry, site, columns) for site, columns in pairs for entry in site.parameters()]
+        whole = [_whole_matrix(entry, layout.total) for entry in matrices]
+        self._adapters = [(site, site.adapters) for site in sites]
+        self._groups = [_Group(members, layout.network_of_column.device) for members in _alike(rows + whole)]
+        self._has_matrices = bool(whole)
 
     @torch.no_grad()
     def remember(self, optimizer: Optimizer) -> None:
-        """Copies the rows, and those of weights that the optimizer keeps; called before its step."""
-        for target in self._targets:
-            target.before.copy_(target.rows()[target.index])
-        self._state_before = [
-            [self._weights_before(target, _in_state(optimizer, target, name)) for target in self._targets]
-            for name in weights_in_state(optimizer)
-        ]
+        """Copies the rows; called before the step.
 
-    @staticmethod
-    def _weights_before(target: _GateRows, weights: Tensor | None) -> Tensor:
-        # In its first step the optimizer copies them from the parameter.
-        return target.before if weights is None else target.rows_of(weights)[target.index].clone()
+        Raises:
+            UpdateError: Other adapters are active than those whose rows these are.
+        """
+        for site, adapters in self._adapters:
+            if site.adapters != adapters:
+                raise UpdateError(
+                    f"the active adapters of {site.lora_layer_name!r} were {adapters} when training began and are "
+                    f"{site.adapters} now, so other rows train than those that are masked; call set_adapter() before "
+                    "training, and train one adapter after the other in a fit of its own."
+                )
+        for group in self._groups:
+            group.remember(optimizer)
 
     @torch.no_grad()
-    def correct(self, weights: Tensor, optimizer: Optimizer) -> None:
+    def correct(self, optimizer: Optimizer, weights: Tensor, of_matrices: float = 1.0) -> None:
         """Blends the rows.
 
         Args:
-            weights: m·η per channel of all sites, ``[channels]`` float32; ``[1]`` for whole matrices.
             optimizer: The one that stepped.
+            weights: m·η per channel of all sites, ``[channels]`` float32.
+            of_matrices: The weight of all rows of the matrices.
         """
-        for target in self._targets:
-            self._blend(target, target.parameter, target.before, weights)
-        for name, before in zip(weights_in_state(optimizer), self._state_before, strict=True):
-            for target, rows_before in zip(self._targets, before, strict=True):
-                kept = _in_state(optimizer, target, name)
-                if kept is not None:
-                    self._blend(target, kept, rows_before, weights)
+        if self._has_matrices:
+            weights = nn.functional.pad(weights, (0, 1), value=of_matrices)
+        for group in self._groups:
+            group.correct(weights, optimizer)
 
-    @staticmethod
-    def _blend(target: _GateRows, moved: Tensor, before: Tensor, weights: Tensor) -> None:
-        rows = target.rows_of(moved)
-        rows[target.index] = blend_rows(before, rows[target.index], target.weight_of_rows(weights))
+
+def _alike(targets: Iterable[_Rows]) -> Iterator[list[_Rows]]:
+    """Rows that can be copied at once, in pieces that bound how much is copied at once."""
+    groups: dict[Hashable, list[_Rows]] = {}
+    elements: Counter[Hashable] = Counter()
+    for rows in targets:
+        held = rows.whole(rows.parameter)[rows.index]
+        kind = (held.dtype, held.device, held.shape[1:], rows.weight.shape[1:], type(rows.index))
+        if not held.numel():
+            continue
+        if kind in groups and elements[kind] + held.numel() > _MOST_ELEMENTS:
+            yield groups.pop(kind)
+            elements[kind] = 0
+        groups.setdefault(kind, []).append(rows)
+        elements[kind] += held.numel()
+    yield from groups.values()
