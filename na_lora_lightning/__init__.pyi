@@ -23,6 +23,9 @@ from na_lora_lightning.core.observation.observer import ObserverOptions as Obser
 from na_lora_lightning.data import InstructionDataModule as InstructionDataModule
 from na_lora_lightning.data import VisionInstructionDataModule as VisionInstructionDataModule
 from na_lora_lightning.data.classes.datamodule import LabelledImageDataModule as LabelledImageDataModule
+from na_lora_lightning.models.fast_lora import LoRALayerReport as LoRALayerReport
+from na_lora_lightning.models.fast_lora import lora_layer_report as lora_layer_report
+from na_lora_lightning.models.fast_lora import use_fast_lora_layers as use_fast_lora_layers
 from na_lora_lightning.models.lora_inputs import keep_inputs_uncast as keep_inputs_uncast
 from na_lora_lightning.models.targets import lora_targets as lora_targets
 from na_lora_lightning.modules.dual_encoder import DualEncoderLightningModule as DualEncoderLightningModule

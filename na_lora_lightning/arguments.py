@@ -42,6 +42,8 @@ class LoRAOptions:
         use_dora: Train each weight's magnitude beside its direction (DoRA).
         init_lora_weights: True starts from no change; ``"gaussian"``, ``"orthogonal"``, ``"pissa"`` and ``"olora"``
             as in PEFT. False starts from a random change, which is for debugging alone.
+        layers: ``"fast"`` computes a layer and what LoRA adds to it in one function, with the same numbers to rounding,
+            where :func:`~na_lora_lightning.use_fast_lora_layers` can; ``"peft"`` leaves all to PEFT.
 
     Raises:
         ConfigurationError: A value is out of range.
@@ -62,6 +64,7 @@ class LoRAOptions:
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: bool | str = True
+    layers: Literal["fast", "peft"] = "fast"
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -78,6 +81,8 @@ class LoRAOptions:
             )
         if self.bias not in ("none", "all", "lora_only"):
             raise ConfigurationError(f"lora.bias={self.bias!r} is unknown; use 'none', 'all' or 'lora_only'.")
+        if self.layers not in ("fast", "peft"):
+            raise ConfigurationError(f"lora.layers={self.layers!r} is unknown; use 'fast' or 'peft'.")
         initialisation = self.init_lora_weights
         if isinstance(initialisation, str) and initialisation not in _REPRODUCIBLE_INITIALISATIONS:
             # The others need data or a random decomposition, so the base weights that they leave behind could not be

@@ -85,6 +85,12 @@ def is_left_by_merge(module: nn.Module) -> bool:
     return is_adapted(module) or isinstance(module, _kind("peft.utils.other", "AuxiliaryTrainingWrapper"))
 
 
+def is_plain_dora(layer: nn.Module, adapter: str) -> bool:
+    """Whether an adapter of a layer is DoRA and nothing more."""
+    variants: Any = getattr(layer, "lora_variant", {})
+    return type(variants.get(adapter)) is _kind("peft.tuners.lora.variants", "DoraLinearVariant")
+
+
 def _kind(module: str, name: str) -> type[nn.Module]:
     kind: type[nn.Module] = _part(module, name, "layers with adapters are told")
     return kind

@@ -24,7 +24,7 @@ CHECKPOINT_KEY = "na_lora_lightning"
 
 
 # Options that leave the meaning of the saved weights alone, and may differ between saving and loading.
-_FREE_OPTIONS = frozenset({"dropout", "init_lora_weights"})
+_FREE_OPTIONS = frozenset({"dropout", "init_lora_weights", "layers"})
 
 
 def adapter_keys(module: nn.Module, prefix: str = "model.") -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
 from na_lora_lightning.core.pre_activations import ActivationInput, GateMethod, LayerOutput
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from na_lora_lightning.arguments import LoRAArguments
+    from na_lora_lightning.models.fast_lora import LoRALayerReport
     from na_lora_lightning.models.source import BaseModelSource
 
 
@@ -27,6 +29,11 @@ _OBSERVED_AT = {
 
 
 def inspect_model(source: BaseModelSource, lora: LoRAArguments) -> GateMap:
+    """Finds the gates of a model, as :func:`inspect_layers` does."""
+    return inspect_layers(source, lora)[0]
+
+
+def inspect_layers(source: BaseModelSource, lora: LoRAArguments) -> tuple[GateMap, LoRALayerReport]:
     """Makes a model from its configuration, without its weights, adds LoRA to it, and finds its gates.
 
     Args:
@@ -34,13 +41,14 @@ def inspect_model(source: BaseModelSource, lora: LoRAArguments) -> GateMap:
         lora: Which layers get LoRA.
 
     Returns:
-        All sites, and what was left out and why.
+        All sites, and what was left out and why; how its LoRA layers are computed.
 
     Raises:
         ConfigurationError: The model cannot be made, or the LoRA options do not fit it.
         DiscoveryError: The gates cannot be determined.
     """
     from na_lora_lightning.core.discovery.gates import discover_gates
+    from na_lora_lightning.models.fast_lora import lora_layer_report
     from na_lora_lightning.models.lora import add_lora
     from na_lora_lightning.models.weightless import fill_in, model_without_weights
     from na_lora_lightning.modules.losses import model_inputs
@@ -48,10 +56,11 @@ def inspect_model(source: BaseModelSource, lora: LoRAArguments) -> GateMap:
     base = model_without_weights(source)
     inputs = _example_inputs(base, source, lora)
     model = add_lora(base, lora, source)
+    report = lora_layer_report(model)
     fill_in(model)
     if inputs is not None:
         inputs = {**model_inputs(model, inputs), "use_cache": False} if "attention_mask" in inputs else inputs
-    return discover_gates(model, inputs)
+    return discover_gates(model, inputs), report
 
 
 def _example_inputs(base: PreTrainedModel, source: BaseModelSource, lora: LoRAArguments) -> dict[str, Any] | None:
@@ -184,9 +193,9 @@ def main(arguments: list[str]) -> int:
         keys = {action.dest for action in parser._actions}
         raise ConfigurationError(explain(str(error), keys, (), ())) from error
     source = BaseModelSource(options.model, trust_remote_code=options.trust_remote_code)
-    gates = inspect_model(source, LoRAArguments(**vars(options.lora)))
+    gates, layers = inspect_layers(source, LoRAArguments(**vars(options.lora)))
     if options.json:
-        print(json.dumps(as_dictionary(gates), indent=2))
+        print(json.dumps(as_dictionary(gates) | {"lora_layers": asdict(layers)}, indent=2))
     else:
         from rich.console import Console
 
@@ -195,5 +204,7 @@ def main(arguments: list[str]) -> int:
             console = Console(width=_WIDTH_OF_FILES)
         for table in as_tables(gates):
             console.print(table)
+        for line in layers.lines():
+            console.print(line, markup=False, highlight=False)
     gates.require()
     return 0

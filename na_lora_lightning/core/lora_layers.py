@@ -6,12 +6,15 @@ which LoRA layers were injected without a ``PeftModel`` around them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from na_lora_lightning.errors import DiscoveryError, UpdateError
+
+Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,39 @@ def is_product_of_modules(layer: nn.Module, adapter: str) -> bool:
 def scaling(layer: nn.Module, adapter: str) -> float:
     """The factor s in δ = s·B·A·x."""
     return float(layer.scaling[adapter])  # type: ignore[index]
+
+
+def observing(hook: Hook, when: Callable[[], bool]) -> Hook:
+    """Marks a forward hook that changes nothing of what passes.
+
+    A layer that computes several modules in one function passes by their hooks. For hooks that are marked it calls the
+    modules once more, and for others it computes as PEFT does.
+
+    Args:
+        hook: For ``register_forward_hook``.
+        when: Whether it looks at a call.
+
+    Returns:
+        The hook.
+    """
+    hook.observes_when = when  # type: ignore[attr-defined]
+    return hook
+
+
+def only_observed(module: nn.Module) -> bool:
+    """Whether nothing but hooks of :func:`observing` would notice if what a module does was done without calling it."""
+    return not (
+        module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+        or any(not hasattr(hook, "observes_when") for hook in module._forward_hooks.values())
+    )
+
+
+def observed_now(module: nn.Module) -> bool:
+    """Whether a hook of :func:`observing` looks at this call of a module."""
+    return any(hook.observes_when() for hook in module._forward_hooks.values() if hasattr(hook, "observes_when"))
 
 
 def trained_a(layer: nn.Module, layer_name: str) -> list[LoRARows]:

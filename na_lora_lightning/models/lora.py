@@ -43,6 +43,8 @@ def add_lora(model: PreTrainedModel, lora: LoRAArguments, source: BaseModelSourc
     """
     from peft import LoraConfig, get_peft_model
 
+    from na_lora_lightning.models.fast_lora import use_fast_lora_layers
+
     require_names_of_model(model, lora)
     targets = _targets(model, lora, source)
     config = LoraConfig(
@@ -84,6 +86,7 @@ def add_lora(model: PreTrainedModel, lora: LoRAArguments, source: BaseModelSourc
     require_names_in_use(peft_model, lora)
     require_untiable(peft_model)
     keep_inputs_uncast(peft_model)
+    use_fast_lora_layers(peft_model, enable=lora.layers == "fast")
     return peft_model.train()
 
 

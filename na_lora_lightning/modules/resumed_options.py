@@ -53,7 +53,10 @@ _OF_MODULE = (
     "gradient_checkpointing",
     "lora.dropout",
     "lora.init_lora_weights",
+    "lora.layers",
 )
+# What was in force before there was an option for it.
+_FORMERLY = {"lora.layers": "peft"}
 _GROUPS_OF_MODULE = ("schedule", "loss")
 
 
@@ -128,7 +131,7 @@ class ResumedOptions:
         checkpoint, self._checkpoint = self._checkpoint, None
         if checkpoint is None:
             return
-        former = {**dict(_module_options(checkpoint.get("hyper_parameters", {}))), **self._saved}
+        former = {**_FORMERLY, **dict(_module_options(checkpoint.get("hyper_parameters", {}))), **self._saved}
         changes = [
             f"{name} {_shown(former[name])} → {_shown(now)}"
             for name, now in self._now.items()

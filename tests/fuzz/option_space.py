@@ -55,6 +55,7 @@ _GROUPS: dict[str, dict[str, Values]] = {
         "bias": ["none", "all", "lora_only"],
         "use_rslora": [True, False],
         "use_dora": [True, False],
+        "layers": ["fast", "peft", "slow"],
         "init_lora_weights": [True, False, "gaussian", "pissa", "olora", "orthogonal", "eva"],
     },
     "model.schedule": {

@@ -67,8 +67,8 @@ def ancestors(node: Any, stop_at: Container[Any] = ()) -> Ancestors:
 
 def _is_custom(node: Any) -> bool:
     function = getattr(type(node), "_forward_cls", None)
-    # torch has some of its own, for sharding and checkpointing.
-    return function is not None and not function.__module__.startswith("torch.")
+    # torch has some of its own, for sharding and checkpointing, and so have LoRA layers here.
+    return function is not None and not function.__module__.startswith(("torch.", "na_lora_lightning."))
 
 
 @dataclass(frozen=True)

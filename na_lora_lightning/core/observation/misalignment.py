@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from na_lora_lightning.core.compilation import outside_of_graphs
-from na_lora_lightning.core.lora_layers import adds_output_of_b, is_on_parameter, lora_b, scaling
+from na_lora_lightning.core.lora_layers import adds_output_of_b, is_on_parameter, lora_b, observing, scaling
 from na_lora_lightning.core.observation.observer import GateObserver
 from na_lora_lightning.core.observation.tokens import TokenSelection
 from na_lora_lightning.core.precision import single_precision
@@ -77,14 +77,12 @@ class MisalignmentMeter:
             if all(adds_output_of_b(site.lora_layer, adapter) for adapter in site.adapters):
                 for adapter in site.adapters:
                     keeper = self._make_keeper(self._delta, index, site, adapter)
-                    self._handles.append(
-                        lora_b(site.lora_layer, adapter).register_forward_hook(outside_of_graphs(keeper))
-                    )
+                    self._handles.append(lora_b(site.lora_layer, adapter).register_forward_hook(keeper))
             else:
                 # DoRA, say, rescales the frozen part as well: δ is what differs from the base layer's output.
                 base: nn.Module = site.lora_layer.base_layer  # type: ignore[assignment]
                 keeper = self._make_keeper(self._base, index, site, None)
-                self._handles.append(base.register_forward_hook(outside_of_graphs(keeper)))
+                self._handles.append(base.register_forward_hook(keeper))
             if site.kind == "gated" and site.output_layer is not None:
                 self._handles.append(
                     site.output_layer.register_forward_pre_hook(outside_of_graphs(self._make_output_hook(index)))
@@ -149,7 +147,7 @@ class MisalignmentMeter:
                 part = selection.rows(kept, site.name, site.time_first).float() * factor
             store[index] = store[index] + part if index in store else part
 
-        return hook
+        return observing(outside_of_graphs(hook), lambda: self.enabled)
 
     def _on_pre_activation(self, index: int, site: GateSite, looked_at: Tensor, weight: Tensor) -> None:
         if self._selection(index) is None:

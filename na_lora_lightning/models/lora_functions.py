@@ -1,0 +1,158 @@
+"""A linear layer with LoRA as one autograd function.
+
+PEFT computes what an adapter adds in passes of their own over whole activations (cast, dropout, product, scale, add),
+and autograd goes through each of them once more. Here the adapter's products are added to those of the base layer where
+these stand, and autograd keeps the layer's input and the rank activations alone.
+
+With x ``[tokens, in]``, W ``[out, in]``, A ``[r, in]``, B ``[out, r]``, the scaling s, and d what dropout leaves of x::
+
+    h = d·Aᵀ        y = x·Wᵀ + bias + s·(h·Bᵀ + bias_B)
+    ḡ = s·∂y·B      ∂x = ∂y·W + drop(ḡ·A)      ∂A = ḡᵀ·d      ∂B = s·∂yᵀ·h
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LoRASetting(NamedTuple):
+    """What of a LoRA layer is no tensor.
+
+    Attributes:
+        scaling: s.
+        dropout: Probability with which an element of the input is dropped; 0 outside of training.
+        transposed: Whether W is kept as ``[in, out]`` (GPT-2's ``Conv1D``).
+        base_dtype: In which the base layer is computed: autocast's, or that of W.
+        rank_dtype: In which the adapter is computed: autocast's, or that of A.
+    """
+
+    scaling: float
+    dropout: float
+    transposed: bool
+    base_dtype: torch.dtype
+    rank_dtype: torch.dtype
+
+
+def rows_of(values: Tensor) -> Tensor:
+    """``[..., features]`` as ``[tokens, features]``."""
+    return values.reshape(-1, values.shape[-1])
+
+
+def scaled_product(one: Tensor, other: Tensor, factor: float) -> Tensor:
+    """``factor · one · other`` of two matrices, without a pass for the factor."""
+    unread = torch.empty(1, 1, dtype=one.dtype, device=one.device)
+    return torch.addmm(unread, one, other, beta=0.0, alpha=factor)
+
+
+def gradient_of_b(gradient: Tensor, h: Tensor, scaling: float) -> Tensor:
+    """``s·∂yᵀ·h``, ``[out, r]``."""
+    if gradient.is_cpu:
+        # Many rows and few columns take a third longer there than few rows and many columns.
+        return scaled_product(h.t(), gradient, scaling).t()
+    return scaled_product(gradient.t(), h, scaling)
+
+
+def without_autocast(device: torch.device) -> torch.autocast:
+    """Products in the dtypes of their factors."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def _drop(x: Tensor, adapter_dtype: torch.dtype, setting: LoRASetting) -> tuple[Tensor, Tensor | None]:
+    """What dropout leaves of x, in the adapter's dtype of computation, and what it kept; drawn as PEFT draws it."""
+    if not setting.dropout:
+        return x.to(setting.rank_dtype), None
+    dropped, kept = torch.native_dropout(x.to(adapter_dtype), setting.dropout, True)
+    return dropped.to(setting.rank_dtype), kept
+
+
+def _dropped_again(values: Tensor, kept: Tensor | None, setting: LoRASetting) -> Tensor:
+    return values if kept is None else values * kept * (1.0 / (1.0 - setting.dropout))
+
+
+class LoRAProduct(torch.autograd.Function):
+    """y = x·Wᵀ + bias + s·(h·Bᵀ + bias_B), and h, through which no gradient flows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        bias_b: Tensor | None,
+        setting: LoRASetting,
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`torch.autograd.Function`; x is in the base layer's dtype."""
+        ctx.set_materialize_grads(False)
+        # Models change what a layer answers in place, which autograd forbids for views from a function.
+        with without_autocast(x.device):
+            matrix = weight.to(setting.base_dtype)
+            offset = None if bias is None else bias.to(setting.base_dtype)
+            result = x.new_empty(*x.shape[:-1], b.shape[0], dtype=setting.base_dtype)
+            y = rows_of(result)
+            across = matrix if setting.transposed else matrix.t()
+            if offset is None:
+                torch.mm(rows_of(x), across, out=y)
+            else:
+                torch.addmm(offset, rows_of(x), across, out=y)
+            dropped, kept = _drop(rows_of(x), a.dtype, setting)
+            rank_activations = x.new_empty(*x.shape[:-1], a.shape[0], dtype=setting.rank_dtype)
+            h = rows_of(rank_activations)
+            torch.mm(dropped, a.to(setting.rank_dtype).t(), out=h)
+            del dropped
+            if setting.rank_dtype == setting.base_dtype:
+                y.addmm_(h, b.to(setting.rank_dtype).t(), alpha=setting.scaling)
+            else:
+                y.add_(h @ b.to(setting.rank_dtype).t(), alpha=setting.scaling)
+            if bias_b is not None:
+                y.add_(bias_b.to(setting.rank_dtype), alpha=setting.scaling)
+        _, of_weight, _, of_a, of_b, _, _ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            x if of_weight or of_a or of_b else None, weight, a, b, rank_activations if of_b else None, kept
+        )
+        ctx.setting, ctx.shape, ctx.dtypes = setting, x.shape, [None if t is None else t.dtype for t in (bias, bias_b)]
+        ctx.mark_non_differentiable(rank_activations)
+        return result, rank_activations
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients in the order of the arguments."""
+        x, weight, a, b, rank_activations, kept = ctx.saved_tensors
+        setting: LoRASetting = ctx.setting
+        of_x, of_weight, of_bias, of_a, of_b, of_bias_b, _ = ctx.needs_input_grad
+        to_x = to_weight = to_bias = to_a = to_b = to_bias_b = None
+        if gradients[0] is None:
+            return (None,) * 7
+        gradient = rows_of(gradients[0])
+        with without_autocast(gradient.device):
+            in_rank = gradient.to(setting.rank_dtype)
+            matrix_a, matrix_b = a.to(setting.rank_dtype), b.to(setting.rank_dtype)
+            through_b = scaled_product(in_rank, matrix_b, setting.scaling) if of_x or of_a else None
+            if of_x:
+                matrix = weight.to(setting.base_dtype)
+                to_x = gradient @ (matrix.t() if setting.transposed else matrix)
+                if kept is None and setting.rank_dtype == setting.base_dtype:
+                    to_x = to_x.addmm_(through_b, matrix_a)
+                else:
+                    to_x = to_x.add_(_dropped_again(through_b @ matrix_a, kept, setting))
+                to_x = to_x.view(ctx.shape)
+            if of_weight:
+                by_rows = gradient.t() @ rows_of(x)
+                to_weight = (by_rows.t() if setting.transposed else by_rows).to(weight.dtype)
+            if of_a or (of_b and torch.is_grad_enabled()):
+                dropped = _dropped_again(rows_of(x).to(setting.rank_dtype), kept, setting)
+            if of_a:
+                to_a = (through_b.t() @ dropped).to(a.dtype)
+            if of_b:
+                # To be differentiated again, h has to be made of what it depends on.
+                h = dropped @ matrix_a.t() if torch.is_grad_enabled() else rows_of(rank_activations)
+                to_b = gradient_of_b(in_rank, h, setting.scaling).to(b.dtype)
+            if of_bias:
+                to_bias = gradient.sum(0).to(ctx.dtypes[0])
+            if of_bias_b:
+                to_bias_b = (in_rank.sum(0) * setting.scaling).to(ctx.dtypes[1])
+        return to_x, to_weight, to_bias, to_a, to_b, to_bias_b, None
