@@ -75,6 +75,8 @@ def _is_other_call(x: Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or x.dtype not in _FLOATING
+        # PEFT makes a matrix of a vector with DoRA.
+        or x.ndim < 2
         or nn.modules.module._has_any_global_hook()
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
