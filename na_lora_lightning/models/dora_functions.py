@@ -113,7 +113,7 @@ class DoRAProduct(torch.autograd.Function):
         with without_autocast(gradient.device):
             matrix = weight.t() if setting.transposed else weight
             matrix_a, matrix_b = a.to(setting.rank_dtype), b.to(setting.rank_dtype)
-            h = None if rank_activations is None else rows_of(rank_activations)
+            h: Any = None if rank_activations is None else rows_of(rank_activations)
             if torch.is_grad_enabled():
                 # To be differentiated again, these have to be made of what they depend on.
                 rows = rows_of(x)
@@ -125,7 +125,7 @@ class DoRAProduct(torch.autograd.Function):
                 to_magnitude = (gradient.to(magnitude.dtype) * z).sum(0) / norm.to(magnitude.dtype)
             gradient = gradient * (magnitude / norm).to(setting.base_dtype)
             in_rank = gradient.to(setting.rank_dtype)
-            through_b = scaled_product(in_rank, matrix_b, setting.scaling) if of_x or of_a else None
+            through_b: Any = scaled_product(in_rank, matrix_b, setting.scaling) if of_x or of_a else None
             if of_x:
                 to_x = gradient @ matrix.to(setting.base_dtype)
                 if setting.rank_dtype == setting.base_dtype:

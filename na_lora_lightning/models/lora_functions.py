@@ -131,7 +131,7 @@ class LoRAProduct(torch.autograd.Function):
         with without_autocast(gradient.device):
             in_rank = gradient.to(setting.rank_dtype)
             matrix_a, matrix_b = a.to(setting.rank_dtype), b.to(setting.rank_dtype)
-            through_b = scaled_product(in_rank, matrix_b, setting.scaling) if of_x or of_a else None
+            through_b: Any = scaled_product(in_rank, matrix_b, setting.scaling) if of_x or of_a else None
             if of_x:
                 matrix = weight.to(setting.base_dtype)
                 to_x = gradient @ (matrix.t() if setting.transposed else matrix)

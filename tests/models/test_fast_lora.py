@@ -252,6 +252,7 @@ def test_curves_lie_on_each_other_and_adapters_load_in_the_other(options: dict[s
         torch.manual_seed(0)
         config = LoraConfig(r=4, target_modules=LLAMA_TARGETS, **options)
         # In double precision, as AdamW's first steps are signs, which rounding turns where a gradient is nearly 0.
+        # The losses are float32 all the same.
         made: PeftModel = get_peft_model(tiny_llama().double(), config)  # type: ignore[assignment, arg-type]
         made.double()
         assert bool(use_fast_lora_layers(made, enable=on).fast) == on
@@ -260,7 +261,7 @@ def test_curves_lie_on_each_other_and_adapters_load_in_the_other(options: dict[s
     ours, theirs = model(True), model(False)
     pairs = list(zip(losses(ours, 200), losses(theirs, 200), strict=True))
     assert pairs[-1][0] < pairs[0][0] - 0.15
-    assert max(abs(one - other) for one, other in pairs) < 1e-9
+    assert max(abs(one - other) for one, other in pairs) < 2e-6
     for number, (from_, on) in enumerate(((ours, False), (theirs, True))):
         from_.save_pretrained(tmp_path / str(number))
         loaded = PeftModel.from_pretrained(tiny_llama().double(), tmp_path / str(number)).double()
