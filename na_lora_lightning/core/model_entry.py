@@ -13,6 +13,11 @@ PADDING_MASKS = ("src_key_padding_mask", "tgt_key_padding_mask")
 MASKS = (*BRANCH_MASKS, *PADDING_MASKS, "decoder_attention_mask")
 
 
+def is_mask_of_words(name: str) -> bool:
+    """Whether an argument of a denoiser says which of a text is real that it is given beside what it denoises."""
+    return "mask" in name and name.startswith(("encoder_", "text_"))
+
+
 def root_of(model: nn.Module) -> nn.Module:
     """The model whose forward is always called: inside a ``PeftModel`` its base model, else the model itself."""
     base = getattr(model, "get_base_model", None)

@@ -50,6 +50,7 @@ class GateSite:
             it is in one expert of several.
         time_first: Whether the pre-activation is ``[length, batch, channels]``, or that as rows; None where its tokens
             are known to stand in another order than that, and than sample after sample.
+        sees_words: Whether it may see words of a text that a denoiser is given, and not only what is denoised.
     """
 
     name: str
@@ -69,6 +70,7 @@ class GateSite:
     shares_mask: bool = False
     picked_from: nn.Module | None = None
     time_first: bool | None = False
+    sees_words: bool = False
 
     @property
     def channels(self) -> int:

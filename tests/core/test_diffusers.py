@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -121,14 +122,39 @@ class Denoiser(nn.Module):
         return self.image_down(functional.silu(self.image_up(seen)))
 
 
-def counted(layers: list[str], *words: int) -> list[float]:
+class Joint(nn.Module):
+    """One sequence of words and image: as long as both, or as Lumina 2 packs the real words before the image."""
+
+    def __init__(self, packs: bool) -> None:
+        super().__init__()
+        self.packs, self.up, self.down = packs, nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_mask: Tensor | None = None,
+    ) -> Tensor:
+        both = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        if self.packs and encoder_hidden_states_mask is not None:
+            both = both.new_zeros(len(both), int(encoder_hidden_states_mask.sum(1).max()) + 6, 4)
+            for row, words in enumerate(encoder_hidden_states_mask.sum(1).tolist()):
+                text = encoder_hidden_states[row, :words]
+                both[row, : words + 6] = torch.cat([text, hidden_states[row]])
+        return self.down(functional.silu(self.up(both + timestep[:, None, None])))
+
+
+def counted(layers: list[str], *words: int, base: nn.Module | None = None) -> list[float]:
     """Tokens that each site counts, by how many words of each text are real."""
-    model = get_peft_model(Denoiser(), LoraConfig(r=2, target_modules=layers))
+    base = Denoiser() if base is None else base
+    model: Any = get_peft_model(base, LoraConfig(r=2, target_modules=layers))  # type: ignore[arg-type]
+    mask = "encoder_attention_mask" if isinstance(base, Denoiser) else "encoder_hidden_states_mask"
     batch: dict[str, Any] = {
         "hidden_states": torch.randn(2, 6, 4),
         "timestep": torch.tensor([0.2, 0.7]),
         "encoder_hidden_states": torch.randn(2, 5, 4),
-        "encoder_attention_mask": (torch.arange(5)[None] < torch.tensor(words)[:, None]).long(),
+        mask: (torch.arange(5)[None] < torch.tensor(words)[:, None]).long(),
     }
     gates = discover_gates(model, batch).require(allow_unmasked_gates=True)
     controller = GateController(model, gates, ObserverOptions(max_tokens=None))
@@ -142,7 +168,7 @@ def counted(layers: list[str], *words: int) -> list[float]:
 
 
 def test_padded_words_are_not_counted() -> None:
-    message = r"the gate .* sees as many tokens as encoder_attention_mask is for, \(2, 5\), .* are padding"
+    message = "the gate .* sees words of the text .* some of which are padding by encoder_attention_mask, "
     for layers in (["text_up"], ["text_up", "image_up"]):
         with pytest.raises(DataError, match=message):
             counted(layers, 5, 3)
@@ -151,3 +177,29 @@ def test_padded_words_are_not_counted() -> None:
 def test_places_of_the_image_and_words_without_padding_are() -> None:
     assert counted(["image_up"], 5, 3) == [12.0]
     assert counted(["text_up", "image_up"], 5, 5) == [10.0, 12.0]
+
+
+@pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.parametrize("words", [(5, 3), (4, 3)])
+def test_padded_words_in_one_sequence_with_an_image_are_refused(packs: bool, words: tuple[int, int]) -> None:
+    with pytest.raises(DataError, match=r"the gate 'silu' sees words .* padding by encoder_hidden_states_mask, "):
+        counted(["up"], *words, base=Joint(packs))
+    assert counted(["up"], 5, 5, base=Joint(packs)) == [22.0]
+
+
+def test_joint_layers_of_lumina_2_are_refused_where_words_are_padded_and_those_of_the_image_are_not() -> None:
+    for layers, refused in (
+        (r"layers\..*feed_forward.linear.*", True),
+        (r"noise_refiner\..*feed_forward.linear.*", False),
+    ):
+        base, inputs = build("Lumina2Transformer2DModel")
+        model = get_peft_model(base, LoraConfig(r=2, target_modules=layers))  # type: ignore[arg-type]
+        gates = discover_gates(model, inputs).require(allow_unmasked_gates=True)
+        controller = GateController(model, gates, ObserverOptions(max_tokens=None))
+        controller.set_importance(ImportanceOptions(warmup_steps=0))
+        controller.attach([torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)])
+        with pytest.raises(DataError, match="padding by encoder_attention_mask") if refused else nullcontext():
+            model(**inputs)
+        if not refused:
+            assert controller.observer._tokens.tolist() == [2 * 16.0]  # type: ignore[union-attr]
+        controller.detach()

@@ -33,6 +33,7 @@ from na_lora_lightning.core.discovery.trace import ActivationCall, LinearCall, T
 from na_lora_lightning.core.discovery.tracing import trace_forward
 from na_lora_lightning.core.discovery.undisturbed import undisturbed
 from na_lora_lightning.core.discovery.unreached import parts_to_call, unreached
+from na_lora_lightning.core.discovery.words_beside import set_sees_words
 from na_lora_lightning.core.lora_layers import (
     active_adapters,
     is_lora_layer,
@@ -112,6 +113,7 @@ def _discover(model: nn.Module, root: nn.Module, example_inputs: Mapping[str, An
     found.left_out += shared
     _excuse_vectors(found, blocks)
     set_token_order(found.sites, root, trace)
+    set_sees_words(found.sites, root, trace)
     called = {call.module for call in trace.linear_calls}
     siblings = sites_of_siblings(root, found.sites, called)
     found.sites += siblings

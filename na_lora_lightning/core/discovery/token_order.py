@@ -44,12 +44,12 @@ def set_token_order(sites: Collection[GateSite], root: nn.Module, trace: Trace) 
     if samples is None or not unclear:
         return
     inputs = {name: _twice(value) if _is_of(value, samples) else value for name, value in trace.inputs.items()}
-    twice = _given(root, trace, inputs, unclear)
+    twice = inputs_of_layers(root, trace, inputs, unclear)
     order = {layer: _is_time_first(source, twice.get(layer), samples) for layer, source in unclear.items()}
     flat = {layer for layer, source in unclear.items() if source.ndim == 2 and order[layer] is not None}
     if flat & set(twice):
         other = _with_another_token(inputs, samples)
-        changed = _given(root, trace, {**inputs, **other}, flat)
+        changed = inputs_of_layers(root, trace, {**inputs, **other}, flat)
         lengths = {value.shape[1] for value in other.values()}
         for layer in flat & set(changed):
             if not _is_in_order(twice[layer], changed[layer], samples, lengths, bool(order[layer])):
@@ -83,10 +83,20 @@ def _is_evident(source: Tensor, samples: int) -> bool:
     return one_each or (source.ndim > 2 and source.shape[0] == samples != source.shape[1])
 
 
-def _given(
+def inputs_of_layers(
     root: nn.Module, trace: Trace, inputs: Mapping[str, Any], layers: Collection[nn.Module]
 ) -> dict[nn.Module, Tensor]:
-    """What layers are given first in a forward pass; nothing where the model does not take such a batch."""
+    """What layers are given first in a forward pass without a graph.
+
+    Args:
+        root: The model.
+        trace: An earlier forward pass of it.
+        inputs: Keyword arguments.
+        layers: The layers.
+
+    Returns:
+        ``[..., features]`` of each that was called; nothing where the model does not take these arguments.
+    """
     given: dict[nn.Module, Tensor] = {}
 
     def keep(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from na_lora_lightning.core.model_entry import BRANCH_MASKS, PADDING_MASKS
+from na_lora_lightning.core.model_entry import BRANCH_MASKS, PADDING_MASKS, is_mask_of_words
 from na_lora_lightning.core.model_parts import has_decoder
 from na_lora_lightning.errors import DataError
 
@@ -45,12 +45,11 @@ def _mask_of_padding(given: Mapping[str, Any]) -> Tensor | None:
     return ~padding if padding is not None and padding.ndim == 2 and padding.dtype == torch.bool else None
 
 
-def mask_beside(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The ``encoder_attention_mask`` of a call of a denoiser, ``[batch, length]`` boolean: which of a text is real."""
+def masks_of_words(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Which of a text is real that a denoiser is given beside what it denoises, by argument, ``[batch, length]``."""
     given = by_name(module, args, kwargs)
-    mask = given.get("encoder_attention_mask")
-    denoises = "timestep" in given and isinstance(mask, Tensor) and mask.ndim == 2 and not mask.is_floating_point()
-    return mask.bool() if denoises else None  # type: ignore[union-attr]
+    masks = {name: value for name, value in given.items() if is_mask_of_words(name) and isinstance(value, Tensor)}
+    return {name: mask.bool() for name, mask in masks.items() if mask.ndim == 2 and "timestep" in given}
 
 
 def shared_mask(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

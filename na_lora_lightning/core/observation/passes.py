@@ -21,8 +21,8 @@ from na_lora_lightning.core.gathered import places, tokens_given
 from na_lora_lightning.core.model_entry import MASKS
 from na_lora_lightning.core.observation.mask_fitting import MaskFitter
 from na_lora_lightning.core.observation.masks_of_calls import (
-    mask_beside,
     mask_of_branch,
+    masks_of_words,
     shared_mask,
     token_mask_of_call,
 )
@@ -164,8 +164,9 @@ class ForwardPasses:
         if module not in self._branches:
             mask = token_mask_of_call(module, args, kwargs, self._exclude_prompt, self.labels)
             self._shared_mask = shared_mask(module, args, kwargs)
-        beside = mask_beside(module, args, kwargs) if mask is None else None
-        self.selection = self._select(mask, beside)
+        if mask is None:
+            self._require_words_without_padding(masks_of_words(module, args, kwargs))
+        self.selection = self._select(mask)
         self._outermost = module
         self.forward_passes += 1
         self._pass_begins()
@@ -211,8 +212,18 @@ class ForwardPasses:
                 mask = self._shared_mask
             self._of_branches[branch] = self._select(mask)
 
-    def _select(self, mask: Tensor | None, beside: Tensor | None = None) -> TokenSelection:
-        return TokenSelection(mask, self._max_tokens, self.forward_passes, self._fit, self._warn_of_order, beside)
+    def _require_words_without_padding(self, masks: dict[str, Tensor]) -> None:
+        site = next((site for site in self._sites if site.sees_words), None)
+        padded = next((name for name, mask in masks.items() if site is not None and not bool(mask.all())), None)
+        if site is not None and padded is not None:
+            raise DataError(
+                f"the gate {site.name!r} sees words of the text that the model is given, some of which are padding by "
+                f"{padded}, which would enter the statistics; exclude this layer from the LoRA targets, or train on "
+                "texts without padding."
+            )
+
+    def _select(self, mask: Tensor | None) -> TokenSelection:
+        return TokenSelection(mask, self._max_tokens, self.forward_passes, self._fit, self._warn_of_order)
 
     def _warn_of_order(self, name: str) -> None:
         """Says with the first batch what a later one would end the training for."""

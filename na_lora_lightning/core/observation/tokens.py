@@ -23,8 +23,6 @@ class TokenSelection:
         fit: Makes a mask for another number of tokens, or None where it cannot.
         unordered: Called with the name of a site that sees all tokens in an order that the mask does not tell, which
             does not matter while none of them is padding.
-        beside: Which tokens of a text are real that a denoiser is given beside what it denoises, ``[batch, length]``,
-            or None where it is given none.
     """
 
     def __init__(
@@ -34,10 +32,8 @@ class TokenSelection:
         offset: int,
         fit: Callable[[Tensor, int], Tensor | None] | None = None,
         unordered: Callable[[str], None] | None = None,
-        beside: Tensor | None = None,
     ) -> None:
         self._mask = token_mask
-        self._beside = beside
         self._fit = fit
         self._unordered = unordered
         self._fitted: dict[int, Tensor | None] = {}
@@ -148,12 +144,6 @@ class TokenSelection:
         return (torch.arange(tokens, device=device) if positions is None else positions), weights
 
     def _check(self, leading: tuple[int, ...], name: str, is_in_order: bool = True) -> None:
-        if self._beside is not None and leading == tuple(self._beside.shape) and not bool(self._beside.all()):
-            raise DataError(
-                f"the gate {name!r} sees as many tokens as encoder_attention_mask is for, {leading}, and some of them "
-                "are padding, which would enter the statistics; exclude this layer from the LoRA targets, or train on "
-                "texts without padding."
-            )
         if self._mask is None or 0 in leading:
             return
         if is_in_order and leading in (tuple(self._mask.shape), (self._mask.numel(),), (len(self._mask), 1)):
