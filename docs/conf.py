@@ -19,6 +19,8 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "optio
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "NA-LoRA"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_show_copyright = False
 # Code stands in many sentences.
 smartquotes = False
