@@ -6,7 +6,7 @@ OLDEST := .venv-oldest
 # What is promised for the oldest versions; with transformers 4.57 the ways in without the command line.
 OLDEST_WAYS_IN := tests/callbacks/test_foreign_projects.py tests/callbacks/test_gate_callback.py \
 	tests/callbacks/test_model_search.py tests/test_plain_pytorch.py tests/test_transformers_callback.py \
-	tests/test_peft_internals.py tests/test_versions.py
+	tests/test_internals.py tests/test_versions.py
 # Models of the zoo are made from configurations that transformers 5.0 does not have.
 OLDEST_TESTS := tests/core --ignore tests/core/test_branches.py --ignore tests/core/test_experts.py \
 	--ignore tests/core/discovery/test_probe_inputs.py \

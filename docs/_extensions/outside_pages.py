@@ -15,7 +15,7 @@ _PLACES = {
     "benchmarks/study/hypotheses.md": "docs/_generated/hypotheses.md",
     "examples/vlm_digits/README.md": "docs/_generated/vlm_digits.md",
     "README.md": "docs/index.md",
-    "CHANGELOG.md": "docs/changelog.md",
+    "CHANGELOG.md": "docs/_generated/changelog.md",
 }
 _LINK = re.compile(r"\]\((?!\w+:|#)(?P<path>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
 

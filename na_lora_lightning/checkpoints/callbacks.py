@@ -13,9 +13,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import Tensor
 from typing_extensions import override
 
-from na_lora_lightning.checkpoints.csv_curves import ContinuedWriter
 from na_lora_lightning.checkpoints.run_folder import free_path, run_folder
-from na_lora_lightning.checkpoints.run_folders import is_dry_run, same_path
+from na_lora_lightning.checkpoints.run_folders import ContinuedWriter, is_dry_run, same_path
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.lightning_internals import (
     forget_batches_of_finished_epoch,

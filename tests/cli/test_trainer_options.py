@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from cli_helpers import Fit
+from module_helpers import Fit
 
 from na_lora_lightning.cli.main import main
 from na_lora_lightning.cli.trainer_options import require_possible, with_end

@@ -10,8 +10,7 @@ from datasets import ClassLabel, Dataset, Image
 from dual_encoder_helpers import SHAPES, SIDE, saved_dual_encoder, shape_image, write_lines, write_shapes
 from PIL import Image as PillowImage
 
-from na_lora_lightning.data.classes.augmentation import CropAndFlip, input_side
-from na_lora_lightning.data.classes.datamodule import LabelledImageDataModule
+from na_lora_lightning.data.classes.datamodule import CropAndFlip, LabelledImageDataModule, input_side
 from na_lora_lightning.data.classes.image_classes import few_of_each_class
 from na_lora_lightning.errors import ConfigurationError, DataError, ImageError
 

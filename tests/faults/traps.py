@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from na_lora_lightning.checkpoints import adapter_state as adapters
 from na_lora_lightning.checkpoints import files as checkpointing
-from na_lora_lightning.checkpoints.csv_curves import ContinuedWriter
+from na_lora_lightning.checkpoints.run_folders import ContinuedWriter
 from na_lora_lightning.checkpoints.run_record import RunRecord
 from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.stepping.rows import _Group

@@ -11,9 +11,9 @@ import peft.optimizers
 import pytest
 import torch
 import yaml
-from cli_helpers import Fit
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from module_helpers import Fit
 from tiny_models import LLAMA_TARGETS, tiny_llama, with_lora
 from torch import Tensor, nn
 from torch.optim import Optimizer

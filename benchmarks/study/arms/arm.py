@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from benchmarks.study.errors import StudyError
+from benchmarks.study import StudyError
 from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
 from na_lora_lightning.core.mechanisms.step_scale_options import StepScaleOptions
 from na_lora_lightning.core.observation.observer import ObserverOptions

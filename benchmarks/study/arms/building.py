@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from benchmarks.study import StudyError
 from benchmarks.study.arms.arm import Arm
 from benchmarks.study.arms.hooks import HOOKS, BuiltArm
-from benchmarks.study.errors import StudyError
 from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.discovery.gates import discover_gates
 from na_lora_lightning.core.lora_layers import is_linear, is_lora_layer
@@ -32,7 +32,7 @@ ALL_LINEAR, FEED_FORWARD = "all-linear", "ffn"
 _MOVED = {
     "benchmarks.study.candidates": "benchmarks.study.arms.candidates",
     "benchmarks.study.dora_layers": "benchmarks.study.arms.hooks",
-    "benchmarks.study.temporal_candidates": "benchmarks.study.arms.temporal_candidates",
+    "benchmarks.study.temporal_candidates": "benchmarks.study.arms.hooks",
 }
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.study import StudyError
 from benchmarks.study.arms.hooks import ArmHook, BuiltArm, lora_matrices
-from benchmarks.study.errors import StudyError
 from na_lora_lightning.core.lora_layers import is_lora_layer, lora_a, lora_b
 
 if TYPE_CHECKING:

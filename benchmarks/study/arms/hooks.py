@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.optim import Optimizer
 
-from benchmarks.study.errors import StudyError
+from benchmarks.study import StudyError
 from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.lora_layers import is_lora_layer, lora_a, lora_b
 from na_lora_lightning.core.sites import GateMap
@@ -168,3 +168,61 @@ class DoraIn(ArmHook):
 
 
 HOOKS: dict[str, Any] = {"adalora": AdaLoraAllocation, "equal_norm": EqualNorm}
+
+
+class CautiousRows(ArmHook):
+    """A row of B waits where its step, made of old gradients, climbs on the gradient of this step.
+
+    The norm of the step of each matrix is kept.
+
+    Args:
+        built: The arm.
+        layers: See :func:`~benchmarks.study.arms.hooks.lora_matrices`.
+    """
+
+    def __init__(self, built: BuiltArm, layers: str = "gate") -> None:
+        super().__init__(built)
+        self._matrices = lora_matrices(built, layers, ("lora_B",))
+        self._before: list[Tensor] = []
+
+    def before_step(self, step: int) -> None:
+        """Copies what the step will change."""
+        self._before = [matrix.detach().clone() for matrix in self._matrices]
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Takes back the steps of rows that wait."""
+        for matrix, before in zip(self._matrices, self._before, strict=True):
+            assert matrix.grad is not None
+            moved = matrix - before
+            kept = moved * ((moved * matrix.grad).sum(dim=1, keepdim=True) < 0)
+            if kept.any():
+                matrix.copy_(before + kept * (moved.norm() / kept.norm()))
+
+
+class Lookahead(ArmHook):
+    """Every few steps the weights go back a part of the way to where they were (Zhang and others, 2019).
+
+    Selection then follows the direction that several steps agree on.
+
+    Args:
+        built: The arm.
+        layers: See :func:`~benchmarks.study.arms.hooks.lora_matrices`.
+        every: Steps between two such returns.
+        share: Part of the way that is kept, in (0, 1].
+    """
+
+    def __init__(self, built: BuiltArm, layers: str = "gate", every: int = 5, share: float = 0.5) -> None:
+        super().__init__(built)
+        self._matrices = lora_matrices(built, layers, ("lora_A", "lora_B"))
+        self._every, self._share = every, share
+        self._slow = [matrix.detach().clone() for matrix in self._matrices]
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Goes back where it is time."""
+        if (step + 1) % self._every:
+            return
+        for matrix, slow in zip(self._matrices, self._slow, strict=True):
+            slow.lerp_(matrix, self._share)
+            matrix.copy_(slow)

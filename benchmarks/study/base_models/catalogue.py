@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.study import StudyError
 from benchmarks.study.base_models import language, vision
 from benchmarks.study.base_models.loading import FOLDER, SHIPPED, take_shipped
-from benchmarks.study.errors import StudyError
 
 
 def pretrain_missing(names: Sequence[str], folder: Path = FOLDER, steps: int = 5000) -> None:

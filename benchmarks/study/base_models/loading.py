@@ -23,8 +23,8 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from benchmarks.study import StudyError
 from benchmarks.study.base_models.language import token_stream, weights_digest, windows_of
-from benchmarks.study.errors import StudyError
 from benchmarks.study.tasks import pools
 from benchmarks.study.tasks.encoding import tokenizer_of
 

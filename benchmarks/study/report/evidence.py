@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 
-from benchmarks.study.errors import StudyError
+from benchmarks.study import StudyError
 from benchmarks.study.report import evidence_mechanism, evidence_tables
 from benchmarks.study.report.evidence_tables import Sources
 from benchmarks.study.report.summary import Rows, markdown_table

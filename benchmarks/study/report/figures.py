@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.study.errors import StudyError
+from benchmarks.study import StudyError
 from benchmarks.study.report.comparison import Table, When, bootstrap_interval, score_of, verdicts
 from benchmarks.study.report.evidence_tables import Sources
 from benchmarks.study.report.mechanism import mechanisms

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from benchmarks.study.errors import StudyError
+from benchmarks.study import StudyError
 from benchmarks.study.report.comparison import Table, Verdict, When, bootstrap_interval, compare, sign_test, verdicts
 from benchmarks.study.report.mechanism import Mechanism, mechanisms
 

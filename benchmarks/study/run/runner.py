@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from benchmarks.study.errors import StudyError
+from benchmarks.study import StudyError
 from benchmarks.study.run.result import make_result
 from benchmarks.study.run.specification import Cell, Study, neighbour
 from benchmarks.study.run.storage import Results

@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
+from benchmarks.study import StudyError
 from benchmarks.study.arms.arm import Arm
-from benchmarks.study.errors import StudyError
 
 TRAINING_DEFAULTS: dict[str, Any] = {
     "steps": 200,

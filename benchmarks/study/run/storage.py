@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from benchmarks.study.errors import StudyError
+from benchmarks.study import StudyError
 
 PACKED = Path(__file__).parents[1] / "results"
 CELLS = Path(".cache/study/cells")

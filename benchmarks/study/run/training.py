@@ -13,10 +13,10 @@ from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from benchmarks.study import StudyError
 from benchmarks.study.arms.building import build
 from benchmarks.study.arms.hooks import BuiltArm
 from benchmarks.study.base_models.loading import base_model, fresh_model, held_out_windows
-from benchmarks.study.errors import StudyError
 from benchmarks.study.run.probes import GateProbe
 from benchmarks.study.run.specification import Cell
 from benchmarks.study.tasks import pools

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from benchmarks.study.errors import StudyError
+from benchmarks.study import StudyError
 
 PRETRAINING_PACKAGES = ("numpy", "pandas", "scipy", "sklearn", "torch")
 _DISTRIBUTIONS = {"sklearn": "scikit-learn"}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.study.errors import StudyError
+from benchmarks.study import StudyError
 from benchmarks.study.tasks.examples import Example
 from benchmarks.study.tasks.pictures import as_picture
 

@@ -14,7 +14,7 @@ from functools import cache
 import numpy as np
 from PIL import Image as Pictures
 
-from benchmarks.study.errors import StudyError
+from benchmarks.study import StudyError
 from benchmarks.study.tasks.examples import Example, Image
 
 # The models see an image enlarged to this factor, so that the patches of their towers are not of very few pixels.

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.errors import StudyError
+from benchmarks.study import StudyError
 from benchmarks.study.tasks import corpus
 from benchmarks.study.tasks.examples import Example
 from benchmarks.study.tasks.sources import SOURCES, Pool, packages_of

@@ -11,8 +11,7 @@ from typing import TextIO
 
 from datasets import Features, Value
 
-from na_lora_lightning.data.files.record_tables import Rows, Table, batches_of
-from na_lora_lightning.data.files.text_files import open_text
+from na_lora_lightning.data.files.record_tables import Rows, Table, batches_of, open_text
 from na_lora_lightning.errors import DataError
 
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}

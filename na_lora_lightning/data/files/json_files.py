@@ -15,8 +15,7 @@ import pyarrow as pa
 from datasets import Features, Value
 from datasets.features.features import register_feature
 
-from na_lora_lightning.data.files.record_tables import Rows, Table, batches_of
-from na_lora_lightning.data.files.text_files import open_text
+from na_lora_lightning.data.files.record_tables import Rows, Table, batches_of, open_text
 from na_lora_lightning.errors import DataError
 
 _TEXT, _ANYTHING = "string", "json"

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.study import StudyError
 from benchmarks.study.arms.arm import Arm
 from benchmarks.study.arms.building import build
 from benchmarks.study.arms.hooks import BuiltArm
 from benchmarks.study.base_models import loading
-from benchmarks.study.errors import StudyError
 from na_lora_lightning.core.lora_layers import is_lora_layer, lora_a, lora_b
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 import yaml
 
+from benchmarks.study import StudyError
 from benchmarks.study.arms.arm import Arm
 from benchmarks.study.arms.building import build, hook_class
 from benchmarks.study.arms.candidates import RowRule
 from benchmarks.study.base_models import loading
-from benchmarks.study.errors import StudyError
 from benchmarks.study.report.evidence import STUDIES
 
 MEASURE = {"keep_fraction": 1.0, "warmup_steps": 0}

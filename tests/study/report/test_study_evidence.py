@@ -10,8 +10,8 @@ import pytest
 import yaml
 from study_helpers import result
 
+from benchmarks.study import StudyError
 from benchmarks.study.arms.arm import PLAIN_READING, Arm
-from benchmarks.study.errors import StudyError
 from benchmarks.study.report.comparison import compare
 from benchmarks.study.report.evidence import DOCUMENTS, EvidenceTable, make_pages, make_tables, write_evidence
 from benchmarks.study.report.evidence_tables import Sources

@@ -14,7 +14,7 @@ import pytest
 from scipy import stats
 from study_helpers import result
 
-from benchmarks.study.errors import StudyError
+from benchmarks.study import StudyError
 from benchmarks.study.report.comparison import bootstrap_interval, compare, holm, sign_test, verdicts
 from benchmarks.study.report.mechanism import mechanisms
 from benchmarks.study.report.summary import make_report, markdown, sections

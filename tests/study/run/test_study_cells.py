@@ -10,10 +10,10 @@ import torch
 from filelock import FileLock
 from study_helpers import ARMS
 
+from benchmarks.study import StudyError
 from benchmarks.study.arms.building import build
 from benchmarks.study.arms.hooks import ArmHook, BuiltArm
 from benchmarks.study.base_models import loading
-from benchmarks.study.errors import StudyError
 from benchmarks.study.run import training
 from benchmarks.study.run.reproduce import Reproduction, compare, decided, reproduce
 from benchmarks.study.run.runner import extended, remaining, run_study

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from study_helpers import result
 
+from benchmarks.study import StudyError
 from benchmarks.study.__main__ import main
-from benchmarks.study.errors import StudyError
 from benchmarks.study.run.storage import Results, name_of
 
 

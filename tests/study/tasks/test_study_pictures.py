@@ -11,12 +11,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from benchmarks.study import StudyError
 from benchmarks.study.arms.building import target_names
 from benchmarks.study.base_models import loading
 from benchmarks.study.base_models.language import make_tokenizer, mean_loss, weights_digest
 from benchmarks.study.base_models.loading import read_record, take_shipped
 from benchmarks.study.base_models.vision import make_processor
-from benchmarks.study.errors import StudyError
 from benchmarks.study.run import training
 from benchmarks.study.run.reproduce import decided, reproduce
 from benchmarks.study.run.runner import run_study
