@@ -90,12 +90,16 @@ class ModelLimits:
                         f"a batch has the token id {beyond[0]}, and the model has embeddings for the ids 0 to "
                         f"{self.rows - 1}; use the model's own tokenizer, or resize its embedding and save it first."
                     )
-            length = ids.shape[1] + added
+            longest, positions = ids.shape[1], batch.get("position_ids")
+            if name == "input_ids" and isinstance(positions, Tensor) and positions.shape == ids.shape:
+                # Of packed records each has positions of its own.
+                longest = int(positions.max()) + 1
+            length = longest + added
             usable = self.usable_length(length)
             if usable < length:
                 with_new = f" with {max_new_tokens} new ones" if added else ""
                 raise DataError(
-                    f"a batch is {ids.shape[1]} tokens long{with_new}, and no more than {usable} can be used, as "
+                    f"a batch is {longest} tokens long{with_new}, and no more than {usable} can be used, as "
                     f"{self.describe_positions()}; give shorter texts."
                 )
 
@@ -124,7 +128,7 @@ def _usable_length(config: PreTrainedConfig, wanted: int, surely: int) -> int:
         model = _probe(config)
     except Exception:  # Models are of many kinds; what cannot be made without weights cannot be tried.
         return wanted
-    if not _has_table(model, max(surely, 1)) or not _takes(model, 2) or _takes(model, wanted):
+    if not has_table(model, max(surely, 1)) or not _takes(model, 2) or _takes(model, wanted):
         return wanted
     low, high = max(surely, 2), wanted
     if not _takes(model, low):
@@ -161,7 +165,7 @@ def _probe(config: PreTrainedConfig) -> nn.Module:
     return make(config)
 
 
-def _has_table(model: nn.Module, rows: int) -> bool:
+def has_table(model: nn.Module, rows: int) -> bool:
     """Whether a model has what positions could be looked up in, or biases by distance."""
     tokens = model.get_input_embeddings()  # type: ignore[operator]
     if any(isinstance(m, nn.Embedding) and m is not tokens and m.num_embeddings >= rows for m in model.modules()):

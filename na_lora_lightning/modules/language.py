@@ -28,6 +28,7 @@ from na_lora_lightning.lightning_internals import attached_trainer
 from na_lora_lightning.models.limits import ModelLimits
 from na_lora_lightning.models.loading import enable_gradient_checkpointing, load_base_model
 from na_lora_lightning.models.lora import add_lora
+from na_lora_lightning.models.packing import require_packable
 from na_lora_lightning.models.sharding import require_shardable, shard_model
 from na_lora_lightning.models.source import BaseModelSource, Dtype
 from na_lora_lightning.modules.evaluation import Evaluator, generate_answers, prompt_inputs
@@ -51,8 +52,9 @@ class NALoRALightningModule(AdapterTrainingModule):
     :class:`~na_lora_lightning.callbacks.step_scale.StepScaleCallback` add what makes it nonlinearity-aware.
 
     A batch has ``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, length]`` and int64, with label -100
-    off target; for generation also ``prompt_input_ids`` and ``prompt_attention_mask``, padded on the left, and the
-    lists of strings ``prompts`` and ``references``. A model that takes images is also given whatever tensors of the
+    off target; packed records have ``position_ids`` in place of the mask. For generation there are also
+    ``prompt_input_ids`` and ``prompt_attention_mask``, padded on the left, and the lists of strings ``prompts`` and
+    ``references``. A model that takes images is also given whatever tensors of the
     batch it has arguments for (``pixel_values``, ...), in generation those whose names begin with ``prompt_``.
 
     Logged in training: ``train/loss`` (nats per target token) and what
@@ -190,13 +192,16 @@ class NALoRALightningModule(AdapterTrainingModule):
 
     @override
     def on_train_start(self) -> None:
-        """Checks that the logits can be computed as is asked.
+        """Checks that the logits can be computed as is asked, and that packed records are kept apart.
 
         Raises:
-            ConfigurationError: They cannot.
+            ConfigurationError: The model cannot.
         """
         super().on_train_start()
         require_logits(self.peft_model, self.loss.logits)
+        if getattr(getattr(self.trainer, "datamodule", None), "packing", False):
+            limits = self._limits and self._limits.positions
+            require_packable(self.peft_model, limits[0] if limits else None)
 
     @override
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:

@@ -74,8 +74,9 @@ def model_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         model: A PEFT model.
-        batch: ``input_ids``, ``attention_mask``, and, for a model that takes images, whatever its processor makes of
-            them (``pixel_values``, ``image_grid_thw``, ...). Labels and what the model does not take are left out.
+        batch: ``input_ids``, ``attention_mask`` or, of packed records, ``position_ids``, and, for a model that takes
+            images, whatever its processor makes of them (``pixel_values``, ``image_grid_thw``, ...). Labels and what
+            the model does not take are left out.
 
     Returns:
         Keyword arguments.
@@ -86,7 +87,9 @@ def model_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in batch.items()
         if isinstance(value, Tensor) and name in accepted and name not in _NO_EXTRA
     }
-    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], **extra}
+    # Packed records are told apart by their position ids, which a mask would have transformers overlook.
+    given = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+    return {**given, **extra}
 
 
 def token_sums(
@@ -96,8 +99,8 @@ def token_sums(
 
     Args:
         model: Called with what of the batch it takes as keywords; returns an output with ``logits``.
-        batch: ``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, length]`` and int64, and for a model
-            that takes images what its processor makes of them.
+        batch: ``input_ids``, ``attention_mask`` (or ``position_ids``) and ``labels``, each ``[batch, length]`` and
+            int64, and for a model that takes images what its processor makes of them.
         logits: As in :class:`~na_lora_lightning.arguments.LossArguments`.
         count_correct: Whether to count the targets that the model finds most likely.
 

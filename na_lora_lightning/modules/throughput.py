@@ -15,7 +15,7 @@ from na_lora_lightning.labels import IGNORED_LABEL
 class ThroughputCallback(Callback):
     """Logs how many tokens this process trains on per second of wall-clock time.
 
-    ``train/tokens_per_second`` counts the tokens that are not padding in ``input_ids`` (attention mask not 0);
+    ``train/tokens_per_second`` counts the tokens that are not padding in ``input_ids`` (attention mask not 0, or none);
     ``train/target_tokens_per_second`` those of them that the loss is computed on (labels not -100 from the second
     position on). Both are sums over the training batches since the last report, divided by the time from that report
     to this one less the time in validation; waiting for data, the optimizer, callbacks and checkpoints count. A report
@@ -51,7 +51,8 @@ class ThroughputCallback(Callback):
     ) -> None:
         """Counts the batch, and reports when it is time to."""
         # Stays on the device: reading a number from it would make every step wait.
-        self._tokens = self._tokens + (batch["attention_mask"] != 0).sum()
+        mask = batch.get("attention_mask")
+        self._tokens = self._tokens + (batch["input_ids"].numel() if mask is None else (mask != 0).sum())
         self._target_tokens = self._target_tokens + (batch["labels"][:, 1:] != IGNORED_LABEL).sum()
         steps = trainer.global_step - self._reported_step
         # The trainer has the number from its logger connector, unknown to type checkers.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.models.output_head import output_head
 from na_lora_lightning.modules import chunked_loss
 from na_lora_lightning.modules.losses import token_sums
+
+# PEFT's word on merging LoRA of a tied head.
+pytestmark = pytest.mark.filterwarnings("ignore:Model .* `tie_word_embeddings=True`")
 
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -100,8 +104,6 @@ def assert_same(model: Any, batch: dict[str, Tensor], rtol: float = 1e-4, atol: 
         torch.testing.assert_close(others.get(name, torch.zeros_like(gradient)), gradient, rtol=rtol, atol=atol)
 
 
-# PEFT's word on merging LoRA of a tied head.
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("head", ["frozen", "LoRA"])
 def test_every_kind_of_head(kind: str, head: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +115,7 @@ def test_every_kind_of_head(kind: str, head: str, monkeypatch: pytest.MonkeyPatc
     assert_same(model, batch_of(0, 3, 7, 0.7))
 
 
-_models = {head: adapted("plain", head) for head in HEADS}
+_model = cache(partial(adapted, "plain"))
 
 
 @settings(deadline=None, max_examples=25)
@@ -128,7 +130,7 @@ _models = {head: adapted("plain", head) for head in HEADS}
 def test_any_chunk(head: str, chunk: int, rows: int, length: int, targets: float, seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunked_loss, "tokens_per_chunk", lambda vocabulary: chunk)
-        assert_same(_models[head], batch_of(seed, rows, length, targets))
+        assert_same(_model(head), batch_of(seed, rows, length, targets))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import DataCollatorWithFlattening, PreTrainedTokenizerBase
 
 from na_lora_lightning.data.batching import Collator
 from na_lora_lightning.data.options import TextOptions
@@ -32,7 +32,8 @@ class InstructionDataModule(SupervisedDataModule):
 
     and may end in a colon and the name of a split or of a part of one, as in ``data.jsonl:train[:90%]``.
 
-    Batches have ``input_ids``, ``attention_mask`` and ``labels``, padded on the right. Batches for
+    Batches have ``input_ids``, ``attention_mask`` and ``labels``, padded on the right. Packed batches have
+    ``position_ids``, which begin anew with each record, in place of the mask, and one row. Batches for
     validation, test and prediction also have ``prompt_input_ids`` and ``prompt_attention_mask``, padded on
     the left and ready for generation, and the lists of strings ``prompts`` and ``references``. Records for
     prediction need no completion; their reference is then empty.
@@ -62,6 +63,10 @@ class InstructionDataModule(SupervisedDataModule):
         shuffle: Whether to shuffle the training data in each epoch.
         group_by_length: Whether to form training batches of records of similar length, which saves padding.
         pad_to_multiple_of: Pads batches to a length that is a multiple of this number.
+        packing: Whether the records of a training batch stand one after another in one row, without padding and
+            without one seeing another, instead of in a row each (what others call padding-free). It saves what padding
+            costs where lengths differ much; ``attention_implementation: flash_attention_2`` saves attention between
+            records too. A model that cannot keep records apart is refused.
         num_workers: The number of processes that load batches. Records are tokenised beforehand, so none are
             needed as a rule.
         seed: The seed of the order of the training data.
@@ -92,6 +97,7 @@ class InstructionDataModule(SupervisedDataModule):
         shuffle: bool = True,
         group_by_length: bool = True,
         pad_to_multiple_of: int = 1,
+        packing: bool = False,
         num_workers: int = 0,
         seed: int = 0,
         tokenizer_revision: str | None = None,
@@ -99,7 +105,12 @@ class InstructionDataModule(SupervisedDataModule):
     ) -> None:
         if loss_on not in ("completion", "all"):
             raise ConfigurationError(f"loss_on={loss_on!r} is unknown; set it to 'completion' or 'all'.")
+        if packing and pad_to_multiple_of != 1:
+            raise ConfigurationError(
+                f"packing leaves no padding, which pad_to_multiple_of={pad_to_multiple_of} asks for; leave one out."
+            )
         super().__init__(TextOptions.among(locals()))
+        self.packing = packing
         self.save_hyperparameters(logger=False)
         self.tokenizer_name_or_path = tokenizer_name_or_path
         self.loss_on: Literal["completion", "all"] = loss_on
@@ -134,6 +145,8 @@ class InstructionDataModule(SupervisedDataModule):
         return self._prepared_split(split).remove_columns(["tokens", "target_tokens", "truncated", "end_ids"])
 
     def _collator(self, split: str) -> Callable[[list[Any]], Any]:
+        if self.packing and split == "train":
+            return DataCollatorWithFlattening()
         pad_token_id = self.tokenizer.pad_token_id
         if pad_token_id is None:
             pad_token_id = self.tokenizer.eos_token_id
