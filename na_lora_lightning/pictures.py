@@ -45,7 +45,7 @@ def heat_map(
     axis = figure.add_axes((left / 6.4, low / height, (5.45 - left) / 6.4, (height - low - 0.4) / height))
     at, columns = _evenly(steps, values)
     half = (at[1] - at[0]) / 2 if len(at) > 1 else 0.5
-    low_value, high_value = limits or _limits(values)
+    low_value, high_value = limits or value_limits(values)
     image = axis.imshow(
         np.ma.masked_invalid(columns),
         aspect="auto",
@@ -103,7 +103,8 @@ def _names(labels: Sequence[str]) -> list[str]:
     return [label if len(label) <= 24 else f"…{label[-23:]}" for label in labels]
 
 
-def _limits(values: NDArray[np.floating[Any]]) -> tuple[float, float]:
+def value_limits(values: NDArray[np.floating[Any]]) -> tuple[float, float]:
+    """The least and the greatest value that is finite; a little apart where they are one."""
     finite = values[np.isfinite(values)]
     if not finite.size:
         return 0.0, 1.0

@@ -29,6 +29,7 @@ commands:
   predict   generate answers to prompts
   merge     merge an adapter into its base model
   inspect   list the gates of a model and how they would be adapted
+  report    write a page about a run, or several side by side
 
 'na-lora COMMAND --help' lists the options of a command. 'na-lora fit --config run.yaml' takes them from a file, and
 'na-lora fit ... --print_config' shows the configuration that a command line amounts to.
@@ -81,7 +82,8 @@ def _run(given: list[str]) -> int:
         return _report(f"{missing}; use one of {', '.join(_COMMANDS)}.")
     try:
         with _without_known_noise():
-            require_new_transformers()
+            if given[0] not in _WITHOUT_TRANSFORMERS:
+                require_new_transformers()
             return command(given)
     except NALoRAError as error:
         return _report(str(error))
@@ -128,6 +130,12 @@ def _inspect(arguments: Sequence[str]) -> int:
     return inspection.main(list(arguments[1:]))
 
 
+def _report_runs(arguments: Sequence[str]) -> int:
+    from na_lora_lightning.cli import report as reporting
+
+    return reporting.main(list(arguments[1:]))
+
+
 _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "fit": _train,
     "validate": _train,
@@ -135,7 +143,9 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "predict": _train,
     "merge": _merge,
     "inspect": _inspect,
+    "report": _report_runs,
 }
+_WITHOUT_TRANSFORMERS = ("report",)
 
 
 class _KnownMessages(logging.Filter):
