@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent / "_extensions"))
 project = "NA-LoRA for PyTorch Lightning"
 author = "the authors of na-lora-lightning"
 version = release = __version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "options_page", "outside_pages"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "made_pages"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "NA-LoRA"

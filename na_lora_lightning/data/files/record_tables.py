@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,7 +16,6 @@ import datasets
 import pyarrow as pa
 from datasets import Dataset, Features, ReadInstruction
 
-from na_lora_lightning.data.revision import code_revision
 from na_lora_lightning.errors import DataError
 
 # A value for each column that a record has.
@@ -188,3 +188,10 @@ def _undecodable(path: Path, encoding: str) -> DataError:
                 position = f"byte 0x{line[error.start]:02x} at position {error.start + 1} of line {number}"
                 return DataError(f"{where} is not in UTF-8 ({position}); {remedy}.")
     return DataError(f"{where} is not in UTF-8; {remedy}.")
+
+
+@cache
+def code_revision() -> str:
+    """A hash of the source of all data modules, under which results are cached; those of other code are not reused."""
+    sources = sorted(Path(__file__).parents[1].rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from na_lora_lightning.data.answers import answer_text, first_whole_character, whole_characters
 from na_lora_lightning.data.batching import IGNORED_LABEL
-from na_lora_lightning.data.revision import code_revision
+from na_lora_lightning.data.files.record_tables import code_revision
 from na_lora_lightning.data.text.chat import ChatTemplate, Piece
 from na_lora_lightning.data.text.records import Message, read_conversation, read_tools
 from na_lora_lightning.data.text.tool_use import settle_tool_use
