@@ -28,7 +28,7 @@ _READERS: dict[str, Reader] = {
     ".tsv": read_csv,
     ".parquet": read_parquet,
 }
-_KINDS = ".jsonl, .json, .csv, .tsv or .parquet file"
+_KINDS = f"{', '.join([*_READERS][:-1])} or {[*_READERS][-1]} file"
 _SPLIT = re.compile(r"\w[\w.\-]*(\[[^\]]*\])?(\+.+)?")
 _FAILURES = (DatasetsError, pa.ArrowException, LookupError, OSError, RuntimeError, TypeError, ValueError)
 # What records are made of, by which a table is known to be one.
