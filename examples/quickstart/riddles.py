@@ -15,7 +15,7 @@ import random
 import re
 from pathlib import Path
 
-from errors import QuickstartError
+from pretrained import QuickstartError
 
 LARGEST_COUNT = 12
 HELD_OUT_PAIRS = 36

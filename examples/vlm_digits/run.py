@@ -148,8 +148,8 @@ def ensure_language_model(folder: Path) -> None:
     if str(QUICKSTART) not in sys.path:
         # Behind this example's own files.
         sys.path.append(str(QUICKSTART))
-    from errors import QuickstartError
-    from weights import SMOLLM2, ensure_weights
+    from pretrained import SMOLLM2, QuickstartError
+    from weights import ensure_weights
 
     try:
         ensure_weights(SMOLLM2, folder)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from na_lora_lightning.arguments import LoRAArguments
+from na_lora_lightning.arguments import LoRAOptions
 from na_lora_lightning.checkpoints.adapter_folder import complete_folder, exchange, is_ours
 from na_lora_lightning.checkpoints.run_record import RunRecord
 from na_lora_lightning.errors import CheckpointError, ConfigurationError
@@ -61,7 +61,7 @@ def without_base_weights(
     return {name: tensor for name, tensor in state.items() if not name.startswith(prefix) or name in keys}
 
 
-def describe_adapter(model: PeftModel, lora: LoRAArguments) -> dict[str, Any]:
+def describe_adapter(model: PeftModel, lora: LoRAOptions) -> dict[str, Any]:
     """Plain values that say which base model and options an adapter belongs to."""
     base = model.get_base_model()
     return {
@@ -88,7 +88,7 @@ def require_same_adapter(saved: Mapping[str, Any], current: Mapping[str, Any]) -
             f"the checkpoint belongs to a model of type {saved_type!r} and the current one is {current_type!r}; load "
             "it with the model that it was trained on."
         )
-    defaults = asdict(LoRAArguments())
+    defaults = asdict(LoRAOptions())
     differences = [
         (option, saved["lora"].get(option, default), current["lora"].get(option, default))
         for option, default in defaults.items()
@@ -105,7 +105,7 @@ def require_same_adapter(saved: Mapping[str, Any], current: Mapping[str, Any]) -
 
 
 def _moves_base(lora: Mapping[str, Any]) -> bool | str:
-    arguments = LoRAArguments(init_lora_weights=lora.get("init_lora_weights", True))
+    arguments = LoRAOptions(init_lora_weights=lora.get("init_lora_weights", True))
     return arguments.init_lora_weights if arguments.changes_base_weights else True
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from transformers import PreTrainedModel
 
-    from na_lora_lightning.arguments import LoRAArguments
+    from na_lora_lightning.arguments import LoRAOptions
     from na_lora_lightning.models.fast_lora import LoRALayerReport
     from na_lora_lightning.models.source import BaseModelSource
 
@@ -28,12 +28,12 @@ _OBSERVED_AT = {
 }
 
 
-def inspect_model(source: BaseModelSource, lora: LoRAArguments) -> GateMap:
+def inspect_model(source: BaseModelSource, lora: LoRAOptions) -> GateMap:
     """Finds the gates of a model, as :func:`inspect_layers` does."""
     return inspect_layers(source, lora)[0]
 
 
-def inspect_layers(source: BaseModelSource, lora: LoRAArguments) -> tuple[GateMap, LoRALayerReport]:
+def inspect_layers(source: BaseModelSource, lora: LoRAOptions) -> tuple[GateMap, LoRALayerReport]:
     """Makes a model from its configuration, without its weights, adds LoRA to it, and finds its gates.
 
     Args:
@@ -63,7 +63,7 @@ def inspect_layers(source: BaseModelSource, lora: LoRAArguments) -> tuple[GateMa
     return discover_gates(model, inputs), report
 
 
-def _example_inputs(base: PreTrainedModel, source: BaseModelSource, lora: LoRAArguments) -> dict[str, Any] | None:
+def _example_inputs(base: PreTrainedModel, source: BaseModelSource, lora: LoRAOptions) -> dict[str, Any] | None:
     """What reaches every part with LoRA; None stands for a few tokens of text."""
     from na_lora_lightning.core.model_parts import is_multimodal
     from na_lora_lightning.data.images.batching import example_of_processor
@@ -170,7 +170,7 @@ def main(arguments: list[str]) -> int:
     """
     from jsonargparse import ArgumentError
 
-    from na_lora_lightning.arguments import LoRAArguments
+    from na_lora_lightning.arguments import LoRAOptions
     from na_lora_lightning.cli.arguments import PlainParser
     from na_lora_lightning.cli.errors import explain
     from na_lora_lightning.models.source import BaseModelSource
@@ -186,14 +186,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("model", type=str, help="folder of a model, or its name on the hub")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--trust_remote_code", type=bool, default=False, help="run code that comes with the model")
-    parser.add_class_arguments(LoRAArguments, "lora")
+    parser.add_class_arguments(LoRAOptions, "lora")
     try:
         options = parser.parse_args(arguments)
     except ArgumentError as error:
         keys = {action.dest for action in parser._actions}
         raise ConfigurationError(explain(str(error), keys, (), ())) from error
     source = BaseModelSource(options.model, trust_remote_code=options.trust_remote_code)
-    gates, layers = inspect_layers(source, LoRAArguments(**vars(options.lora)))
+    gates, layers = inspect_layers(source, LoRAOptions(**vars(options.lora)))
     if options.json:
         print(json.dumps(as_dictionary(gates) | {"lora_layers": asdict(layers)}, indent=2))
     else:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-from na_lora_lightning.arguments import LoRAArguments
+from na_lora_lightning.arguments import LoRAOptions
 from na_lora_lightning.models.lora_inputs import keep_inputs_uncast
 from na_lora_lightning.models.source import DUAL_ENCODERS, BaseModelSource
 from na_lora_lightning.models.target_names import require_names_in_use, require_names_of_model
@@ -24,7 +24,7 @@ from na_lora_lightning.models.targets import ALL_EXPERTS, LoRATargets, lora_targ
 from na_lora_lightning.models.ties import require_untiable
 
 
-def add_lora(model: PreTrainedModel, lora: LoRAArguments, source: BaseModelSource) -> PeftModel:
+def add_lora(model: PreTrainedModel, lora: LoRAOptions, source: BaseModelSource) -> PeftModel:
     """Wraps a model with LoRA.
 
     After :func:`lightning.pytorch.seed_everything` the initial LoRA weights are a function of its seed alone, so that
@@ -90,7 +90,7 @@ def add_lora(model: PreTrainedModel, lora: LoRAArguments, source: BaseModelSourc
     return peft_model.train()
 
 
-def _targets(model: PreTrainedModel, lora: LoRAArguments, source: BaseModelSource) -> LoRATargets:
+def _targets(model: PreTrainedModel, lora: LoRAOptions, source: BaseModelSource) -> LoRATargets:
     """Targets that name what PEFT will adapt; checks what goes with parameters among them."""
     if isinstance(lora.target_parameters, str) and lora.target_parameters != ALL_EXPERTS:
         raise ConfigurationError(
@@ -131,7 +131,7 @@ def _targets(model: PreTrainedModel, lora: LoRAArguments, source: BaseModelSourc
     return targets
 
 
-def _require_usable_initialisation(lora: LoRAArguments, model: PeftModel, source: BaseModelSource) -> None:
+def _require_usable_initialisation(lora: LoRAOptions, model: PeftModel, source: BaseModelSource) -> None:
     # PEFT decomposes transposed weights as if they were not, and the first forward pass fails.
     if lora.init_lora_weights == "olora" and any(getattr(layer, "fan_in_fan_out", False) for layer in model.modules()):
         raise ConfigurationError(

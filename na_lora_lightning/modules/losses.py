@@ -101,7 +101,7 @@ def token_sums(
         model: Called with what of the batch it takes as keywords; returns an output with ``logits``.
         batch: ``input_ids``, ``attention_mask`` (or ``position_ids``) and ``labels``, each ``[batch, length]`` and
             int64, and for a model that takes images what its processor makes of them.
-        logits: As in :class:`~na_lora_lightning.arguments.LossArguments`.
+        logits: As in :class:`~na_lora_lightning.arguments.LossOptions`.
         count_correct: Whether to count the targets that the model finds most likely.
 
     Returns:

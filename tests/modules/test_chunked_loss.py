@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from na_lora_lightning import GateImportanceCallback, NALoRALightningModule, StepScaleCallback
-from na_lora_lightning.arguments import AdapterArguments, LoRAArguments, LossArguments
+from na_lora_lightning.arguments import AdapterOptions, LoRAOptions, LossOptions
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.models.output_head import output_head
 from na_lora_lightning.modules import chunked_loss
@@ -228,9 +228,9 @@ def test_gates_see_the_same_tokens(tmp_path: Path) -> None:
         torch.manual_seed(0)
         module = NALoRALightningModule(
             base,
-            lora=LoRAArguments(r=2, alpha=4),
-            loss=LossArguments(logits=logits),  # type: ignore[arg-type]
-            adapter=AdapterArguments(write="never"),
+            lora=LoRAOptions(r=2, alpha=4),
+            loss=LossOptions(logits=logits),  # type: ignore[arg-type]
+            adapter=AdapterOptions(write="never"),
             optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5),
         )
         callbacks = [GateImportanceCallback(keep_fraction=0.5), StepScaleCallback()]
@@ -245,7 +245,7 @@ def test_gates_see_the_same_tokens(tmp_path: Path) -> None:
 
 def test_fused_is_refused_where_it_cannot_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = NALoRALightningModule(
-        saved_model(tmp_path / "base"), loss=LossArguments(logits="fused"), adapter=AdapterArguments(write="never")
+        saved_model(tmp_path / "base"), loss=LossOptions(logits="fused"), adapter=AdapterOptions(write="never")
     )
     with pytest.raises(ConfigurationError, match="runs on a GPU, and the model is not on one; use 'auto'"):
         quiet_trainer(tmp_path).fit(module, Batches(some_batches(1)))

@@ -30,7 +30,7 @@ from tiny_models import PLAIN_SCALE
 from transformers import AutoModel, CLIPModel
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback, discover_gates
-from na_lora_lightning.arguments import AdapterArguments, LoRAArguments
+from na_lora_lightning.arguments import AdapterOptions, LoRAOptions
 from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
 from na_lora_lightning.core.observation.observer import ObserverOptions
@@ -267,7 +267,7 @@ def test_each_activation_has_curves_and_a_scale_of_its_own(folder: Path, train: 
 
 def test_adapter_loads_in_plain_peft_and_merges(base: str, train: str, tmp_path: Path) -> None:
     mechanisms: list[Callback] = [GateImportanceCallback(warmup_steps=1), StepScaleCallback()]
-    adapter = AdapterArguments(folder=str(tmp_path / "adapter"))
+    adapter = AdapterOptions(folder=str(tmp_path / "adapter"))
     module, _ = fitted(base, train, tmp_path, mechanisms, adapter=adapter)
     batch = some_images(base, train)
     inputs = {**module._prompts(), "pixel_values": batch["pixel_values"]}
@@ -314,7 +314,7 @@ def test_checkpoint_holds_the_adapter_and_the_classes(clip: str, train: str, tes
 def test_resumed_training_equals_uninterrupted_training(clip: str, train: str, tmp_path: Path) -> None:
     def run(**options: Any) -> dict[str, torch.Tensor]:
         seed_everything(0, verbose=False)
-        module = make_module(clip, lora=LoRAArguments(r=2, alpha=4, dropout=0.2))
+        module = make_module(clip, lora=LoRAOptions(r=2, alpha=4, dropout=0.2))
         saver = ModelCheckpoint(tmp_path / "steps", every_n_train_steps=3, save_top_k=-1)
         callbacks = [saver, GateImportanceCallback(warmup_steps=1, refresh_every=2), StepScaleCallback()]
         trainer = quiet_trainer(tmp_path, max_epochs=3, enable_checkpointing=True, callbacks=callbacks)
@@ -353,7 +353,7 @@ def test_accumulated_micro_batches_weigh_every_image_alike(clip: str, train: str
 def test_patches_of_any_aspect_ratio(folder: Path, train: str, tmp_path: Path) -> None:
     base = saved_dual_encoder(folder / "naflex", "siglip2")
     # The head makes one token of the patches of an image, to which their mask does not apply.
-    lora = LoRAArguments(r=4, alpha=8, exclude_modules=["vision_model.head.mlp.fc1"])
+    lora = LoRAOptions(r=4, alpha=8, exclude_modules=["vision_model.head.mlp.fc1"])
     importance = GateImportanceCallback(warmup_steps=1, allow_unmasked_gates=True)
     fitted(base, train, tmp_path, [importance], lora=lora)
     assert importance.controller is not None
@@ -424,7 +424,7 @@ def test_prompts_that_cannot_work_are_refused(clip: str) -> None:
         ({"templates": []}, "templates is empty"),
         ({"parts": ["language"]}, "names no part, or an unknown one"),
         ({"parts": []}, "names no part"),
-        ({"lora": LoRAArguments(parts=["vision"])}, "leave it out and set parts"),
+        ({"lora": LoRAOptions(parts=["vision"])}, "leave it out and set parts"),
     ],
 )
 def test_options_that_cannot_work_are_refused(options: dict[str, Any], message: str) -> None:
@@ -442,4 +442,4 @@ def test_classes_that_do_not_fit_are_refused(clip: str, train: str, tmp_path: Pa
     with pytest.raises(ConfigurationError, match="there are no classes to make prompts of"):
         quiet_trainer(tmp_path).validate(make_module(clip), [some_images(clip, train)])
     with pytest.raises(ConfigurationError, match=r"target_parameters is for experts"):
-        make_module(clip, lora=LoRAArguments(target_parameters="all-experts")).configure_model()
+        make_module(clip, lora=LoRAOptions(target_parameters="all-experts")).configure_model()

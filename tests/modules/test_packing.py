@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorWithFlattening
 
 from na_lora_lightning import GateImportanceCallback, NALoRALightningModule, StepScaleCallback
-from na_lora_lightning.arguments import AdapterArguments, LoRAArguments
+from na_lora_lightning.arguments import AdapterOptions, LoRAOptions
 from na_lora_lightning.core.observation.observer import ObserverOptions
 from na_lora_lightning.data import InstructionDataModule
 from na_lora_lightning.data.batching import Collator
@@ -183,8 +183,8 @@ def fitted(base: str, folder: Path, packing: bool, resume: str | None = None, **
     torch.manual_seed(0)
     module = NALoRALightningModule(
         base,
-        lora=LoRAArguments(r=2, alpha=4),
-        adapter=AdapterArguments(write="never"),
+        lora=LoRAOptions(r=2, alpha=4),
+        adapter=AdapterOptions(write="never"),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.3),
     )
     data = InstructionDataModule(base, str(Path(base).parent / "train.jsonl"), batch_size=3, packing=packing)
