@@ -68,6 +68,11 @@ class GateMonitor:
         """Whether there is a folder to write to, so that logging steps are measured without a logger too."""
         return self._history is not None
 
+    @property
+    def folder(self) -> Path | None:
+        """Where the history is; None where none is kept."""
+        return None if self._history is None else self._folder
+
     # ---- in the course of the fit ----
 
     def start(self, trainer: Trainer) -> None:
@@ -189,8 +194,7 @@ class GateMonitor:
         except Exception as error:
             self._given_up.add(what)
             warnings.warn(
-                f"{what[:1].upper()}{what[1:]} cannot be written ({type(error).__name__}: {error}), and training goes "
-                "on without.",
+                f"{what} cannot be written ({type(error).__name__}: {error}), and training goes on without.",
                 ViewWarning,
                 stacklevel=2,
             )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +21,10 @@ if TYPE_CHECKING:
     from na_lora_lightning.models.source import BaseModelSource
 
 
-_WIDTH_OF_FILES = 160
+_WIDTH_OF_FILES = 80
+_COLUMNS = ("part", "layers", "activation", "kind", "channels", "experts", "LoRA layer", "rows of B", "rank")
+_NUMBERS = ("channels", "experts", "rank")
+_UNBROKEN = (*_NUMBERS, "part", "activation", "kind")
 
 _OBSERVED_AT = {
     ActivationInput: "input of the activation module",
@@ -33,7 +38,7 @@ def inspect_model(source: BaseModelSource, lora: LoRAOptions) -> GateMap:
     return inspect_layers(source, lora)[0]
 
 
-def inspect_layers(source: BaseModelSource, lora: LoRAOptions) -> tuple[GateMap, LoRALayerReport]:
+def inspect_layers(source: BaseModelSource, lora: LoRAOptions) -> tuple[GateMap, LoRALayerReport, tuple[int, int]]:
     """Makes a model from its configuration, without its weights, adds LoRA to it, and finds its gates.
 
     Args:
@@ -41,7 +46,8 @@ def inspect_layers(source: BaseModelSource, lora: LoRAOptions) -> tuple[GateMap,
         lora: Which layers get LoRA.
 
     Returns:
-        All sites, and what was left out and why; how its LoRA layers are computed.
+        All sites, and what was left out and why; how its LoRA layers are computed; how many
+        parameters train, and how many there are.
 
     Raises:
         ConfigurationError: The model cannot be made, or the LoRA options do not fit it.
@@ -57,10 +63,11 @@ def inspect_layers(source: BaseModelSource, lora: LoRAOptions) -> tuple[GateMap,
     inputs = _example_inputs(base, source, lora)
     model = add_lora(base, lora, source)
     report = lora_layer_report(model)
+    parameters = model.get_nb_trainable_parameters()
     fill_in(model)
     if inputs is not None:
         inputs = {**model_inputs(model, inputs), "use_cache": False} if "attention_mask" in inputs else inputs
-    return discover_gates(model, inputs), report
+    return discover_gates(model, inputs), report, parameters
 
 
 def _example_inputs(base: PreTrainedModel, source: BaseModelSource, lora: LoRAOptions) -> dict[str, Any] | None:
@@ -125,35 +132,82 @@ def as_dictionary(gates: GateMap) -> dict[str, Any]:
 
 
 def as_tables(gates: GateMap) -> list[Table]:
-    """The map as tables for a terminal."""
+    """The map as tables for a terminal of 80 columns: layers that are equal share a line."""
+    from rich import box
     from rich.table import Table
 
-    sites = as_dictionary(gates)["sites"]
-    # Only models of several parts have something to say in the first column.
-    with_parts = any(site["part"] is not None for site in sites)
-    found = Table(title=f"{len(gates)} gate sites, {gates.channels} gate channels", title_justify="left")
-    if with_parts:
-        found.add_column("part")
-    for column in ("layer", "activation", "kind", "channels", "experts", "LoRA layer", "rows of lora_B", "rank"):
-        justify: Literal["right", "left"] = "right" if column in ("layer", "channels", "experts", "rank") else "left"
-        found.add_column(column, justify=justify, overflow="fold")
-    for site in sites:
-        layer = "" if site["layer"] is None else str(site["layer"])
-        ranks = ", ".join(str(rank) for rank in site["rank"].values())
-        activation = site["activation"] if site["self_gated"] else f"{site['activation']} (not self-gated)"
-        experts = "" if site["experts"] is None else str(site["experts"])
-        lora_layer = site["lora_layer"] if site["parameter"] is None else f"{site['lora_layer']} ({site['parameter']})"
-        channels = str(site["channels"])
-        row = [layer, activation, site["kind"], channels, experts, lora_layer, site["rows"], ranks]
-        found.add_row(*([site["part"] or ""] if with_parts else []), *row)
+    rows = [_row(site) for site in as_dictionary(gates)["sites"]]
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for layer, *others in rows:
+        groups.setdefault(tuple(others), []).append(layer)
+    found = Table(
+        title=f"{len(gates)} gate sites, {gates.channels:,} gate channels",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    lines = [(others[0], _ranges(layers), *others[1:]) for others, layers in groups.items()]
+    # A column in which no line has anything is left out.
+    shown = [index for index in range(len(_COLUMNS)) if any(line[index] for line in lines)]
+    for index in shown:
+        justify: Literal["right", "left"] = "right" if _COLUMNS[index] in _NUMBERS else "left"
+        found.add_column(_COLUMNS[index], justify=justify, overflow="fold", no_wrap=_COLUMNS[index] in _UNBROKEN)
+    for line in lines:
+        found.add_row(*(line[index] for index in shown))
     if not gates.left_out:
         return [found]
-    left_out = Table(title=f"{len(gates.left_out)} activations left out", title_justify="left")
+    left_out = Table(title=f"{len(gates.left_out)} activations left out", title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("activation", "module", "reason"):
         left_out.add_column(column, overflow="fold")
-    for entry in gates.left_out:
-        left_out.add_row(entry.activation, entry.name, entry.reason)
+    for (activation, name, reason), numbers in _equal_apart_from_layer(
+        [(entry.activation, entry.name, entry.reason) for entry in gates.left_out]
+    ).items():
+        left_out.add_row(activation, name if len(numbers) == 1 else f"{name} ({_ranges(numbers)})", reason)
     return [found, left_out]
+
+
+def _row(site: dict[str, Any]) -> tuple[str, ...]:
+    """Layer, and what of the site may be equal in other layers."""
+    layer = "" if site["layer"] is None else str(site["layer"])
+    experts = "" if site["experts"] is None else str(site["experts"])
+    activation = site["activation"] if site["self_gated"] else f"{site['activation']} (not self-gated)"
+    name = site["lora_layer"]
+    if layer:
+        # The rest of the name is in --json; of experts that PEFT wraps twice, what it wraps is no news.
+        name = f"…{re.split(rf'(?:^|[.]){layer}[.]', name, maxsplit=1)[-1]}"
+    name = name.replace(".base_layer", "")
+    name += "" if site["parameter"] is None else f" ({site['parameter']})"
+    ranks = ", ".join(str(rank) for rank in site["rank"].values())
+    return (
+        layer, site["part"] or "", activation, site["kind"], str(site["channels"]), experts, name, site["rows"], ranks
+    )  # fmt: skip
+
+
+def _equal_apart_from_layer(entries: list[tuple[str, str, str]]) -> dict[tuple[str, str, str], list[str]]:
+    """Entries whose texts differ by the number of a layer alone, each once, with those numbers."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    first: dict[tuple[str, str, str], tuple[str, str, str]] = {}
+    for activation, name, reason in entries:
+        number = re.search(r"(?<=[.])\d+(?=[.])", name)
+        layer = number[0] if number else ""
+        name_of_all, reason_of_all = (text.replace(f".{layer}.", ".*.") if layer else text for text in (name, reason))
+        same = (activation, name_of_all, reason_of_all)
+        groups.setdefault(same, []).append(layer)
+        first.setdefault(same, (activation, name, reason))
+    return {same if len(numbers) > 1 else first[same]: numbers for same, numbers in groups.items()}
+
+
+def _ranges(layers: Sequence[str]) -> str:
+    """``0-29`` or ``0, 2, 4-6`` of numbers in order; anything else as it is."""
+    if not all(layer.isdigit() for layer in layers):
+        return ", ".join(dict.fromkeys(filter(None, layers)))
+    spans: list[list[int]] = []
+    for number in sorted({int(layer) for layer in layers}):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
 
 
 def main(arguments: list[str]) -> int:
@@ -193,9 +247,10 @@ def main(arguments: list[str]) -> int:
         keys = {action.dest for action in parser._actions}
         raise ConfigurationError(explain(str(error), keys, (), ())) from error
     source = BaseModelSource(options.model, trust_remote_code=options.trust_remote_code)
-    gates, layers = inspect_layers(source, LoRAOptions(**vars(options.lora)))
+    gates, layers, (trainable, total) = inspect_layers(source, LoRAOptions(**vars(options.lora)))
     if options.json:
-        print(json.dumps(as_dictionary(gates) | {"lora_layers": asdict(layers)}, indent=2))
+        more = {"lora_layers": asdict(layers), "parameters": {"trainable": trainable, "total": total}}
+        print(json.dumps(as_dictionary(gates) | more, indent=2))
     else:
         from rich.console import Console
 
@@ -204,6 +259,7 @@ def main(arguments: list[str]) -> int:
             console = Console(width=_WIDTH_OF_FILES)
         for table in as_tables(gates):
             console.print(table)
+        console.print(f"LoRA trains {trainable:,} of {total:,} parameters ({100 * trainable / total:.3g} %).")
         for line in layers.lines():
             console.print(line, markup=False, highlight=False)
     gates.require()

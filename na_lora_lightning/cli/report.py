@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser
-from pathlib import Path
 from typing import NoReturn
 
 from na_lora_lightning.errors import ConfigurationError
 
-_PAGE = "report.html"
-
 
 class _Parser(ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"{message[:1].upper()}{message[1:]}; see na-lora report --help.")
+        raise ConfigurationError(f"{message}; see na-lora report --help.")
 
 
 def main(arguments: list[str]) -> int:
@@ -43,46 +40,12 @@ def main(arguments: list[str]) -> int:
         type=str,
         default=None,
         metavar="FILE",
-        help=f"the page (default: {_PAGE} in the folder of the run, or in this one for several)",
+        help="the page (default: report.html in the folder of the run, or in this one for several)",
     )
     options = parser.parse_args(arguments)
     if not options.runs:
-        raise ConfigurationError("No run is given; give the folder of at least one.")
+        raise ConfigurationError("no run is given; give the folder of at least one.")
+    from na_lora_lightning.report.page import write_report
+
     print(f"Report {write_report(options.runs, options.output)}")
     return 0
-
-
-def write_report(runs: list[str], output: str | None = None) -> Path:
-    """Writes the page.
-
-    Args:
-        runs: Folders of runs.
-        output: The file; None stands for ``report.html`` in the folder of the only run, or in the current one.
-
-    Returns:
-        The file.
-
-    Raises:
-        DataError: A folder is not that of a run.
-        ConfigurationError: The page cannot be written.
-    """
-    from na_lora_lightning.report.page import make_page
-    from na_lora_lightning.report.runs import read_runs
-
-    found = read_runs(runs)
-    path = (
-        (found[0].folder / _PAGE if len(found) == 1 else Path(_PAGE)) if output is None else Path(output).expanduser()
-    )
-    page = make_page(found)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Text of a model may hold surrogates, which no encoding has.
-        partial.write_text(page, encoding="utf-8", errors="backslashreplace")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ConfigurationError(
-            f"The report cannot be written to {str(path)!r} ({error.strerror}); give another file with --output."
-        ) from error
-    return path

@@ -13,10 +13,14 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import override
 
+from na_lora_lightning.callbacks.gate_callback import gate_callbacks
 from na_lora_lightning.callbacks.logger_kinds import is_tensorboard
 from na_lora_lightning.checkpoints.measurements import STAGE, Measurement, WrittenAdapter, heading, validation_metrics
 from na_lora_lightning.errors import ConfigurationError
+from na_lora_lightning.history import FILE
 from na_lora_lightning.modules.evaluation import EvaluatedAnswer
+from na_lora_lightning.report.facts import hints
+from na_lora_lightning.report.runs import read_runs
 
 # The order of the table; what else validation logs comes below.
 _FIRST_METRICS = ("exact_match", "loss", "perplexity", "token_accuracy")
@@ -33,15 +37,17 @@ class FitSummaryCallback(Callback):
 
     Args:
         sample_count: Number of answers to print.
+        report: Write the run's page, as ``na-lora report`` does, which takes a few seconds.
 
     Raises:
         ConfigurationError: ``sample_count`` is negative.
     """
 
-    def __init__(self, sample_count: int = 3) -> None:
+    def __init__(self, sample_count: int = 3, report: bool = False) -> None:
         if sample_count < 0:
             raise ConfigurationError(f"sample_count is {sample_count}; set it to 0 or more.")
         self.sample_count = sample_count
+        self.report = report
         self.metrics_before: dict[str, float] = {}
         self.metrics_after: dict[str, float] = {}
         # Optimizer steps until then; None where it is not known.
@@ -133,9 +139,25 @@ class FitSummaryCallback(Callback):
         lines += [
             ("Curves", f"tensorboard --logdir {logger.log_dir}") for logger in trainer.loggers if is_tensorboard(logger)
         ]
+        lines += self._gates(trainer)
         for label, value in lines:
             # A path is there to be copied: no wrapping, and no markup in what a user named.
             console.print(Text(f"{label:<8} {value}"), soft_wrap=True)
+
+    def _gates(self, trainer: Trainer) -> list[tuple[str, str]]:
+        """What the fit did to the gates, and the page about it."""
+        monitors = [callback.monitor for callback in gate_callbacks(trainer)]
+        folder = next((monitor.folder for monitor in monitors if monitor is not None), None)
+        if folder is None or not (folder / FILE).is_file():
+            return []
+        (run,) = read_runs([str(folder)])
+        lines = [("" if index else "Gates", sentence) for index, sentence in enumerate(hints(run))]
+        if self.report:
+            # Drawing is loaded where something is drawn.
+            from na_lora_lightning.report.page import write_report
+
+            return [*lines, ("Report", str(write_report([str(folder)])))]
+        return [*lines, ("Report", f"na-lora report {folder}")]
 
 
 def _at(answers: Sequence[EvaluatedAnswer], index: int) -> EvaluatedAnswer | None:

@@ -72,6 +72,8 @@ def headline(run: Run) -> str:
             f"The training loss went from {number(losses[0])} at step {steps[0]:,} to {number(losses[-1])} at step "
             f"{steps[-1]:,}; nothing was measured before and after on other data."
         )
+    if run.before is not None or run.after is not None:
+        return f"Metrics were measured {'before' if run.after is None else 'after'} training alone."
     return "No metric was measured before and after training."
 
 

@@ -106,7 +106,7 @@ def _lines(
     most: int = _MOST_POINTS,
 ) -> Markup | None:
     lines = [line for line in lines if line[0]]
-    if not lines:
+    if max((len(line[0]) for line in lines), default=0) < 2:
         return None
     with _plain_text():
         figure = Figure(figsize=(6.4, 3.0))

@@ -4,17 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from na_lora_lightning.curves import HEAT_MAPS
+from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.report import facts, figures
-from na_lora_lightning.report.runs import Run
+from na_lora_lightning.report.runs import Run, read_runs
 
+_PAGE = "report.html"
 # Of more runs the heat maps are left out, and of still more those of single runs.
 _MOST_WITH_MAPS = 4
 _LONGEST_CONFIG = 200_000
+
+
+def write_report(runs: Sequence[str], output: str | None = None) -> Path:
+    """Writes the page.
+
+    Args:
+        runs: Folders of runs.
+        output: The file; None stands for ``report.html`` in the folder of the only run, or in the current one.
+
+    Returns:
+        The file.
+
+    Raises:
+        DataError: A folder is not that of a run.
+        ConfigurationError: The page cannot be written.
+    """
+    found = read_runs(runs)
+    path = (
+        (found[0].folder / _PAGE if len(found) == 1 else Path(_PAGE)) if output is None else Path(output).expanduser()
+    )
+    page = make_page(found)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Text of a model may hold surrogates, which no encoding has.
+        partial.write_text(page, encoding="utf-8", errors="backslashreplace")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise ConfigurationError(
+            f"the report cannot be written to {str(path)!r} ({error.strerror}); give another file with --output."
+        ) from error
+    return path
 
 
 def make_page(runs: Sequence[Run]) -> str:

@@ -203,7 +203,7 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
 
 def _history(folder: Path) -> History:
     if not folder.is_dir():
-        raise DataError(f"There is no folder {str(folder)!r}; give the folder of a run, such as runs/version_0.")
+        raise DataError(f"there is no folder {str(folder)!r}; give the folder of a run, such as runs/version_0.")
     history = read_history(folder)
     if history is not None and history.starts:
         return history
@@ -215,7 +215,7 @@ def _history(folder: Path) -> History:
         f"give {', '.join(below[:_MOST_NAMED])}{more}" if below else "give the folder in which a fit has written one"
     )
     what = f"holds no {FILE}" if history is None else f"holds a {FILE} in which no fit begins"
-    raise DataError(f"The folder {str(folder)!r} {what}, so there is no run to report; {advice}.")
+    raise DataError(f"the folder {str(folder)!r} {what}, so there is no run to report; {advice}.")
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

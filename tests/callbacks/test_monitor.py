@@ -157,7 +157,7 @@ def test_a_history_that_cannot_be_written_is_said_once_and_training_goes_on(tmp_
     logger = CSVLogger(tmp_path, name="", version="run")
     callbacks, module, undisturbed = [*both(), Breaks(tmp_path / "run")], ForeignModule(), ForeignModule()
     with pytest.warns(
-        ViewWarning, match=r"The history cannot be written \(IsADirectoryError.*training goes on"
+        ViewWarning, match=r"the history cannot be written \(IsADirectoryError.*training goes on"
     ) as told:
         make_trainer(tmp_path, callbacks=callbacks, logger=logger).fit(module, loader())
     assert [entry.category for entry in told].count(ViewWarning) == 1

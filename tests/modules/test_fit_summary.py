@@ -11,11 +11,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from module_helpers import Batches, quiet_trainer, saved_model, some_batches
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from na_lora_lightning import GateImportanceCallback
 from na_lora_lightning.arguments import EvaluationOptions, LoRAOptions, ScheduleOptions
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.modules.fit_summary import FitSummaryCallback
 from na_lora_lightning.modules.language import NALoRALightningModule
+from na_lora_lightning.report.facts import hints
+from na_lora_lightning.report.runs import read_runs
 
 
 def make_module(base: str, generate: bool = True) -> NALoRALightningModule:
@@ -175,6 +179,27 @@ def test_long_and_marked_up_texts_are_printed_as_they_are(tmp_path: Path) -> Non
     assert "…" + "x" * 195 + "end?\n" in plain
     assert "After      a b\n" in plain
     assert "Before" not in plain
+
+
+@pytest.mark.parametrize("report", [False, True])
+def test_what_the_gates_did_is_beside_before_and_after(base: str, tmp_path: Path, report: bool) -> None:
+    summary, text = make_summary(sample_count=0, report=report)
+    logger = TensorBoardLogger(tmp_path, name="logs")
+    callbacks = [GateImportanceCallback(), summary]
+    trainer = quiet_trainer(tmp_path, num_sanity_val_steps=-1, callbacks=callbacks, logger=logger, log_every_n_steps=1)
+    trainer.fit(make_module(base), Batches(some_batches(3), some_batches(2, seed=50)))
+    lines = text.getvalue().splitlines()
+    (run,) = read_runs([logger.log_dir])
+    start = next(index for index, line in enumerate(lines) if line.startswith("Gates    "))
+    assert [line[9:] for line in lines[start : start + len(hints(run))]] == hints(run)
+    page = Path(logger.log_dir) / "report.html"
+    assert lines[-1] == f"Report   {page if report else f'na-lora report {logger.log_dir}'}"
+    assert page.exists() == report
+    # The same prompts before and after, in the history and in TensorBoard.
+    assert len(run.samples) == 4
+    assert all(sample["before"] is not None and sample["after"] is not None for sample in run.samples)
+    tags = EventAccumulator(logger.log_dir).Reload().Tags()["tensors"]
+    assert "samples/text_summary" in tags
 
 
 def test_a_negative_sample_is_refused() -> None:

@@ -153,7 +153,7 @@ def test_what_is_no_run_is_said_in_one_sentence(tmp_path: Path, capsys: pytest.C
     (tmp_path / "begun" / FILE).write_text("{")
     write_run(tmp_path / "runs" / "version_0")
     cases = {
-        str(tmp_path / "nowhere"): "There is no folder ",
+        str(tmp_path / "nowhere"): "there is no folder ",
         str(tmp_path / "empty"): f"holds no {FILE}, so there is no run to report; give the folder in which",
         str(tmp_path / "begun"): f"holds a {FILE} in which no fit begins",
         str(
@@ -166,7 +166,7 @@ def test_what_is_no_run_is_said_in_one_sentence(tmp_path: Path, capsys: pytest.C
         assert sentence in error
         assert error.count("\n") == 1
     assert main(["report"]) == 2
-    assert capsys.readouterr().err == "error: No run is given; give the folder of at least one.\n"
+    assert capsys.readouterr().err == "error: no run is given; give the folder of at least one.\n"
     run = str(tmp_path / "runs" / "version_0")
     assert main(["report", run, "--output", str(tmp_path / "runs")]) == 2
     assert "cannot be written" in capsys.readouterr().err
