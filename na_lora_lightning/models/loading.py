@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from na_lora_lightning.errors import ConfigurationError, one_line
 from na_lora_lightning.models.source import (
@@ -22,6 +23,8 @@ from na_lora_lightning.versions import require_new_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_CHECKPOINT = "_gradient_checkpointing_func"
 
 
 def load_base_model(source: BaseModelSource, device: torch.device | None) -> PreTrainedModel:
@@ -79,8 +82,12 @@ def _require_all_weights(source: BaseModelSource, loading: Mapping[str, Any]) ->
         )
 
 
-def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
+def enable_gradient_checkpointing(model: PreTrainedModel, offload: bool = False) -> None:
     """Has the model recompute its blocks' activations in the backward pass, to save memory.
+
+    Args:
+        model: The model.
+        offload: Keep what blocks are given, from which they are recomputed, in the memory of the CPU.
 
     Raises:
         ConfigurationError: The model does not support it.
@@ -93,5 +100,21 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     enable = getattr(model, f"{prefix}_checkpointing_enable")
     enable(**{f"{prefix}_checkpointing_kwargs": {"use_reentrant": False}})
+    if offload:
+        # Where transformers keeps what it recomputes blocks with.
+        blocks = [module for module in model.modules() if hasattr(module, _CHECKPOINT)]
+        if not blocks:
+            raise ConfigurationError(
+                f"{type(model).__name__} does not say where it recomputes activations, so their inputs cannot be kept "
+                "on the CPU; set gradient_checkpointing to true."
+            )
+        for block in blocks:
+            setattr(block, _CHECKPOINT, _checkpoint_on_cpu)
     # Without it no input of a checkpointed block requires a gradient, and LoRA inside may silently not train.
     model.enable_input_require_grads()
+
+
+def _checkpoint_on_cpu(function: Any, *arguments: Any, **options: Any) -> Any:
+    # What is computed inside is saved by nothing, so the arguments alone are copied.
+    with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
+        return checkpoint(function, *arguments, use_reentrant=False, **options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import Callback
@@ -23,7 +23,7 @@ from na_lora_lightning.arguments import (
 from na_lora_lightning.checkpoints.adapter_state import CHECKPOINT_KEY
 from na_lora_lightning.data.answers import stop_at
 from na_lora_lightning.data.text.supervised import SupervisedDataModule
-from na_lora_lightning.errors import one_line
+from na_lora_lightning.errors import ConfigurationError, one_line
 from na_lora_lightning.lightning_internals import attached_trainer
 from na_lora_lightning.models.limits import ModelLimits
 from na_lora_lightning.models.loading import enable_gradient_checkpointing, load_base_model
@@ -72,6 +72,7 @@ class NALoRALightningModule(AdapterTrainingModule):
         dtype: Of the base weights; ``"auto"`` is the checkpoint's own on a CUDA device and float32 elsewhere.
         attention_implementation: As transformers names it (``"sdpa"``, ``"eager"``, ...).
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+            ``"offload"`` also keeps what each block is given, from which it is recomputed, in the CPU's memory.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Whether a model from the hub may run code of its own.
 
@@ -95,10 +96,14 @@ class NALoRALightningModule(AdapterTrainingModule):
         adapter: AdapterOptions = AdapterOptions(),
         dtype: Dtype = "auto",
         attention_implementation: str | None = None,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | Literal["offload"] = False,
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
+        if gradient_checkpointing not in (True, False, "offload"):
+            raise ConfigurationError(
+                f"gradient_checkpointing={gradient_checkpointing!r} is unknown; use true, false or 'offload'."
+            )
         super().__init__(
             BaseModelSource(model_name_or_path, revision, trust_remote_code, dtype, attention_implementation),
             lora=lora,
@@ -142,7 +147,7 @@ class NALoRALightningModule(AdapterTrainingModule):
             self._limits = ModelLimits(base)
             self._require_data_fits()
             if self.gradient_checkpointing:
-                enable_gradient_checkpointing(base)
+                enable_gradient_checkpointing(base, offload=self.gradient_checkpointing == "offload")
             self.model = add_lora(base, self.lora, self.source)
             self._end_answers_at(())
             if attached_trainer(self) is not None:

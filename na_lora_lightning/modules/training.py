@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
@@ -55,7 +55,7 @@ class AdapterTrainingModule(AdapterModule, ABC):
         schedule: Learning rate over the optimizer steps.
         loss: What a step is averaged over, and what is done about losses that are not finite.
         adapter: When and where the adapter is written as a PEFT folder.
-        gradient_checkpointing: Recompute activations in the backward pass.
+        gradient_checkpointing: Recompute activations in the backward pass; ``"offload"`` keeps inputs on the CPU.
 
     Attributes:
         example_inputs: The model's inputs with which gates are found, where it needs others than the usual.
@@ -69,7 +69,7 @@ class AdapterTrainingModule(AdapterModule, ABC):
         schedule: ScheduleOptions,
         loss: LossOptions,
         adapter: AdapterOptions,
-        gradient_checkpointing: bool,
+        gradient_checkpointing: bool | Literal["offload"],
     ) -> None:
         super().__init__(as_group(LoRAOptions, lora, "lora"), as_group(AdapterOptions, adapter, "adapter"))
         self.source = source

@@ -67,6 +67,25 @@ def test_every_record_comes_once_in_an_epoch(make_datamodule: MakeDataModule) ->
     assert all(set(batch) == {"input_ids", "attention_mask", "labels"} for batch in batches)
 
 
+def test_processes_that_tokenise_give_the_same_tokens(make_datamodule: MakeDataModule, tmp_path: Path) -> None:
+    encoded = []
+    # More than there are records for the last.
+    for num_proc, number in ((None, 0), (3, 100), (20, 200)):
+        # Of its own, so that none is read from the cache.
+        data = write_jsonl(tmp_path / f"{number}.jsonl", numbered_records(11))
+        datamodule = make_datamodule(num_proc=num_proc, train=data, validation=None)
+        datamodule.setup("fit")
+        encoded.append(datamodule._prepared["train"].to_list())
+    assert len(encoded[0]) == 11
+    assert encoded[1] == encoded[0]
+    assert encoded[2] == encoded[0]
+    bad = write_jsonl(tmp_path / "bad.jsonl", [*numbered_records(3), {"prompt": "a"}])
+    with pytest.raises(DataError, match=r"^record 4 of '.*bad\.jsonl' has no completion"):
+        make_datamodule(train=bad, validation=None, num_proc=2).setup("fit")
+    with pytest.raises(ConfigurationError, match="num_proc=0 is too small"):
+        make_datamodule(num_proc=0)
+
+
 def test_same_seed_gives_the_same_batches(make_datamodule: MakeDataModule) -> None:
     def epochs(seed: int) -> list[list[list[int]]]:
         datamodule = make_datamodule(seed=seed)

@@ -179,15 +179,30 @@ def test_initial_adapter_depends_on_the_seed_alone(llama: str, monkeypatch: pyte
     assert not torch.equal(first, initial(6, 0))
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(llama: str) -> None:
-    gradients = []
-    for checkpointing in (False, True):
+def test_gradient_checkpointing_gives_the_same_gradients(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[tuple[int, ...]] = []
+
+    class Watched(torch.autograd.graph.save_on_cpu):
+        def __init__(self, pin_memory: bool) -> None:
+            super().__init__(pin_memory)
+            pack = self.pack_hook
+            self.pack_hook = lambda tensor: moved.append(tuple(tensor.shape)) or pack(tensor)
+
+    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", Watched)
+    gradients, options = [], (False, True, "offload")
+    for checkpointing in options:
         module = configured(llama, gradient_checkpointing=checkpointing)
+        assert not moved
         token_sums(module.peft_model.train(), some_batches(1)[0], "targets").mean_loss.backward()
         gradients.append([p.grad for p in module.parameters() if p.requires_grad])
+    # The hidden states that each of the two blocks is given, and nothing that is computed from them.
+    assert moved == [(2, some_batches(1)[0]["input_ids"].shape[1], 16)] * 2
     assert all(gradient is not None and gradient.any() for gradient in gradients[1])
-    for plain, checkpointed in zip(*gradients, strict=True):
+    for plain, checkpointed, offloaded in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, checkpointed)
+        assert torch.equal(checkpointed, offloaded)
+    with pytest.raises(ConfigurationError, match="gradient_checkpointing='disk' is unknown"):
+        configured(llama, gradient_checkpointing="disk")
 
 
 @pytest.mark.parametrize("average_over", ["step", "micro_batch"])

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import DataCollatorWithFlattening, PreTrainedTokenizerBase
 
 from na_lora_lightning.data.batching import Collator
-from na_lora_lightning.data.options import TextOptions
+from na_lora_lightning.data.options import TextOptions, require_at_least
 from na_lora_lightning.data.text.encoding import RecordEncoder
 from na_lora_lightning.data.text.splits import encode_split
 from na_lora_lightning.data.text.supervised import SupervisedDataModule
@@ -67,6 +67,7 @@ class InstructionDataModule(SupervisedDataModule):
             without one seeing another, instead of in a row each (what others call padding-free). It saves what padding
             costs where lengths differ much; ``attention_implementation: flash_attention_2`` saves attention between
             records too. A model that cannot keep records apart is refused.
+        num_proc: The number of processes that tokenise the records; None stands for this one alone.
         num_workers: The number of processes that load batches. Records are tokenised beforehand, so none are
             needed as a rule.
         seed: The seed of the order of the training data.
@@ -98,6 +99,7 @@ class InstructionDataModule(SupervisedDataModule):
         group_by_length: bool = True,
         pad_to_multiple_of: int = 1,
         packing: bool = False,
+        num_proc: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
         tokenizer_revision: str | None = None,
@@ -109,7 +111,9 @@ class InstructionDataModule(SupervisedDataModule):
             raise ConfigurationError(
                 f"packing leaves no padding, which pad_to_multiple_of={pad_to_multiple_of} asks for; leave one out."
             )
+        require_at_least(1, num_proc=num_proc)
         super().__init__(TextOptions.among(locals()))
+        self.num_proc = num_proc
         self.packing = packing
         self.save_hyperparameters(logger=False)
         self.tokenizer_name_or_path = tokenizer_name_or_path
@@ -130,7 +134,8 @@ class InstructionDataModule(SupervisedDataModule):
         return self._tokenizer
 
     def _prepare(self, split: str, source: str) -> Dataset:
-        return encode_split(self._load(split, source), self._record_encoder(), source=source, split=split)
+        records = self._load(split, source)
+        return encode_split(records, self._record_encoder(), source=source, split=split, num_proc=self.num_proc)
 
     def _record_encoder(self) -> RecordEncoder:
         return RecordEncoder(

@@ -38,7 +38,9 @@ class SplitSummary:
         return cls(records=len(encoded), **sums)
 
 
-def encode_split(records: Dataset, encoder: RecordEncoder, *, source: str, split: str) -> Dataset:
+def encode_split(
+    records: Dataset, encoder: RecordEncoder, *, source: str, split: str, num_proc: int | None = None
+) -> Dataset:
     """Encodes all records of a split, or takes them from the cache of ``datasets``.
 
     Args:
@@ -47,6 +49,7 @@ def encode_split(records: Dataset, encoder: RecordEncoder, *, source: str, split
         source: The name of the data, for messages.
         split: Which one it is. What generation is scored with is added but for ``train``, and a record without
             completion is an error but for ``predict``.
+        num_proc: The number of processes that share the records; None stands for this one alone.
 
     Raises:
         DataError: A record cannot be used.
@@ -64,6 +67,8 @@ def encode_split(records: Dataset, encoder: RecordEncoder, *, source: str, split
         },
         remove_columns=records.column_names,
         features=encoder.features(evaluation=evaluation),
+        # A process without records is none.
+        num_proc=None if num_proc is None else max(1, min(num_proc, len(records))),
         desc="Tokenising",
     )
     truncated = sum(encoded["truncated"])
