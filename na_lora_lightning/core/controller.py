@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from na_lora_lightning.core.compilation import forget_graphs
+from na_lora_lightning.core.channels import Layout
+from na_lora_lightning.core.compilation import forget_graphs, single_precision
 from na_lora_lightning.core.in_force import describe, say, warn_after, warn_before
-from na_lora_lightning.core.layout import Layout
 from na_lora_lightning.core.lora_layers import LoRARows
 from na_lora_lightning.core.mechanisms.importance import TemporalImportance
 from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
@@ -35,7 +35,6 @@ from na_lora_lightning.core.mechanisms.step_scale_options import StepScaleOption
 from na_lora_lightning.core.model_entry import entrance_of, root_of
 from na_lora_lightning.core.observation.misalignment import MisalignmentMeter
 from na_lora_lightning.core.observation.observer import GateObserver, ObserverOptions
-from na_lora_lightning.core.precision import single_precision
 from na_lora_lightning.core.sharding import Shards
 from na_lora_lightning.core.silent_sites import SilenceCheck
 from na_lora_lightning.core.sites import GateMap

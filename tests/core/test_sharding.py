@@ -29,10 +29,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from na_lora_lightning.core.activations import KNOWN_ACTIVATIONS
+from na_lora_lightning.core.channels import Layout
 from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.discovery.gates import discover_gates
 from na_lora_lightning.core.experts import Experts
-from na_lora_lightning.core.layout import Layout
 from na_lora_lightning.core.lora_layers import is_lora_layer
 from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
 from na_lora_lightning.core.mechanisms.step_scale_options import StepScaleOptions

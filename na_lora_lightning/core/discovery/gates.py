@@ -25,9 +25,8 @@ from na_lora_lightning.core.discovery.expert_gates import expert_gates, plain_na
 from na_lora_lightning.core.discovery.functional_gates import functional_gates
 from na_lora_lightning.core.discovery.picked import origin_of
 from na_lora_lightning.core.discovery.probe_inputs import axes_told_apart, require_probe_inputs, what_to_give
-from na_lora_lightning.core.discovery.repeats import Repeats, one_site_for_rows, share_module
 from na_lora_lightning.core.discovery.row_probe import positional_rows, probe_rows, storage_rows
-from na_lora_lightning.core.discovery.siblings import sites_of_siblings
+from na_lora_lightning.core.discovery.siblings import Repeats, one_site_for_rows, share_module, sites_of_siblings
 from na_lora_lightning.core.discovery.token_order import set_token_order
 from na_lora_lightning.core.discovery.trace import ActivationCall, LinearCall, Trace
 from na_lora_lightning.core.discovery.tracing import trace_forward

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from na_lora_lightning.core.activations import ActivationValues
-from na_lora_lightning.core.layout import Layout, runs
+from na_lora_lightning.core.channels import Layout, runs
 from na_lora_lightning.core.mechanisms.importance_options import Criterion, ImportanceOptions, kept_count
 from na_lora_lightning.core.mechanisms.mechanism import Mechanism, mean_per_site, moving_average
 from na_lora_lightning.core.mechanisms.saved_options import (

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from na_lora_lightning.core.layout import Layout
+from na_lora_lightning.core.channels import Layout
 from na_lora_lightning.core.mechanisms.saved_options import Changes, changed_options, saved_options
 from na_lora_lightning.core.observation.observer import Collector, StepStatistics
 from na_lora_lightning.core.sites import GateSite

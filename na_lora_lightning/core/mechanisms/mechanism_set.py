@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from na_lora_lightning.core.layout import Layout
+from na_lora_lightning.core.channels import Layout
 from na_lora_lightning.core.mechanisms.importance import TemporalImportance
 from na_lora_lightning.core.mechanisms.mechanism import Mechanism
 from na_lora_lightning.core.mechanisms.saved_options import Changes, changed_options, saved_options

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from na_lora_lightning.core.activations import ActivationValues
-from na_lora_lightning.core.layout import Layout
+from na_lora_lightning.core.channels import Layout
 from na_lora_lightning.core.mechanisms.mechanism import Mechanism, mean_per_site, moving_average
 from na_lora_lightning.core.mechanisms.saved_options import (
     Changes,

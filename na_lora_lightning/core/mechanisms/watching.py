@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from na_lora_lightning.core.layout import Layout
+from na_lora_lightning.core.channels import Layout
 from na_lora_lightning.core.mechanisms.step_scale import StepScale
 from na_lora_lightning.core.mechanisms.step_scale_options import StepScaleOptions
 from na_lora_lightning.core.observation.observer import GateObserver, StepStatistics

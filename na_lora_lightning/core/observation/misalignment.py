@@ -21,11 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from na_lora_lightning.core.compilation import outside_of_graphs
+from na_lora_lightning.core.compilation import outside_of_graphs, single_precision
 from na_lora_lightning.core.lora_layers import adds_output_of_b, is_on_parameter, lora_b, observing, scaling
 from na_lora_lightning.core.observation.observer import GateObserver
 from na_lora_lightning.core.observation.tokens import TokenSelection
-from na_lora_lightning.core.precision import single_precision
 from na_lora_lightning.core.sites import GateSite
 
 _MOVED, _FEATURE, _SELECTION, _COUNT = range(4)

@@ -17,15 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from na_lora_lightning.core.activations import ActivationValues
-from na_lora_lightning.core.compilation import outside_of_graphs
+from na_lora_lightning.core.channels import Layout
+from na_lora_lightning.core.compilation import outside_of_graphs, single_precision
 from na_lora_lightning.core.experts import RoutedCall, routed_call
-from na_lora_lightning.core.layout import Layout
 from na_lora_lightning.core.observation.passes import ForwardPasses
 from na_lora_lightning.core.observation.routed_rows import look_at
 from na_lora_lightning.core.observation.taken_rows import Batch, RowsOfSite, TakenRows
 from na_lora_lightning.core.observation.tokens import TokenSelection
 from na_lora_lightning.core.pre_activations import Handle
-from na_lora_lightning.core.precision import single_precision
 from na_lora_lightning.core.sites import GateSite
 from na_lora_lightning.errors import ConfigurationError
 

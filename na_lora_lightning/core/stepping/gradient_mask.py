@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from na_lora_lightning.core.channels import Layout
 from na_lora_lightning.core.compilation import outside_of_graphs
-from na_lora_lightning.core.layout import Layout
 from na_lora_lightning.core.lora_layers import lora_a, lora_b
 from na_lora_lightning.core.sites import GateSite
 

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from na_lora_lightning.core.channels import as_slice
-from na_lora_lightning.core.layout import Layout
+from na_lora_lightning.core.channels import Layout, as_slice
 from na_lora_lightning.core.lora_layers import LoRARows
 from na_lora_lightning.core.sharding import is_sharded, local_part, local_rows
 from na_lora_lightning.core.sites import GateSite

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import LLAMA_TARGETS, PLAIN_IMPORTANCE, tiny_llama, with_lora
 
+from na_lora_lightning.core.channels import Layout
 from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.discovery.gates import discover_gates
-from na_lora_lightning.core.layout import Layout
 from na_lora_lightning.core.mechanisms.importance import TemporalImportance, row_weights, top_k_mask
 from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions, kept_count
 from na_lora_lightning.core.mechanisms.mechanism import moving_average

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tiny_models import LLAMA_TARGETS, PLAIN_SCALE, tiny_llama, with_lora
 
 from na_lora_lightning.core.activations import GELU, KNOWN_ACTIVATIONS, SILU, Activation
+from na_lora_lightning.core.channels import Layout
 from na_lora_lightning.core.discovery.gates import discover_gates
-from na_lora_lightning.core.layout import Layout
 from na_lora_lightning.core.mechanisms.step_scale import RegimeCollector, StepScale, is_meaningful, scale_of_shares
 from na_lora_lightning.core.mechanisms.step_scale_options import StepScaleOptions
 from na_lora_lightning.core.observation.observer import StepStatistics
