@@ -21,6 +21,10 @@ class PlainLoRAWarning(UserWarning):
     """Something that was to be trained nonlinearity-aware trains as plain LoRA does."""
 
 
+class ViewWarning(UserWarning):
+    """Something of what was to be shown is not, and training goes on."""
+
+
 class DataError(NALoRAError):
     """A data set, or one record of it, cannot be used."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from na_lora_lightning.core.mechanisms.step_scale_options import StepScaleOption
 from na_lora_lightning.core.observation.observer import ObserverOptions
 from na_lora_lightning.core.stepping.optimizers import stepping_optimizer
 from na_lora_lightning.errors import ConfigurationError, UpdateError
+from na_lora_lightning.gate_history import GateHistory
 
 # By class name, so that nothing has to be imported or installed to recognise them.
 _REFUSED = {
@@ -42,6 +44,7 @@ def nonlinearity_aware(
     measure_every: int = 10,
     total_steps: int | None = None,
     reduce: Callable[[Tensor], None] | None = None,
+    history: str | os.PathLike[str] | None = None,
 ) -> Iterator[GateController]:
     """Trains nonlinearity-aware inside of a ``with`` block, and takes every hook off at its end, whatever happens.
 
@@ -67,6 +70,9 @@ def nonlinearity_aware(
             mask that would come later is then warned of in the beginning, and not at the end alone.
         reduce: Adds a tensor over all processes in place; by default over all of ``torch.distributed``, where that is
             initialised.
+
+        history: Folder to which measured steps are written as ``history.jsonl``, for ``na-lora report``; with them the
+            numbers in ``controller.notes``, such as ``controller.notes["loss"] = loss.item()``.
 
     Yields:
         The controller: ``metrics()``, a dictionary of floats by the tags that TensorBoard shows under Lightning, and
@@ -105,10 +111,16 @@ def nonlinearity_aware(
 
     controller.total_steps = total_steps
 
+    kept = None if history is None or not _is_first_process() else GateHistory(history, controller)
+
     def decide_to_measure(*_: Any) -> None:
+        if kept is not None and controller.steps > 0:
+            kept.start(controller.steps - 1, total_steps)
+            if controller.meter.enabled:
+                kept.step(controller.steps, controller.notes)
         controller.meter.enabled = measure_every > 0 and (controller.steps + 1) % measure_every == 0
 
-    decide_to_measure()
+    controller.meter.enabled = measure_every == 1
     handles = [stepping_optimizer(each).register_step_post_hook(decide_to_measure) for each in optimizers]
     steps_before = controller.steps
     try:
@@ -120,6 +132,8 @@ def nonlinearity_aware(
                 stacklevel=3,
             )
         controller.conclude()
+        if kept is not None:
+            kept.end(controller.steps)
     finally:
         for handle in handles:
             handle.remove()
@@ -177,6 +191,11 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             break
         model = inner
     return model
+
+
+def _is_first_process() -> bool:
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
 def _reduce_over_processes() -> Callable[[Tensor], None] | None:

@@ -23,6 +23,7 @@ from na_lora_lightning.core.mechanisms.step_scale_options import StepScaleOption
 from na_lora_lightning.core.observation.observer import ObserverOptions
 from na_lora_lightning.core.stepping.optimizers import stepping_optimizer
 from na_lora_lightning.errors import CheckpointError, ConfigurationError, UpdateError
+from na_lora_lightning.gate_history import GateHistory
 from na_lora_lightning.plain_pytorch import attached_controller
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class NALoRATrainerCallback(TrainerCallback, ExportableState):
         example_inputs: Keyword arguments of one small forward pass, for models that take more than text.
         allow_unmasked_gates: Accept that some gates have no LoRA instead of stopping with their names.
         log_layers: Log each curve of each layer too (``gate_responsiveness/layer_03``), and not over all layers alone.
+        history: Keep the gates of each layer at logging steps, with losses and metrics, in ``history.jsonl`` in
+            ``args.output_dir``, for ``na-lora report``.
         resume_from: Folder of the checkpoint to resume from, needed where it is neither in ``args.output_dir`` nor
             ``args.resume_from_checkpoint``.
 
@@ -73,6 +76,7 @@ class NALoRATrainerCallback(TrainerCallback, ExportableState):
         example_inputs: Mapping[str, Any] | None = None,
         allow_unmasked_gates: bool = False,
         log_layers: bool = False,
+        history: bool = True,
         resume_from: str | os.PathLike[str] | None = None,
     ) -> None:
         self._importance = ImportanceOptions(**importance) if isinstance(importance, Mapping) else importance
@@ -81,6 +85,8 @@ class NALoRATrainerCallback(TrainerCallback, ExportableState):
         self._example_inputs = example_inputs
         self._allow_unmasked_gates = allow_unmasked_gates
         self._log_layers = log_layers
+        self._keeps_history = history
+        self._history: GateHistory | None = None
         self._resume_from = resume_from
         self._is_first_to_log = False
         self.controller: GateController | None = None
@@ -136,6 +142,10 @@ class NALoRATrainerCallback(TrainerCallback, ExportableState):
                 raise
         self.controller.total_steps = self.controller.steps + state.max_steps - state.global_step
         self.controller.announce()
+        self._history = None
+        if self._keeps_history and state.is_world_process_zero and args.output_dir:
+            self._history = GateHistory(args.output_dir, self.controller, _options_of(args, model))
+            self._history.start(state.global_step, state.max_steps)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -159,8 +169,15 @@ class NALoRATrainerCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Adds the metrics to the logs of training."""
         # Evaluation and the summary at the end call their losses otherwise.
-        if self.controller is None or logs is None or "loss" not in logs or "learning_rate" not in logs:
+        if self.controller is None or logs is None:
             return
+        numbers = {name: value for name, value in logs.items() if isinstance(value, (int, float))}
+        if "loss" not in logs or "learning_rate" not in logs:
+            if self._history is not None and "eval_loss" in logs:
+                self._history.validation(state.global_step, numbers)
+            return
+        if self._history is not None:
+            self._history.step(state.global_step, numbers)
         found = self.controller.gate_metrics()
         named = found.overview() | (found.by_layer() if self._log_layers else {})
         logs.update(named)
@@ -187,6 +204,8 @@ class NALoRATrainerCallback(TrainerCallback, ExportableState):
         """Takes the hooks off, and warns of what never acted."""
         if self.controller is not None:
             self.controller.conclude()
+        if self._history is not None:
+            self._history.end(state.global_step)
         self.detach()
 
     def detach(self) -> None:
@@ -203,6 +222,7 @@ class NALoRATrainerCallback(TrainerCallback, ExportableState):
                 "observer": asdict(self._observer),
                 "allow_unmasked_gates": self._allow_unmasked_gates,
                 "log_layers": self._log_layers,
+                "history": self._keeps_history,
                 "resume_from": None if self._resume_from is None else os.fspath(self._resume_from),
             },
             "attributes": {
@@ -275,6 +295,16 @@ def require_supported_arguments(args: TrainingArguments) -> None:
         f"{refused} shards or copies the LoRA parameters, so under Trainer the update of a gate's rows cannot be "
         "reached; use a single device, or one process per GPU with torchrun or accelerate launch (DDP)."
     )
+
+
+def _options_of(args: TrainingArguments, model: nn.Module) -> dict[str, Any]:
+    """Hyper-parameters that people compare runs by."""
+    names = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "seed")
+    options = {name: getattr(args, name) for name in (*names, "weight_decay", "warmup_steps")}
+    config = getattr(model, "peft_config", {}).get(getattr(model, "active_adapter", None))
+    lora = {f"lora.{name}": getattr(config, name, None) for name in ("r", "lora_alpha", "lora_dropout")}
+    found = {"model": getattr(config, "base_model_name_or_path", None), **options, **lora}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _detach_left_over(model: nn.Module, optimizer: Optimizer) -> None:

@@ -28,6 +28,7 @@ from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptio
 from na_lora_lightning.core.mechanisms.step_scale_options import StepScaleOptions
 from na_lora_lightning.core.observation.observer import ObserverOptions
 from na_lora_lightning.errors import CheckpointError, ConfigurationError, DataError, DiscoveryError, UpdateError
+from na_lora_lightning.report.runs import read_runs
 from na_lora_lightning.transformers_callback import STATE_FILE
 
 IMPORTANCE = ImportanceOptions(keep_fraction=0.5, warmup_steps=2, refresh_every=2)
@@ -294,6 +295,11 @@ def test_metrics_are_in_the_log_history_of_logging_steps(tmp_path: Path, layers:
     assert [entry["gates/mask_churn"] for entry in logs][:2] == [0.0, 0.5]
     others = [entry for entry in trainer.state.log_history if "loss" not in entry]
     assert len(others) == 3
+    (run,) = read_runs([trainer.args.output_dir])
+    assert run.series("loss") == ([2, 4, 6, 8], pytest.approx([entry["loss"] for entry in logs], rel=1e-4))
+    assert len(run.history.validations) == 2
+    assert run.state == "ended at step 8"
+    assert run.gates("selection_misalignment")[1].shape == (2, 4)
     assert not any("/" in name for entry in others for name in entry)
     json.dumps(trainer.state.log_history)
 

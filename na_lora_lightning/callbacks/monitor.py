@@ -17,10 +17,11 @@ from na_lora_lightning.callbacks.run_description import describe_run
 from na_lora_lightning.callbacks.tensorboard_pages import TensorBoardPages
 from na_lora_lightning.callbacks.view_options import ViewOptions
 from na_lora_lightning.core.controller import GateController
-from na_lora_lightning.core.in_force import describe
 from na_lora_lightning.core.mechanisms.importance import TemporalImportance
-from na_lora_lightning.core.mechanisms.metrics import GateMetrics, sites_by_activation
+from na_lora_lightning.core.mechanisms.metrics import sites_by_activation
 from na_lora_lightning.curves import HEAT_MAPS, overview_tag
+from na_lora_lightning.errors import ViewWarning
+from na_lora_lightning.gate_history import describe_gates, worth_keeping
 from na_lora_lightning.history import HistoryWriter, read_history
 from na_lora_lightning.lightning_internals import metrics_of_loop
 from na_lora_lightning.pictures import as_pixels, as_png, heat_map
@@ -28,10 +29,6 @@ from na_lora_lightning.pictures import as_pixels, as_png, heat_map
 # Of the mean slope; below it a channel's gate is shut, or its slope was never seen.
 QUIET = 0.01
 PICTURES = "pictures"
-
-
-class ViewWarning(UserWarning):
-    """Something of what was to be shown is not, and training goes on."""
 
 
 class GateMonitor:
@@ -89,9 +86,9 @@ class GateMonitor:
             "start",
             step,
             version=1,
-            in_force=describe(self._controller.gates, self._controller.mechanisms),
             planned_steps=None if planned is None else int(planned - self._controller.steps + step),
             **self._described,
+            **describe_gates(self._controller),
         )
 
     def before_step(self, trainer: Trainer) -> None:
@@ -116,7 +113,7 @@ class GateMonitor:
         self._series[taken] = _as_arrays(found.sites)
         self._note_responses()
         if self._history is not None:
-            self._keep("step", taken, gates=_worth_keeping(found), metrics=self._metrics(trainer))
+            self._keep("step", taken, gates=worth_keeping(found), metrics=self._metrics(trainer))
         every = self._options.picture_every_n_steps
         if every and taken - self._pictured_at >= every:
             self.draw(trainer, step)
@@ -256,12 +253,6 @@ def _misalignment_tags(controller: GateController) -> list[str]:
     return [
         overview_tag(group) + suffix for group in ("selection_misalignment", "selection_share") for suffix in suffixes
     ]
-
-
-def _worth_keeping(found: GateMetrics) -> dict[str, list[float]]:
-    """What of the groups is no constant; the density, which says when a mask set in, is kept."""
-    dropped = found.constant - {"gate_mask_density"}
-    return {group: list(values) for group, values in found.sites.items() if group not in dropped}
 
 
 def _as_arrays(groups: Mapping[str, Any]) -> dict[str, NDArray[np.float32]]:

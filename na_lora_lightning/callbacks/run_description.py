@@ -31,23 +31,10 @@ def describe_run(trainer: Trainer, pl_module: LightningModule, controller: GateC
     return {
         "model": options.get("model"),
         "options": options,
-        "mechanisms": mechanisms,
         "parameters": {
             "trainable": sum(each.numel() for each in pl_module.parameters() if each.requires_grad),
             "total": sum(each.numel() for each in pl_module.parameters()),
         },
-        "sites": [
-            {
-                "label": label,
-                "name": site.name,
-                "layer": site.layer,
-                "part": site.part,
-                "activation": site.activation.name,
-                "kind": site.kind,
-                "channels": site.channels * site.networks,
-            }
-            for label, site in zip(controller.gates.labels, controller.gates.sites, strict=True)
-        ],
     }
 
 

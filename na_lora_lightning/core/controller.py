@@ -60,6 +60,7 @@ class GateController:
         total_steps: What ``steps`` will be when training ends, where that is known.
         announced: Whether it was said what is in force.
         misalignment: Result of the last measured step: mean |Δρ| ``[sites]`` and squared norms ``[2, sites]``.
+        notes: Numbers of yours by name, which a history of the training shows beside the gates.
         gradients: Tells when gradients are thrown away without a step, and the statistics with them.
     """
 
@@ -85,6 +86,7 @@ class GateController:
         self.steps = 0
         self.total_steps: float | None = None
         self.announced = False
+        self.notes: dict[str, float] = {}
         self._warned_before = False
         self._steps_when_attached = 0
         self._reduce = reduce

@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from foreign_modules import Manual
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning_models import ForeignModule, assert_equal_states, both, fitted_alone, loader, lora_state, make_trainer
+from tiny_models import LLAMA_TARGETS, random_batch, tiny_llama, with_lora
 
-from na_lora_lightning import GateImportanceCallback, StepScaleCallback, ViewOptions
+from na_lora_lightning import GateImportanceCallback, StepScaleCallback, ViewOptions, nonlinearity_aware
 from na_lora_lightning import lightning_internals as trainer_progress
-from na_lora_lightning.errors import ConfigurationError
+from na_lora_lightning.errors import ConfigurationError, ViewWarning
 from na_lora_lightning.history import FILE, HistoryWriter, read_history
+from na_lora_lightning.report.page import make_page
+from na_lora_lightning.report.runs import read_runs
 
 
 class Recorder(Logger):
@@ -167,3 +171,45 @@ def test_a_new_run_in_the_same_folder_takes_the_place_of_the_old_one(tmp_path: P
     assert history is not None
     assert history.steps == []
     assert history.end is None
+
+
+def test_a_plain_loop_keeps_its_own(tmp_path: Path) -> None:
+    """With the losses that it notes, also where it resumes, and in the form that the report reads."""
+    model = with_lora(tiny_llama(), LLAMA_TARGETS)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    state: Any = None
+    for _ in range(2):
+        with nonlinearity_aware(model, optimizer, measure_every=2, total_steps=8, history=tmp_path / "loop") as gates:
+            if state is not None:
+                gates.load_state_dict(state)
+            for step in range(4):
+                loss = model(**random_batch(step)).loss
+                gates.notes["loss"] = loss.item()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            expected = gates.gate_metrics().sites["selection_misalignment"]
+            state = gates.state_dict()
+    (run,) = read_runs([str(tmp_path / "loop")])
+    assert [start["step"] for start in run.history.starts] == [0, 4]
+    assert run.series("loss")[0] == [2, 4, 6, 8]
+    assert run.history.steps[-1]["gates"]["selection_misalignment"] == pytest.approx(expected, rel=1e-4)
+    assert run.labels == ["layer_00", "layer_01"]
+    assert run.state == "ended at step 8"
+    assert "loss went from" in make_page([run])
+
+
+def test_a_history_that_cannot_be_written_does_not_end_a_loop(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    model = with_lora(tiny_llama(), LLAMA_TARGETS)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+
+    def train() -> int:
+        with nonlinearity_aware(model, optimizer, measure_every=1, history=tmp_path / "file") as gates:
+            for step in range(2):
+                model(**random_batch(step)).loss.backward()
+                optimizer.step()
+        return gates.steps
+
+    with pytest.warns(ViewWarning, match=r"the history cannot be written to .*, and training goes on without"):
+        assert train() == 2

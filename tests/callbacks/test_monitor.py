@@ -18,8 +18,7 @@ from tensorboard.backend.event_processing.plugin_event_multiplexer import EventM
 from tiny_models import PLAIN_SCALE
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback, ViewOptions
-from na_lora_lightning.callbacks.monitor import ViewWarning
-from na_lora_lightning.errors import ConfigurationError
+from na_lora_lightning.errors import ConfigurationError, ViewWarning
 from na_lora_lightning.history import read_history
 
 IMPORTANCE = {"gate_responsiveness", "gate_mask_churn"}
