@@ -12,6 +12,7 @@ With x ``[tokens, in]``, W ``[out, in]``, A ``[r, in]``, B ``[out, r]``, the sca
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -55,9 +56,10 @@ def gradient_of_b(gradient: Tensor, h: Tensor, scaling: float) -> Tensor:
     return scaled_product(gradient.t(), h, scaling)
 
 
-def without_autocast(device: torch.device) -> torch.autocast:
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Products in the dtypes of their factors."""
-    return torch.autocast(device.type, enabled=False)
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
 
 
 def _drop(x: Tensor, adapter_dtype: torch.dtype, setting: LoRASetting) -> tuple[Tensor, Tensor | None]:
