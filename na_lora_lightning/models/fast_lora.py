@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from na_lora_lightning.core.lora_layers import active_adapters, is_lora_layer, observed_now, only_observed
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.models.dora_functions import DoRAProduct
-from na_lora_lightning.models.lora_functions import LoRAProduct, LoRASetting
+from na_lora_lightning.models.lora_functions import LoRAProduct, LoRASetting, autocast_dtype
 from na_lora_lightning.models.lora_inputs import CastingLinear
 from na_lora_lightning.peft_internals import is_plain_dora
 
@@ -37,7 +37,7 @@ class FastLoRALinear(Linear):
         weight: Tensor = base.weight  # type: ignore[assignment]
         a: Tensor = matrix_a.weight  # type: ignore[assignment]
         b: Tensor = matrix_b.weight  # type: ignore[assignment]
-        autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+        autocast = autocast_dtype(x.device)
         if autocast is not None:
             if torch.float64 in (x.dtype, weight.dtype, a.dtype):
                 # Which autocast leaves alone.

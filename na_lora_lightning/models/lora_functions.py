@@ -56,10 +56,17 @@ def gradient_of_b(gradient: Tensor, h: Tensor, scaling: float) -> Tensor:
     return scaled_product(gradient.t(), h, scaling)
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """In which autocast multiplies on a device; None where it is off, or where a device, such as "meta", has none."""
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Products in the dtypes of their factors."""
-    enabled = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
 
 
 def _drop(x: Tensor, adapter_dtype: torch.dtype, setting: LoRASetting) -> tuple[Tensor, Tensor | None]:

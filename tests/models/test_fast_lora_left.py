@@ -245,3 +245,11 @@ def test_transforms_that_a_function_does_not_support_go_to_peft() -> None:
     of_samples = torch.func.vmap(torch.func.grad(lambda row: layer(row[None]).square().sum()))(x)
     (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
     assert torch.allclose(of_samples, expected, atol=1e-5)
+
+
+def test_shapes_are_known_without_numbers() -> None:
+    model = llama().to("meta")
+    loss = model(**{name: value.to("meta") for name, value in random_batch(0).items() if name != "attention_mask"}).loss
+    loss.backward()
+    assert loss.is_meta
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)

@@ -203,6 +203,7 @@ def test_one_batch_is_not_all_of_them(run: Run) -> None:
         ({"precision": "bf16-mixed"}, "trainer.precision 32-true → bf16-mixed"),
         ({"loss": LossOptions(average_over="micro_batch")}, "loss.average_over step → micro_batch"),
         ({"lora": LoRAOptions(r=2, alpha=4, dropout=0.3)}, "lora.dropout 0 → 0.3"),
+        ({"lora": LoRAOptions(r=2, alpha=4, layers="peft")}, "lora.layers fast → peft"),
         ({"seed": 7}, "seed_everything 0 → 7"),
     ],
 )

@@ -106,6 +106,7 @@ def adapt(
         return get_peft_model(base, AdaLoraConfig(**(common | ranks | schedule | dict(arm.peft))))
     if arm.method != "lora":
         raise StudyError(f"the method {arm.method!r} does not exist; choose 'lora' or 'adalora'.")
+    # With PEFT's own layers, so that a cell has the same bits whenever it is made again.
     model = get_peft_model(base, LoraConfig(**({"r": lora["rank"]} | common | dict(arm.peft))))
     if arm.peft.get("init_lora_weights", True) is True:
         initialise_a(model, seed)
