@@ -10,17 +10,21 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from lightning_models import RowWatch, make_trainer
+from module_helpers import Batches, quiet_trainer, saved_model, some_batches
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from na_lora_lightning import GateImportanceCallback, StepScaleCallback
+from na_lora_lightning import GateImportanceCallback, NALoRALightningModule, StepScaleCallback
+from na_lora_lightning.arguments import AdapterOptions, LoRAOptions
 from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.discovery.gates import discover_gates
 from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
 from na_lora_lightning.core.mechanisms.step_scale_options import StepScaleOptions
 from na_lora_lightning.core.observation.observer import ObserverOptions
+from na_lora_lightning.errors import ConfigurationError
+from na_lora_lightning.models import loading
 from na_lora_lightning.models.lora_inputs import keep_inputs_uncast
 
 ALL_TOKENS = ObserverOptions(max_tokens=None)
@@ -248,3 +252,36 @@ def test_lightning_trains_a_compiled_network_or_is_compiled_as_a_whole(tmp_path:
     for losses, values in found[1:]:
         assert losses == found[0][0]
         assert all(torch.equal(one, other) for one, other in zip(values, found[0][1], strict=True))
+
+
+def test_a_module_that_compiles_its_blocks_trains_as_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "COMPILE_OPTIONS", {"backend": "eager"})
+    base = saved_model(tmp_path / "base")
+    weights = []
+    for compiles in (False, True):
+        torch._dynamo.utils.counters.clear()
+        torch.manual_seed(0)
+        module = NALoRALightningModule(
+            base,
+            lora=LoRAOptions(r=2, alpha=4),
+            adapter=AdapterOptions(write="never"),
+            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5),
+            compile=compiles,
+        )
+        quiet_trainer(tmp_path).fit(module, Batches(some_batches(3), some_batches(1)))
+        weights.append({name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad})
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        # Both blocks share one for each kind of shape and mode.
+        assert 0 < graphs <= 6 if compiles else graphs == 0
+    assert any(value.abs().max() > 0.01 for name, value in weights[0].items() if "lora_B" in name)
+    assert_same(weights[1], weights[0], tolerance=1e-6)
+
+
+def test_a_module_does_not_compile_blocks_that_gates_are_read_in(tmp_path: Path) -> None:
+    module = NALoRALightningModule(saved_model(tmp_path / "base"), compile=True)
+    with pytest.raises(ConfigurationError, match=r"set model\.compile to false"):
+        quiet_trainer(tmp_path, callbacks=[StepScaleCallback()]).fit(module, Batches(some_batches(1)))
+    with pytest.raises(ConfigurationError, match="set compile to false, or gradient_checkpointing to true"):
+        NALoRALightningModule("model", compile=True, gradient_checkpointing="offload")
+    with pytest.raises(ConfigurationError, match="Blocks does not name its blocks"):
+        loading.compile_blocks(Blocks())

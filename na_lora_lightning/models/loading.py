@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from na_lora_lightning.errors import ConfigurationError, one_line
@@ -24,6 +25,8 @@ from na_lora_lightning.versions import require_new_transformers
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# Those of torch.compile.
+COMPILE_OPTIONS: dict[str, Any] = {}
 _CHECKPOINT = "_gradient_checkpointing_func"
 
 
@@ -118,3 +121,21 @@ def _checkpoint_on_cpu(function: Any, *arguments: Any, **options: Any) -> Any:
     # What is computed inside is saved by nothing, so the arguments alone are copied.
     with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
         return checkpoint(function, *arguments, use_reentrant=False, **options)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Has ``torch.compile`` make graphs of a model's blocks, which equal blocks share.
+
+    Args:
+        model: The Hugging Face model, as it is called: with LoRA, and sharded if it is.
+
+    Raises:
+        ConfigurationError: It does not say what its blocks are.
+    """
+    names = tuple(getattr(model, "_no_split_modules", None) or ())
+    # fully_shard() puts a word before them.
+    blocks = [module for module in model.modules() if type(module).__name__.removeprefix("FSDP") in names]
+    if not blocks:
+        raise ConfigurationError(f"{type(model).__name__} does not name its blocks; set model.compile to false.")
+    for block in blocks:
+        block.compile(**COMPILE_OPTIONS)

@@ -20,13 +20,14 @@ from na_lora_lightning.arguments import (
     ScheduleOptions,
     as_group,
 )
+from na_lora_lightning.callbacks.gate_callback import GateCallback
 from na_lora_lightning.checkpoints.adapter_state import CHECKPOINT_KEY
 from na_lora_lightning.data.answers import stop_at
 from na_lora_lightning.data.text.supervised import SupervisedDataModule
 from na_lora_lightning.errors import ConfigurationError, one_line
 from na_lora_lightning.lightning_internals import attached_trainer
 from na_lora_lightning.models.limits import ModelLimits
-from na_lora_lightning.models.loading import enable_gradient_checkpointing, load_base_model
+from na_lora_lightning.models.loading import compile_blocks, enable_gradient_checkpointing, load_base_model
 from na_lora_lightning.models.lora import add_lora
 from na_lora_lightning.models.packing import require_packable
 from na_lora_lightning.models.sharding import require_shardable, shard_model
@@ -73,6 +74,8 @@ class NALoRALightningModule(AdapterTrainingModule):
         attention_implementation: As transformers names it (``"sdpa"``, ``"eager"``, ...).
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
             ``"offload"`` also keeps what each block is given, from which it is recomputed, in the CPU's memory.
+        compile: Have ``torch.compile`` make graphs of the model's blocks. Not with NA-LoRA's callbacks, which look into
+            blocks between graphs.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Whether a model from the hub may run code of its own.
 
@@ -97,12 +100,18 @@ class NALoRALightningModule(AdapterTrainingModule):
         dtype: Dtype = "auto",
         attention_implementation: str | None = None,
         gradient_checkpointing: bool | Literal["offload"] = False,
+        compile: bool = False,
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         if gradient_checkpointing not in (True, False, "offload"):
             raise ConfigurationError(
                 f"gradient_checkpointing={gradient_checkpointing!r} is unknown; use true, false or 'offload'."
+            )
+        if compile and gradient_checkpointing == "offload":
+            raise ConfigurationError(
+                "compile makes one graph of a block, and gradient_checkpointing='offload' moves tensors between blocks "
+                "outside of graphs; set compile to false, or gradient_checkpointing to true."
             )
         super().__init__(
             BaseModelSource(model_name_or_path, revision, trust_remote_code, dtype, attention_implementation),
@@ -114,7 +123,10 @@ class NALoRALightningModule(AdapterTrainingModule):
             gradient_checkpointing=gradient_checkpointing,
         )
         self.evaluation = as_group(EvaluationOptions, evaluation, "evaluation")
-        self.save_hyperparameters({"loss": asdict(self.loss), "evaluation": asdict(self.evaluation)})
+        self.save_hyperparameters(
+            {"loss": asdict(self.loss), "evaluation": asdict(self.evaluation), "compile": compile}
+        )
+        self.compiles_blocks = compile
         self.evaluator = Evaluator(self.evaluation)
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._example_batch: Mapping[str, Any] | None = None
@@ -132,6 +144,13 @@ class NALoRALightningModule(AdapterTrainingModule):
             ConfigurationError: Something that is asked for does not work where the model is sharded.
         """
         super().setup(stage)
+        # Unknown to type checkers.
+        callbacks: Any = self.trainer.callbacks  # type: ignore[attr-defined]
+        if self.compiles_blocks and any(isinstance(callback, GateCallback) for callback in callbacks):
+            raise ConfigurationError(
+                "model.compile makes graphs of whole blocks, which NA-LoRA's callbacks interrupt at each gate, so that "
+                "every layer would be compiled by itself until torch gives up; set model.compile to false."
+            )
         require_shardable(self.trainer, generates=self.evaluation.generate or stage == "predict")
         datamodule = getattr(self.trainer, "datamodule", None)
         self._end_answers_at(getattr(datamodule, "end_token_ids", ()))
@@ -152,6 +171,8 @@ class NALoRALightningModule(AdapterTrainingModule):
             self._end_answers_at(())
             if attached_trainer(self) is not None:
                 shard_model(self.model, self.trainer)
+            if self.compiles_blocks:
+                compile_blocks(self.model.get_base_model())
         else:
             self._require_data_fits()
         if self._example_batch is not None:
