@@ -67,9 +67,8 @@ def explain(message: str, known: Collection[str], switches: Collection[str], con
     for file in config_files:
         for key in _keys_of_file(file, known):
             return unknown_key(key, known)
-    _, is_unknown, arguments = message.partition("unrecognized arguments: ")
-    if is_unknown:
-        first = arguments.split()[0]
+    if unknown := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
+        first = unknown[1]
         if first.startswith("-"):
             return unknown_key(first.lstrip("-").split("=")[0], known)
         return f"the argument {first!r} belongs to no option; put '--' and the option's name before it."
