@@ -324,6 +324,12 @@ def test_functions_that_differ_in_settings_alone_are_told_apart() -> None:
     assert found == [("silu", pytest.approx(7.0)), ("silu", pytest.approx(5.0)), ("gelu", pytest.approx(7.0))]
 
 
+def _in_place(z: Tensor) -> Tensor:
+    """The function's result has no gradient after this."""
+    functional.silu(z)
+    return z.mul_(2).softmax(-1).clamp(max=0.5)
+
+
 LEFT_OUT: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "sigmoid": (lambda s, x: s.layers[1](s.layers[0](x).sigmoid()), "is not self-gated"),
     "leaky": (lambda s, x: s.layers[1](functional.leaky_relu(s.layers[0](x))), "is of no known form"),
@@ -334,6 +340,10 @@ LEFT_OUT: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "tokens": (lambda s, x: s.layers[1](functional.silu(s.layers[0](x)).cumsum(1)), "tokens are mixed"),
     "channels": (
         lambda s, x: s.layers[1](s.layers[0](x).softmax(-1).clamp(max=0.5)),
+        "is not linear, and does not work channel by channel",
+    ),
+    "changed in place": (
+        lambda s, x: s.layers[1](_in_place(s.layers[0](x).clone())),
         "is not linear, and does not work channel by channel",
     ),
     "random": (
