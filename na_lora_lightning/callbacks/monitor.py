@@ -244,7 +244,7 @@ def write_histograms(trainer: Trainer, importance: TemporalImportance, labels: l
             experiment: Any = logger.experiment  # type: ignore[attr-defined]
             for label, columns in zip(labels, importance.layout.site_slices, strict=True):
                 values = importance.responsiveness[columns].cpu()
-                experiment.add_histogram(f"gate_responsiveness_of_channels/{label}", values, step)
+                experiment.add_histogram(f"responsiveness_of_channels/{label}", values, step)
 
 
 def _misalignment_tags(controller: GateController) -> list[str]:

@@ -70,7 +70,7 @@ def headline(run: Run) -> str:
     if losses:
         return (
             f"The training loss went from {number(losses[0])} at step {steps[0]:,} to {number(losses[-1])} at step "
-            f"{steps[-1]:,}; nothing was measured before and after on other data."
+            f"{steps[-1]:,}; other data were not measured {'after' if run.after is None else 'before'} training."
         )
     if run.before is not None or run.after is not None:
         return f"Metrics were measured {'before' if run.after is None else 'after'} training alone."

@@ -93,7 +93,7 @@ def test_both_packages_train_alike_and_log_alike(tmp_path: Path) -> None:
     assert_equal_states(plain[0], plain[1])
     assert any(not torch.equal(value, plain[0][name]) for name, value in states[0].items())
     assert logged[0] == logged[1]
-    assert {"gates/step_scale_deviation", "gate_responsiveness_of_channels/layer_01"} <= logged[0].keys()
+    assert {"gates/step_scale_deviation", "responsiveness_of_channels/layer_01"} <= logged[0].keys()
 
 
 def test_checkpoints_of_the_other_package(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_files_of_the_loggers(tmp_path: Path) -> None:
 
     events = EventAccumulator(str(tmp_path / "tensorboard" / "version_0"), {"histograms": 9}).Reload()
     assert [event.step for event in events.Scalars("gates/mask_churn")] == [3, 7]
-    assert [event.step for event in events.Histograms("gate_responsiveness_of_channels/layer_00")] == [0, 4]
+    assert [event.step for event in events.Histograms("responsiveness_of_channels/layer_00")] == [0, 4]
 
 
 def test_without_a_logger_nothing_is_measured_and_training_is_the_same(tmp_path: Path) -> None:

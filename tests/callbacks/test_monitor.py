@@ -59,7 +59,7 @@ def test_tensorboard_holds_curves_over_all_layers_and_of_each_where_asked(tmp_pa
     responsiveness = importance.controller.importance.responsiveness  # type: ignore[union-attr]
     assert last["gates/responsiveness"] == pytest.approx(responsiveness.mean().item(), abs=1e-6)
     assert 0.0 < last["gates/selection_misalignment"] < 1.0
-    assert [event.step for event in log.Histograms("gate_responsiveness_of_channels/layer_00")] == [0, 4]
+    assert [event.step for event in log.Histograms("responsiveness_of_channels/layer_00")] == [0, 4]
 
 
 @pytest.mark.parametrize(
