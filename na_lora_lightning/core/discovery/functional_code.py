@@ -93,7 +93,7 @@ class Code:
             to_the_end = shards.has_unit_in(self._owner.module)
             try:
                 for place in self._places(to_the_end, like):
-                    gate = self._gate_at(place, to_the_end, like)
+                    gate = identify(self._answer(place, to_the_end), like)
                     if self._is_random:
                         return "draws random numbers"
                     # What mixes channels behind a function is no gate for that, unless the function is known.
@@ -101,17 +101,11 @@ class Code:
                         return gate
                 linear = is_linear_in(self._answer(None, to_the_end), like)
             except Exception as error:  # Whatever code that was written for one call raises in another.
+                if "modified by an inplace operation" in str(error):
+                    # As linear attention is written, and no gate.
+                    return MIXED
                 return f"could not be called again on other values ({type(error).__name__}: {error})"
         return None if linear else MIXED
-
-    def _gate_at(self, place: nn.Module | _Call | None, to_the_end: bool, like: Tensor) -> FunctionalGate | None:
-        try:
-            return identify(self._answer(place, to_the_end), like)
-        except RuntimeError:
-            if place != "function":
-                raise
-            # Of a function's result that was changed in place since, no gradient can be taken.
-            return None
 
     def _modules_on_the_way(self) -> list[nn.Module]:
         """Childless modules before the consumer, such as a norm, that are given what the layers make alone."""
