@@ -102,9 +102,11 @@ format: install ## Format the code
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-benchmark: install ## Step time of NA-LoRA against plain LoRA, appended to benchmarks/step_time.csv
+benchmark: install ## Steps, operations and tokens a second, beside PEFT, transformers' Trainer and TRL where it is installed
 	$(BIN)/python examples/quickstart/prepare.py
-	$(BIN)/python benchmarks/step_time.py --model $(MODEL)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/lora_step.py
+	$(BIN)/python benchmarks/lora_operations.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/frameworks.py --model $(MODEL)
 
 clean: ## Remove the environment and caches, not what was trained
 	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis

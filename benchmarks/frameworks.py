@@ -1,0 +1,138 @@
+"""Useful tokens a second of this package and of what else trains LoRA, side by side in one run.
+
+Each arm is a process of its own, which trains as its framework does (``framework_arms.py``) and stops between two
+steps until it is its turn: a machine whose speed drifts slows all arms alike, and each has a peak of memory of its
+own. Where memory holds only some of them they take turns in groups, each with transformers' Trainer, by which all are
+divided. The first round warms up and is not counted.
+
+Run::
+
+    OMP_NUM_THREADS=1 python benchmarks/frameworks.py --model .cache/quickstart/SmolLM2-135M-Instruct
+
+writes ``benchmarks/results/frameworks.csv``: a row for each workload and arm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from framework_arms import ARMS, WORKLOADS
+
+REFERENCE = "trainer"
+RESULTS = Path(__file__).parent / "results" / "frameworks.csv"
+
+
+class Arm:
+    """A training in a process of its own, held between two steps."""
+
+    def __init__(self, name: str, workload: str, model: str) -> None:
+        self.name = name
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # open as long as the process
+        script = Path(__file__).with_name("framework_arms.py")
+        self._process = subprocess.Popen(
+            [sys.executable, script, "--arm", name, "--workload", workload, "--model", model],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+        self.rounds: list[dict[str, Any]] = []
+        self._answer()
+
+    def run(self, steps: int) -> None:
+        assert self._process.stdin
+        self._process.stdin.write(f"{steps}\n")
+        self._process.stdin.flush()
+        self.rounds.append(self._answer())
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line:
+            self._log.seek(0)
+            raise SystemExit(f"The arm {self.name} ended:\n{self._log.read()[-3000:]}")
+        return json.loads(line)
+
+
+def compare(workload: str, names: list[str], model: str, rounds: int, steps: int) -> list[dict[str, Any]]:
+    """Runs the arms in turn; the first is what the others are divided by."""
+    arms = [Arm(name, workload, model) for name in names]
+    try:
+        for turn in range(rounds + 1):
+            shift = turn % len(arms)
+            for arm in arms[shift:] + arms[:shift]:
+                arm.run(steps)
+    finally:
+        for arm in arms:
+            arm.stop()
+
+    def median(arm: Arm, key: str, by: str) -> float:
+        return statistics.median(each[key] / each[by] for each in arm.rounds[1:])
+
+    return [
+        {
+            "workload": workload,
+            "arm": arm.name,
+            "step_seconds": median(arm, "seconds", "steps"),
+            "targets_per_second": median(arm, "targets", "seconds"),
+            "tokens_per_second": median(arm, "tokens", "seconds"),
+            "ratio": median(arm, "tokens", "seconds") / median(arms[0], "tokens", "seconds"),
+            "peak_gib": arm.rounds[-1]["peak_bytes"] / 2**30,
+            "rounds": rounds,
+            "steps": steps,
+        }
+        for arm in arms
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", required=True, help="folder of a model, or its name on the hub")
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=4, help="steps of an arm in a round")
+    parser.add_argument("--together", type=int, default=4, help="processes that hold a model at the same time")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    names = [name for name in options.arms if find_spec("trl") or not name.startswith("trl")]
+    if names != options.arms:
+        print("trl is not installed, so its arms are left out: pip install trl")
+    rows = []
+    for workload in options.workloads:
+        print(f"{workload}: batches of 8 records of {WORKLOADS[workload]}; {torch.get_num_threads()} threads")
+        others = [name for name in names if name != REFERENCE]
+        new = []
+        for first in range(0, len(others), options.together - 1):
+            arms = [REFERENCE, *others[first : first + options.together - 1]]
+            measured = compare(workload, arms, options.model, options.rounds, options.steps)
+            new += measured if first == 0 else measured[1:]
+        rows += new
+        for row in new:
+            print(
+                f"  {ARMS[row['arm']]:52} {row['step_seconds']:6.3f} s  {row['targets_per_second']:7.1f} targets/s"
+                f"  {row['tokens_per_second']:7.1f} tokens/s  × {row['ratio']:4.2f}  {row['peak_gib']:5.2f} GiB"
+            )
+    options.output.parent.mkdir(exist_ok=True)
+    with options.output.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+if __name__ == "__main__":
+    main()
