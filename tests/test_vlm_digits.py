@@ -199,7 +199,7 @@ class TestWholeExample:
         events.Reload()
         tags = set(events.Tags()["scalars"])
         for activation in ("silu", "quick_gelu"):
-            assert {f"gates/responsiveness/{activation}", f"gates/step_scale_deviation/{activation}"} <= tags
+            assert {f"gates/responsiveness/{activation}", f"gates/step_scale/{activation}"} <= tags
 
     def test_second_run_finds_everything(self, finished: Any, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.MonkeyPatch.context() as patch:
