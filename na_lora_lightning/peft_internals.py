@@ -12,6 +12,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from peft.tuners.lora import Linear as LoRALinear  # noqa: F401  # for other modules
 from torch import nn
 
 from na_lora_lightning.errors import ConfigurationError

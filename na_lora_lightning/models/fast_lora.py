@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -20,12 +19,12 @@ from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.models.dora_functions import DoRAProduct
 from na_lora_lightning.models.lora_functions import LoRAProduct, LoRASetting, autocast_dtype
 from na_lora_lightning.models.lora_inputs import CastingLinear
-from na_lora_lightning.peft_internals import is_plain_dora
+from na_lora_lightning.peft_internals import LoRALinear, is_plain_dora
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-class FastLoRALinear(Linear):
+class FastLoRALinear(LoRALinear):
     """PEFT's LoRA of a linear layer, with LoRA or DoRA of one adapter as one autograd function."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -64,7 +63,7 @@ class FastLoRALinear(Linear):
         return result
 
 
-def _dropout(layer: Linear, adapter: str) -> float:
+def _dropout(layer: LoRALinear, adapter: str) -> float:
     dropout = layer.lora_dropout[adapter]
     return float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
@@ -128,7 +127,7 @@ def why_left(layer: nn.Module) -> str | None:
 def _why_not_replaced(layer: nn.Module) -> str | None:
     if "forward" in vars(layer):
         return "its forward is replaced, as accelerate does for several devices"
-    if type(layer) is not Linear:
+    if type(layer) is not LoRALinear:
         return f"PEFT adapts it by a layer of its own, {type(layer).__name__}"
     return None
 
@@ -191,7 +190,7 @@ def use_fast_lora_layers(model: nn.Module, enable: bool = True) -> LoRALayerRepo
     Raises:
         ConfigurationError: ``fully_shard`` has made other classes of the layers already.
     """
-    now, then = (Linear, FastLoRALinear) if enable else (FastLoRALinear, Linear)
+    now, then = (LoRALinear, FastLoRALinear) if enable else (FastLoRALinear, LoRALinear)
     for name, layer in model.named_modules():
         if not isinstance(layer, now) or isinstance(layer, FastLoRALinear) is enable:
             continue

@@ -87,7 +87,9 @@ def test_a_run_goes_on_in_its_own_folder(workplace: Workplace, whole: Remains, t
         "adapter",
         "checkpoints",
         "config.yaml",
+        "history.jsonl",
         *(["hparams.yaml"] if logger == "CSV" else []),
+        "pictures",
     ]
     assert not list(root.rglob("*.lock"))
 

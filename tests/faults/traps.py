@@ -14,8 +14,7 @@ from na_lora_lightning.checkpoints import adapter_state as adapters
 from na_lora_lightning.checkpoints import files as checkpointing
 from na_lora_lightning.checkpoints.run_folders import ContinuedWriter
 from na_lora_lightning.checkpoints.run_record import RunRecord
-from na_lora_lightning.core.controller import GateController
-from na_lora_lightning.core.stepping.rows import _Group
+from na_lora_lightning.core.stepping.rows import RowUpdate, _Group
 from na_lora_lightning.modules.fit_summary import FitSummaryCallback
 from na_lora_lightning.modules.language import NALoRALightningModule
 
@@ -128,9 +127,9 @@ TRAPS: dict[str, tuple[Trap, int]] = {
     ),
     "between micro-batches": (_between_micro_batches, 8),
     "a training step begins": (_at_call(NALoRALightningModule, "training_step"), 16),
-    "the optimizer has stepped, the rows not masked": (_at_call(GateController, "_correct"), 6),
+    "the optimizer has stepped, the rows not masked": (_at_call(RowUpdate, "correct"), 6),
     "the rows are masked, the step of A not shortened": (_between_rows_and_a, 6),
-    "the rows are masked, the step not counted": (_at_call(GateController, "_correct", after=True), 6),
+    "the rows are masked, the step not counted": (_at_call(RowUpdate, "correct", after=True), 6),
     "validation": (_at_call(NALoRALightningModule, "validation_step"), 6),
     "a point of a curve is written": (_at_call(SummaryWriter, "add_scalar"), 110),
     "rows of a CSV file are written": (_at_call(ContinuedWriter, "save"), 4),

@@ -13,13 +13,14 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from na_lora_lightning.core.discovery.blocks import Blocks, ancestors
-from na_lora_lightning.core.discovery.functional_probe import FunctionalGate, identify, is_linear_in
+from na_lora_lightning.core.discovery.functional_probe import FunctionalGate, identify, is_linear_in, keeps_tokens_apart
 from na_lora_lightning.core.discovery.trace import LinearCall, ModuleCall
 from na_lora_lightning.core.discovery.tracing import first_argument
 
 # A gate may be normalised before it is taken,
 _NORMS = (functional.layer_norm, torch.layer_norm, functional.rms_norm, torch.rms_norm, functional.normalize)
-# or its channels may be mixed by hand. What such a function makes is a gate as what a module makes is.
+# or its channels may be mixed by hand. What such a function makes is a gate as what a module makes is, unless tokens
+# are mixed too, as in state spaces.
 _FUNCTIONS = (functional.silu, functional.gelu, functional.relu, torch.relu, Tensor.relu)
 _Call = Literal["norm", "function"]
 # Attention, state spaces and hyper-connections do this, and gates do not.
@@ -124,9 +125,10 @@ class Code:
     def _places(self, to_the_end: bool, like: Tensor) -> Iterator[nn.Module | _Call | None]:
         """Where the gated result may be: with the consumer, a module or a function that normalises it, or its maker."""
         yield from (None, *self._modules_on_the_way())
+        answer = self._answer(None, to_the_end)
         with _LastCall() as last:
-            self._answer(None, to_the_end)(like)
-        yield from last.kept
+            answer(like)
+        yield from (place for place in last.kept if place == "norm" or keeps_tokens_apart(answer, like))
 
     def _answer(self, place: nn.Module | _Call | None, to_the_end: bool) -> Callable[[Tensor], Tensor]:
         """Maps an output of the layer to what ``place`` (or the consumer) takes; other layers put out ones."""

@@ -112,6 +112,22 @@ def is_linear_in(answer: Answer, like: Tensor) -> bool:
     return bool(bend <= _TOLERANCE * torch.stack([first, second, third]).abs().max())
 
 
+def keeps_tokens_apart(answer: Answer, like: Tensor) -> bool:
+    """Whether what a piece of code makes of a token depends on that token alone.
+
+    Args:
+        answer: As :func:`identify` takes it.
+        like: An output of the layer, ``[..., features]``.
+    """
+    generator = torch.Generator().manual_seed(0)
+    start, other = (torch.randn(like.shape, generator=generator) for _ in range(2))
+    # Whatever looks back or around sees the first token of the first sample.
+    other.flatten(0, -2)[1:] = start.flatten(0, -2)[1:]
+    first, second = (answer(values.to(like.device)) for values in (start, other))
+    change = (first - second).flatten(0, -2).abs().amax(dim=-1)
+    return int((change > _TOLERANCE * first.abs().max()).sum()) <= 1
+
+
 def _features_of_channels(answer: Answer, start: Tensor) -> tuple[Tensor, Tensor | None] | None:
     """Features of the gate channels, and of the other branch where the same layer makes it."""
     with torch.enable_grad():
