@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable
+from textwrap import indent
+from typing import Any, TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -18,6 +21,21 @@ from na_lora_lightning.core.in_force import say
 from na_lora_lightning.core.mechanisms.mechanism import Mechanism
 from na_lora_lightning.core.mechanisms.saved_options import in_words
 from na_lora_lightning.errors import ConfigurationError
+
+_Callback = TypeVar("_Callback", bound="type[GateCallback]")
+
+
+def explains(options: type) -> Callable[[_Callback], _Callback]:
+    """Puts what a class of options says of its fields into the ``Args`` of a callback that takes them one by one."""
+
+    def explained(callback: _Callback) -> _Callback:
+        place = f"        (those of {options.__name__})\n"
+        if callback.__doc__ and options.__doc__:
+            fields = inspect.cleandoc(options.__doc__).partition("Attributes:\n")[2].partition("\n\n")[0]
+            callback.__doc__ = callback.__doc__.replace(place, indent(fields.rstrip() + "\n", " " * 4))
+        return callback
+
+    return explained
 
 
 class GateCallback(Callback, ABC):

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from na_lora_lightning.callbacks.gate_callback import GateCallback
+from na_lora_lightning.callbacks.gate_callback import GateCallback, explains
 from na_lora_lightning.callbacks.monitor import write_histograms
 from na_lora_lightning.callbacks.session import GateSettings
 from na_lora_lightning.callbacks.view_options import ViewOptions
@@ -19,6 +19,8 @@ from na_lora_lightning.core.observation.observer import ObserverOptions
 from na_lora_lightning.errors import ConfigurationError
 
 
+@explains(GateSettings)
+@explains(ImportanceOptions)
 class GateImportanceCallback(GateCallback):
     """Lets only the LoRA rows of responsive gate channels move.
 
@@ -37,21 +39,10 @@ class GateImportanceCallback(GateCallback):
     ``gates/selection_misalignment`` and ``gates/selection_share``; by layer too where ``view`` asks for it.
 
     Args:
-        keep_fraction: Fraction of gate channels whose rows are updated, in (0, 1].
-        beta: β of the moving average, in [0, 1).
-        criterion: What responsiveness is the mean of: ``"output_derivative"`` |φ'|, the slope of the activation;
-            ``"selection_derivative"`` |ρ'|, the slope of its selection weight ρ(z) = φ(z)/z; ``"homogeneity_gap"``
-            |E−1|, with the effective homogeneity E(z) = z·φ'(z)/φ(z); or ``"output_derivative_change"``, the change
-            of mean |φ'| from one step to the next.
-        scope: Rank channels ``"site"`` by site or over the whole model (``"global"``).
-        warmup_steps: Optimizer steps before the first mask.
-        refresh_every: Optimizer steps between two masks.
+        (those of ImportanceOptions)
         variant: Rarer choices, and controls for experiments.
-        observer: What the statistics look at.
         histogram_every_n_steps: Optimizer steps between two histograms of channel responsiveness, 0 for none.
-        allow_unmasked_gates: Accept that some gates have no LoRA instead of stopping with their names.
-        example_inputs: Keyword arguments of one small forward pass, for models without a vocabulary.
-        view: What is shown, beside the curves over all layers.
+        (those of GateSettings)
 
     Raises:
         ConfigurationError: An argument is out of range.

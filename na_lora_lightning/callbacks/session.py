@@ -39,10 +39,10 @@ class GateSettings:
 
     Attributes:
         observer: What the statistics look at.
-        allow_unmasked_gates: Accept that some gates have no LoRA.
+        allow_unmasked_gates: Accept that some gates have no LoRA instead of stopping with their names.
         example_inputs: Keyword arguments of one small forward pass, for models that take more than text; by default
             the LightningModule's attribute ``example_inputs``, where it has one.
-        view: What is shown.
+        view: What is shown, beside the curves over all layers.
     """
 
     observer: ObserverOptions

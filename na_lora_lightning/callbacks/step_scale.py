@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from na_lora_lightning.callbacks.gate_callback import GateCallback
+from na_lora_lightning.callbacks.gate_callback import GateCallback, explains
 from na_lora_lightning.callbacks.session import GateSettings
 from na_lora_lightning.callbacks.view_options import ViewOptions
 from na_lora_lightning.core.controller import GateController
@@ -14,6 +14,8 @@ from na_lora_lightning.core.mechanisms.step_scale_options import Granularity, St
 from na_lora_lightning.core.observation.observer import ObserverOptions
 
 
+@explains(GateSettings)
+@explains(StepScaleOptions)
 class StepScaleCallback(GateCallback):
     """Shortens the LoRA steps of gate channels whose activation is far from homogeneous.
 
@@ -26,24 +28,13 @@ class StepScaleCallback(GateCallback):
     Why the defaults are what they are is said at
     :class:`~na_lora_lightning.core.mechanisms.step_scale_options.StepScaleOptions`.
 
-    Logged on logging steps, by layer and by activation: ``gate_regime_suppressed``, ``gate_regime_transitional``,
-    ``gate_regime_homogeneous``, ``gate_step_scale`` (and over channels ``gate_step_scale_deviation``),
-    ``selection_misalignment`` and ``selection_share``.
+    Logged on logging steps, over all layers: ``gates/regime_suppressed``, ``gates/regime_homogeneous``,
+    ``gates/step_scale_deviation`` (or ``gates/step_scale``), ``gates/selection_misalignment`` and
+    ``gates/selection_share``; by layer too where ``view`` asks for it.
 
     Args:
-        granularity: One scale per ``"activation"``, per ``"site"`` or per gate ``"channel"``.
-        tau: τ, half-width of the homogeneous regime |E−1| ≤ τ, in (0, 1), with the effective homogeneity
-            E(z) = z·φ'(z)/φ(z) of the activation φ.
-        eta_min: Lowest factor of a regime, in (0, 1]; the step scale is the mean of these factors by share.
-        normalize: Divide the scales by their mean over what encloses them, so that steps are redistributed and not
-            made smaller.
-        beta: β of the moving average of the regime shares, in [0, 1).
-        matrix_a_factor: Factor on the step of ``lora_A`` of the gate layers, which moves the selection of all their
-            channels at once, in [0, 1].
-        observer: What the statistics look at.
-        allow_unmasked_gates: Accept that some gates have no LoRA instead of stopping with their names.
-        example_inputs: Keyword arguments of one small forward pass, for models without a vocabulary.
-        view: What is shown, beside the curves over all layers.
+        (those of StepScaleOptions)
+        (those of GateSettings)
 
     Raises:
         ConfigurationError: An argument is out of range.

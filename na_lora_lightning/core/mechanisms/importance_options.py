@@ -59,8 +59,10 @@ class ImportanceOptions(ImportanceVariant):
     Attributes:
         keep_fraction: k, the fraction of gate channels whose rows are updated, in (0, 1].
         beta: β of the exponential moving average, in [0, 1).
-        criterion: ``"selection_derivative"`` |ρ'|, ``"output_derivative"`` |φ'|, ``"homogeneity_gap"`` |E−1|, or
-            ``"output_derivative_change"``, the change of mean |φ'| from one step to the next.
+        criterion: What responsiveness is the mean of: ``"output_derivative"`` |φ'|, the slope of the activation;
+            ``"selection_derivative"`` |ρ'|, the slope of its selection weight ρ(z) = φ(z)/z; ``"homogeneity_gap"``
+            |E−1|, with the effective homogeneity E(z) = z·φ'(z)/φ(z); or ``"output_derivative_change"``, the change
+            of mean |φ'| from one step to the next.
         scope: Rank and average ``"site"`` by site (each expert by itself), or over all sites together
             (``"global"``).
         warmup_steps: Optimizer steps before the first mask; all rows are updated until then.
