@@ -229,6 +229,8 @@ class AdapterOptions:
             monitors a metric; ``"each"`` every checkpoint too, each over the former; ``"never"`` nothing. The former
             words ``"fit_end"`` and ``"checkpoint"`` stand for ``"last"`` and ``"each"``.
         folder: The folder; None stands for ``adapter`` in the run's log folder.
+        start: Folder of an adapter to begin with, or of a run that left one: training goes on from it, and evaluation
+            uses it. Options of ``lora`` that have their defaults are then the adapter's own.
 
     Raises:
         ConfigurationError: A value is unknown.
@@ -236,6 +238,7 @@ class AdapterOptions:
 
     write: Literal["last", "best", "each", "never", "fit_end", "checkpoint"] = "last"
     folder: str | None = None
+    start: str | None = None
 
     def __post_init__(self) -> None:
         now = {"fit_end": "last", "checkpoint": "each"}.get(self.write, self.write)

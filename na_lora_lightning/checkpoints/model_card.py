@@ -77,6 +77,15 @@ def adapter_card(
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
 
 
+def weights_of(folder: Path) -> str:
+    """Which step the weights of an adapter folder are of, in brackets; nothing where its card does not say."""
+    with suppress(OSError, ValueError):
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        if match := re.search(r"its weights are those of (step [^.\n]*)\.", card):
+            return f" ({match[1]})"
+    return ""
+
+
 def _task(model: PeftModel) -> str:
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 

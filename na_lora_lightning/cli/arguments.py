@@ -118,6 +118,19 @@ def config_files(arguments: Sequence[str]) -> list[str]:
     return files
 
 
+def names_option(arguments: Sequence[str], option: str) -> bool:
+    """Whether an option such as ``model.revision`` has a value, on the command line or in a configuration file."""
+    if any(argument.partition("=")[0] == f"--{option}" for argument in arguments):
+        return True
+    for file in config_files(arguments):
+        value = read_yaml(file)
+        for name in option.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else None
+        if value is not None:
+            return True
+    return False
+
+
 _OPTION = "--model.optimizer"
 
 

@@ -109,10 +109,11 @@ def _report(message: str) -> int:
 
 
 def _train(arguments: Sequence[str]) -> int:
+    from na_lora_lightning.cli.adapters import with_adapter
     from na_lora_lightning.cli.arguments import functions_as_classes, in_sections
     from na_lora_lightning.cli.training import NALoRACLI
 
-    given = in_sections(arguments, _COMMANDS)
+    given = with_adapter(in_sections(arguments, _COMMANDS))
     with functions_as_classes(given):
         NALoRACLI(given[0], given)
     return 0

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from na_lora_lightning.checkpoints.adapter_folder import end_token_ids, find_base
+from na_lora_lightning.checkpoints.adapter_folder import end_token_ids
+from na_lora_lightning.cli.adapters import base_of_adapter
 from na_lora_lightning.cli.merge_output import copy_tokenizer, refuse_inputs_as_output, require_output, written_whole
 from na_lora_lightning.data.answers import stop_at
 from na_lora_lightning.errors import ConfigurationError, one_line
 from na_lora_lightning.models.loading import load_base_model
+from na_lora_lightning.models.saved_adapter import TIED, adapter_folder, with_adapter
 from na_lora_lightning.models.source import BaseModelSource, Dtype, load_config, require_model, without_progress_bars
 from na_lora_lightning.models.ties import has_ties, match_config, unmerged, untie_adapted_weights
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
-
-
-# PEFT says of tied weights what is taken care of here.
-_TIED = r"(Model with|Model has) `tie_word_embeddings=True`|Input and output embeddings are no longer tied"
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,8 @@ def merge_adapter(arguments: MergeOptions) -> Path:
         ConfigurationError: There is no such adapter, it does not fit the base model, or the output is not empty.
     """
     output = arguments.output
+    if not arguments.adapter.is_file():
+        arguments = replace(arguments, adapter=adapter_folder(arguments.adapter))
     refuse_inputs_as_output(output, arguments.adapter, arguments.base)
     require_output(output, overwrite=arguments.overwrite)
     if arguments.adapter.is_file():
@@ -101,7 +101,7 @@ def merge_into_base(model: PeftModel) -> PreTrainedModel:
     try:
         with warnings.catch_warnings():
             # They are parted here, and the configuration is made to say so.
-            warnings.filterwarnings("ignore", message=_TIED)
+            warnings.filterwarnings("ignore", message=TIED)
             merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
     except (NotImplementedError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise ConfigurationError(
@@ -124,39 +124,14 @@ def merge_into_base(model: PeftModel) -> PreTrainedModel:
 
 
 def _from_folder(arguments: MergeOptions) -> tuple[PeftModel, BaseModelSource]:
-    from peft import PeftConfig, PeftModel
-
     adapter = arguments.adapter
-    if not (adapter / "adapter_config.json").is_file():
-        raise ConfigurationError(
-            f"the folder {str(adapter)!r} holds no adapter (adapter_config.json is missing); give an adapter folder or "
-            "a .ckpt file."
-        )
-    if not (adapter / "adapter_model.safetensors").is_file():
-        raise ConfigurationError(f"the adapter {str(adapter)!r} has no adapter_model.safetensors; save it again.")
-    config = PeftConfig.from_pretrained(str(adapter))
-    base = arguments.base or find_base(config.base_model_name_or_path or "", adapter)
-    if not base:
-        raise ConfigurationError(f"the adapter {str(adapter)!r} does not name its base model; give it with --base.")
+    base, revision = (arguments.base, None) if arguments.base else base_of_adapter(adapter)
     refuse_inputs_as_output(arguments.output, adapter, base)
-    revision = None if arguments.base else config.revision
     source = BaseModelSource(base, revision, arguments.trust_remote_code, arguments.dtype)
     _require_base(source, arguments)
     # Nothing is trained, so that "auto" is the checkpoint's dtype: the merged model is to be as large as the base.
     model = load_base_model(source, device=None)
-    try:
-        with warnings.catch_warnings():
-            # Said of an adapter that lacks layers; it is refused below.
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            warnings.filterwarnings("ignore", message=_TIED)
-            adapted = PeftModel.from_pretrained(model, str(adapter))
-        _require_every_tensor(adapted, adapter)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise ConfigurationError(
-            f"the adapter {str(adapter)!r} does not fit the base model {base!r} ({one_line(error)}); give the base "
-            "that it was trained on."
-        ) from error
-    return adapted, source
+    return with_adapter(model, adapter, base), source
 
 
 def _require_base(source: BaseModelSource, arguments: MergeOptions) -> None:
@@ -193,20 +168,6 @@ def require_unquantised(source: BaseModelSource) -> None:
         )
 
 
-def _require_every_tensor(model: PeftModel, adapter: Path) -> None:
-    """Checks that a model has an adapter exactly where the file has, as PEFT takes a part for the whole."""
-    from peft import get_peft_model_state_dict
-    from safetensors import safe_open
-
-    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
-        saved = set(file.keys())
-    current = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    # Beside an adapter PEFT may store embeddings, which are weights of the base model.
-    other = (current - saved) | (saved - current - set(model.state_dict()))
-    if other:
-        raise ValueError(f"{min(other)} is in one and not in the other")
-
-
 def _from_checkpoint(arguments: MergeOptions) -> tuple[PeftModel, BaseModelSource]:
     from na_lora_lightning.modules.language import NALoRALightningModule
 
@@ -236,7 +197,7 @@ def _from_checkpoint(arguments: MergeOptions) -> tuple[PeftModel, BaseModelSourc
     }
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=_TIED)
+            warnings.filterwarnings("ignore", message=TIED)
             module = NALoRALightningModule.load_from_checkpoint(path, map_location="cpu", **options)
     except ConfigurationError:
         raise
@@ -270,7 +231,7 @@ def main(arguments: list[str]) -> int:
         ConfigurationError: The user has something to correct.
     """
     parser = _Parser(prog="na-lora merge", description="Merges an adapter into its base model.")
-    parser.add_argument("--adapter", type=Path, required=True, help="adapter folder, or .ckpt file of a fit")
+    parser.add_argument("--adapter", type=Path, required=True, help="folder of an adapter or run, or .ckpt file")
     parser.add_argument("--output", type=Path, required=True, help="folder for the merged model and its tokenizer")
     parser.add_argument("--base", help="folder or hub name of the base model (default: the one the adapter names)")
     parser.add_argument(

@@ -159,7 +159,7 @@ class DualEncoderLightningModule(AdapterTrainingModule):
         base = load_dual_encoder(self.source, self._training_device)
         if self.gradient_checkpointing:
             enable_gradient_checkpointing(base)
-        self.model = add_lora_to_encoders(base, self.lora, self.source)
+        self.model = self._start_adapter(add_lora_to_encoders(base, self.lora, self.source))
         self._trains_texts = trains_texts(self.model)
         if self.class_names is not None:
             self._prepare_prompts()

@@ -167,7 +167,7 @@ class NALoRALightningModule(AdapterTrainingModule):
             self._require_data_fits()
             if self.gradient_checkpointing:
                 enable_gradient_checkpointing(base, offload=self.gradient_checkpointing == "offload")
-            self.model = add_lora(base, self.lora, self.source)
+            self.model = self._start_adapter(add_lora(base, self.lora, self.source))
             self._end_answers_at(())
             if attached_trainer(self) is not None:
                 shard_model(self.model, self.trainer)

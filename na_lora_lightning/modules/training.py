@@ -6,19 +6,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from na_lora_lightning.arguments import AdapterOptions, LoRAOptions, LossOptions, ScheduleOptions, as_group
+from na_lora_lightning.checkpoints.model_card import weights_of
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.lightning_internals import attached_trainer
+from na_lora_lightning.models.saved_adapter import adapter_folder, load_adapter, lora_of_adapter
 from na_lora_lightning.models.source import BaseModelSource
 from na_lora_lightning.modules.adapter import AdapterModule
 from na_lora_lightning.modules.losses import StepAverage, TokenSums
@@ -37,6 +39,9 @@ from na_lora_lightning.modules.optimization import (
     make_schedule,
     optimizer_factory,
 )
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 class NoTargetTokensWarning(UserWarning):
@@ -71,7 +76,9 @@ class AdapterTrainingModule(AdapterModule, ABC):
         adapter: AdapterOptions,
         gradient_checkpointing: bool | Literal["offload"],
     ) -> None:
-        super().__init__(as_group(LoRAOptions, lora, "lora"), as_group(AdapterOptions, adapter, "adapter"))
+        lora, adapter = as_group(LoRAOptions, lora, "lora"), as_group(AdapterOptions, adapter, "adapter")
+        self._start = None if adapter.start is None else adapter_folder(adapter.start)
+        super().__init__(lora if self._start is None else lora_of_adapter(self._start, lora), adapter)
         self.source = source
         self.schedule = as_group(ScheduleOptions, schedule, "schedule")
         self.loss = as_group(LossOptions, loss, "loss")
@@ -85,7 +92,8 @@ class AdapterTrainingModule(AdapterModule, ABC):
             "model_name_or_path": source.name_or_path,
             "lora": asdict(self.lora),
             "schedule": asdict(self.schedule),
-            "adapter": asdict(self.adapter),
+            # A checkpoint has the adapter's weights and its kind of LoRA.
+            "adapter": {**asdict(self.adapter), "start": None},
             "dtype": source.dtype,
             "attention_implementation": source.attention_implementation,
             "gradient_checkpointing": gradient_checkpointing,
@@ -99,6 +107,13 @@ class AdapterTrainingModule(AdapterModule, ABC):
     def _training_device(self) -> torch.device:
         """Where the model will train."""
         return self.trainer.strategy.root_device if attached_trainer(self) is not None else torch.device("cpu")
+
+    def _start_adapter(self, model: PeftModel) -> PeftModel:
+        """Gives LoRA the weights to begin with, if there are any."""
+        if self._start is not None:
+            load_adapter(model, self._start)
+            rank_zero_info(f"Begins with the adapter {str(self._start)!r}{weights_of(self._start)}.")
+        return model
 
     # ---- training ----
 
