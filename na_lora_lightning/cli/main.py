@@ -27,6 +27,7 @@ commands:
   validate  measure loss, perplexity and exact match on the validation data
   test      the same on the test data
   predict   generate answers to prompts
+  chat      talk with a model, an adapter or the adapter of a run
   merge     merge an adapter into its base model
   inspect   list the gates of a model and how they would be adapted
   report    write a page about a run, or several side by side
@@ -131,6 +132,12 @@ def _inspect(arguments: Sequence[str]) -> int:
     return inspection.main(list(arguments[1:]))
 
 
+def _chat(arguments: Sequence[str]) -> int:
+    from na_lora_lightning.cli import chat as chatting
+
+    return chatting.main(list(arguments[1:]))
+
+
 def _report_runs(arguments: Sequence[str]) -> int:
     from na_lora_lightning.cli import report as reporting
 
@@ -142,6 +149,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "validate": _train,
     "test": _train,
     "predict": _train,
+    "chat": _chat,
     "merge": _merge,
     "inspect": _inspect,
     "report": _report_runs,
