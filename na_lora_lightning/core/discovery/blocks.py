@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from na_lora_lightning.core.discovery.trace import ActivationCall, LinearCall, Trace
+from na_lora_lightning.core.discovery.trace import ActivationCall, FunctionCall, LinearCall, Trace
 from na_lora_lightning.core.lora_layers import is_linear, is_lora_layer
 from na_lora_lightning.core.model_entry import vocabulary_size
 
@@ -26,12 +26,16 @@ class Ancestors:
         passed: Names of the node types passed.
         stops: Nodes at which the walk stopped.
         custom: Whether a function that somebody wrote with a backward pass of its own was passed.
+        masked: Whether a product with a mask was passed, which may have been made of what it is multiplied with.
+        nodes: The nodes passed.
     """
 
     leaves: list[Tensor] = field(default_factory=list)
     passed: set[str] = field(default_factory=set)
     stops: list[Any] = field(default_factory=list)
     custom: bool = False
+    masked: bool = False
+    nodes: set[Any] = field(default_factory=set)
 
 
 def ancestors(node: Any, stop_at: Container[Any] = ()) -> Ancestors:
@@ -60,7 +64,9 @@ def ancestors(node: Any, stop_at: Container[Any] = ()) -> Ancestors:
             met.leaves.append(variable)
             continue
         met.passed.add(type(current).__name__)
+        met.nodes.add(current)
         met.custom |= _is_custom(current)
+        met.masked |= type(current).__name__ == "MulBackward0" and _is_with_mask(current)
         pending.extend(parent for parent, _ in current.next_functions if parent is not None)
     return met
 
@@ -69,6 +75,18 @@ def _is_custom(node: Any) -> bool:
     function = getattr(type(node), "_forward_cls", None)
     # torch has some of its own, for sharding and checkpointing, and so have LoRA layers here.
     return function is not None and not function.__module__.startswith(("torch.", "na_lora_lightning."))
+
+
+def _is_with_mask(product: Any) -> bool:
+    """Whether autograd multiplies by two values, as in ``(z > 0) * z``, by one for each element."""
+    masks = [value for value in (product._saved_self, product._saved_other) if value is not None]
+    if len(masks) != 1 or masks[0].is_meta or 1 in (masks[0].ndim, *masks[0].shape[-2:]):
+        return False
+    (mask,) = masks
+    if mask.dtype is torch.bool:
+        return True
+    least, most = mask.aminmax()
+    return bool((least < most) & ((mask == least) | (mask == most)).all())
 
 
 @dataclass(frozen=True)
@@ -177,6 +195,10 @@ class Blocks:
         with self.trace.shards.whole(*(branch.module for branch in branches), consumer.module):
             mixing = next((branch.name for branch in branches if self._mixes_tokens(branch, consumer)), None)
         return None if mixing is None else f"between {mixing} and {consumer.name} tokens are mixed"
+
+    def leads_on(self, call: FunctionCall) -> bool:
+        """Whether what a function made is that of an activation module, or part of what a linear layer takes."""
+        return call.node in self._nodes or any(call.node in met.nodes for met in self.inputs.values())
 
     def is_of_vectors(self, call: LinearCall) -> bool:
         """Whether a layer is given one vector for each sample, made of no tokens: an embedding of time, say."""

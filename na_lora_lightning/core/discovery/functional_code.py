@@ -15,13 +15,12 @@ from torch.overrides import TorchFunctionMode
 from na_lora_lightning.core.discovery.blocks import Blocks, ancestors
 from na_lora_lightning.core.discovery.functional_probe import FunctionalGate, identify, is_linear_in, keeps_tokens_apart
 from na_lora_lightning.core.discovery.trace import LinearCall, ModuleCall
-from na_lora_lightning.core.discovery.tracing import first_argument
+from na_lora_lightning.core.discovery.tracing import ACTIVATION_FUNCTIONS, first_argument
 
 # A gate may be normalised before it is taken,
 _NORMS = (functional.layer_norm, torch.layer_norm, functional.rms_norm, torch.rms_norm, functional.normalize)
-# or its channels may be mixed by hand. What such a function makes is a gate as what a module makes is, unless tokens
-# are mixed too, as in state spaces.
-_FUNCTIONS = (functional.silu, functional.gelu, functional.relu, torch.relu, Tensor.relu)
+# or its channels may be mixed by hand. What an activation function makes is a gate as what a module makes is, unless
+# tokens are mixed too, as in state spaces.
 _Call = Literal["norm", "function"]
 # Attention, state spaces and hyper-connections do this, and gates do not.
 MIXED = "is not linear, and does not work channel by channel"
@@ -42,7 +41,7 @@ class _LastCall(TorchFunctionMode):
         if func in _NORMS:
             self.kept["norm"] = first_argument(args, kwargs or {})
         result = func(*args, **(kwargs or {}))
-        if func in _FUNCTIONS:
+        if func in ACTIVATION_FUNCTIONS:
             self.kept["function"] = result
         return result
 

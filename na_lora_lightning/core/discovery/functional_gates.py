@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from na_lora_lightning.core.discovery.blocks import Ancestors, Blocks
+from na_lora_lightning.core.discovery.blocks import Ancestors, Blocks, ancestors
 from na_lora_lightning.core.discovery.functional_code import MIXED, Code
 from na_lora_lightning.core.discovery.functional_probe import FunctionalGate
 from na_lora_lightning.core.discovery.picked import origin_of
@@ -66,6 +66,7 @@ def functional_gates(blocks: Blocks) -> GateMap:
         [site for each in found.values() for site in each.sites],
         list(dict.fromkeys(entry for each in found.values() for entry in each.left_out)),
     )
+    gates.left_out += _leading_nowhere(blocks)
     layers: dict[str, set[nn.Module]] = defaultdict(set)
     for site in gates.sites:
         layers[site.name].add(site.lora_layer)
@@ -76,8 +77,21 @@ def functional_gates(blocks: Blocks) -> GateMap:
     return gates
 
 
+def _leading_nowhere(blocks: Blocks) -> list[LeftOut]:
+    """Activation functions of what a LoRA layer puts out whose results no linear layer takes that was called."""
+    left_out = []
+    for call in blocks.trace.function_calls:
+        if blocks.leads_on(call):
+            continue
+        for producer in blocks.linear_calls(ancestors(call.node).leaves):
+            if is_lora_layer(producer.module) and active_adapters(producer.module):
+                reason = f"what {call.name} makes of {producer.name} is taken by no linear layer that is called"
+                left_out.append(LeftOut(producer.name, call.name, reason, may_be_gate=True, producers=(producer.name,)))
+    return list(dict.fromkeys(left_out))
+
+
 def _bends(met: Ancestors) -> bool:
-    return met.custom or any(name.startswith((*_GATES, *_PERHAPS)) for name in met.passed)
+    return met.custom or met.masked or any(name.startswith((*_GATES, *_PERHAPS)) for name in met.passed)
 
 
 def _gate_of(

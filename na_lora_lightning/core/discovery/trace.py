@@ -97,6 +97,19 @@ class ActivationCall:
     index_in_experts: int = 0
 
 
+@dataclass(eq=False)
+class FunctionCall:
+    """One call of an activation function.
+
+    Attributes:
+        name: The function's.
+        node: What autograd has of it.
+    """
+
+    name: str
+    node: Any
+
+
 @dataclass
 class Trace:
     """What happened in the traced forward pass, in order.
@@ -105,6 +118,7 @@ class Trace:
         shards: How the model's parameters are sharded; those of a layer have to be gathered for gradients through it.
         linear_calls: Calls of linear layers.
         activation_calls: Calls of what may be activation modules.
+        function_calls: Calls of activation functions that autograd records, those of activation modules among them.
         experts_calls: Calls of stacked experts.
         module_calls: Calls of modules that have children.
         call_counts: Number of calls of each childless module.
@@ -115,6 +129,7 @@ class Trace:
     shards: Shards
     linear_calls: list[LinearCall] = field(default_factory=list)
     activation_calls: list[ActivationCall] = field(default_factory=list)
+    function_calls: list[FunctionCall] = field(default_factory=list)
     experts_calls: list[ExpertsCall] = field(default_factory=list)
     module_calls: list[ModuleCall] = field(default_factory=list)
     call_counts: Counter[nn.Module] = field(default_factory=Counter)

@@ -13,13 +13,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from na_lora_lightning.core.discovery.probe_inputs import samples_of
-from na_lora_lightning.core.discovery.trace import ActivationCall, ExpertsCall, LinearCall, ModuleCall, Trace
+from na_lora_lightning.core.discovery.trace import (
+    ActivationCall,
+    ExpertsCall,
+    FunctionCall,
+    LinearCall,
+    ModuleCall,
+    Trace,
+)
 from na_lora_lightning.core.experts import expert_owners, routed_call, stacked_parameters
 from na_lora_lightning.core.lora_layers import is_linear, is_lora_layer
 from na_lora_lightning.core.pre_activations import GATE_METHOD, wrap_gate_method
 from na_lora_lightning.core.sharding import Shards
+
+# Those that make gates in the models at hand.
+ACTIVATION_FUNCTIONS = (functional.silu, functional.gelu, functional.relu, torch.relu, Tensor.relu)
 
 
 def _outer_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -132,6 +144,20 @@ class _Recorder:
         return hook
 
 
+class _FunctionCalls(TorchFunctionMode):
+    """Keeps calls of activation functions."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self._trace = trace
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in ACTIVATION_FUNCTIONS and isinstance(result, Tensor) and result.grad_fn is not None:
+            self._trace.function_calls.append(FunctionCall(func.__name__, result.grad_fn))
+        return result
+
+
 def trace_forward(
     root: nn.Module,
     inputs: Mapping[str, Any],
@@ -180,6 +206,7 @@ def trace_forward(
                 stack.callback(module.register_forward_hook(recorder.keep_call(name)).remove)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(_FunctionCalls(recorder.trace))
         shards.entry(root)(**inputs)
         for part, arguments in more({call.module for call in recorder.trace.linear_calls}) if more is not None else ():
             with suppress(Exception):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import checkpoint
 
 # What torch keeps on a module for itself.
 _OF_TORCH = frozenset(vars(nn.Module()))
@@ -54,6 +55,27 @@ def same_random_state(root: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def nothing_computed_again() -> Iterator[None]:
+    """Has torch's checkpoints keep what they are given to compute: the graph is looked at, and hooks are in place."""
+
+    def kept(*args: Any, **kwargs: Any) -> Iterator[None]:
+        yield
+
+    class Kept:
+        @staticmethod
+        def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+            return function(*args)
+
+    with ExitStack() as stack:
+        # Neither is documented; without them a checkpoint is a checkpoint.
+        for name, other in (("_checkpoint_without_reentrant_generator", kept), ("CheckpointFunction", Kept)):
+            if hasattr(checkpoint, name):
+                stack.callback(setattr, checkpoint, name, getattr(checkpoint, name))
+                setattr(checkpoint, name, other)
+        yield
+
+
+@contextmanager
 def undisturbed(root: nn.Module) -> Iterator[None]:
     """Puts a model into evaluation mode, and everything back afterwards that running it may change.
 
@@ -66,7 +88,7 @@ def undisturbed(root: nn.Module) -> Iterator[None]:
     restore = [_keep_parameters(root), _keep_buffers(root), *(_keep_attributes(module) for module in root.modules())]
     # Its kernels for evaluation work on nested tensors, in which tokens stand elsewhere than in training.
     fast = torch.backends.mha.get_fastpath_enabled()
-    with same_random_state(root), evaluation_mode(root):
+    with same_random_state(root), evaluation_mode(root), nothing_computed_again():
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             yield

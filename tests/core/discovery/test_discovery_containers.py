@@ -11,7 +11,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
+from na_lora_lightning import ImportanceOptions, nonlinearity_aware
 from na_lora_lightning.core.discovery.gates import discover_gates
 from na_lora_lightning.core.sites import GateMap, GateSite
 from na_lora_lightning.errors import DiscoveryError
@@ -131,6 +133,20 @@ def clamped(s: Any, x: Tensor) -> Tensor:
     return s.layers[1](s.layers[0](x).clamp(min=0))
 
 
+def by_mask(s: Any, x: Tensor) -> Tensor:
+    z = s.layers[0](x)
+    return s.layers[1](z * (z > 0))
+
+
+def checkpointed(reentrant: bool) -> Callable[[Any, Tensor], Tensor]:
+    """A checkpoint of the network's own, whatever mode it is in."""
+
+    def run(s: Any, x: Tensor) -> Tensor:
+        return checkpoint(lambda y: in_a_list(s, y), x.requires_grad_(), use_reentrant=reentrant)
+
+    return run
+
+
 class OwnSilu(torch.autograd.Function):
     """What a kernel of somebody's own looks like to autograd."""
 
@@ -204,6 +220,17 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[str], str, str, slice]] 
     ),
     "in place": (lambda: Written(in_place, layers=pair()), ["layers.0"], "relu", "plain", slice(0, INNER, 1)),
     "clamp": (lambda: Written(clamped, layers=pair()), ["layers.0"], "relu", "plain", slice(0, INNER, 1)),
+    "mask": (lambda: Written(by_mask, layers=pair()), ["layers.0"], "relu", "plain", slice(0, INNER, 1)),
+    **{
+        name: (
+            lambda reentrant=reentrant: Written(checkpointed(reentrant), layers=pair()),
+            ["layers.0"],
+            "gelu",
+            "plain",
+            slice(0, INNER, 1),
+        )
+        for name, reentrant in (("checkpoint", False), ("reentrant checkpoint", True))
+    },
     "kernel": (lambda: Written(own_kernel, layers=pair()), ["layers.0"], "silu", "plain", slice(0, INNER, 1)),
 }
 
@@ -338,6 +365,10 @@ LEFT_OUT: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
         "which have different inputs",
     ),
     "tokens": (lambda s, x: s.layers[1](functional.silu(s.layers[0](x)).cumsum(1)), "tokens are mixed"),
+    "no linear layer": (
+        lambda s, x: torch.einsum("bti,wi->btw", functional.silu(s.layers[0](x)), s.layers[1].weight),
+        "what silu makes of layers.0 is taken by no linear layer that is called",
+    ),
     "channels": (
         lambda s, x: s.layers[1](s.layers[0](x).softmax(-1).clamp(max=0.5)),
         "is not linear, and does not work channel by channel",
@@ -359,7 +390,11 @@ def test_what_bends_and_is_no_gate_is_left_out_with_its_reason(name: str) -> Non
     _, gates = find(Written(run, layers=pair(), other=up()))
     assert not gates.sites
     assert "layers.0" in [name for entry in gates.left_out for name in entry.producers]
-    assert all(reason in entry.reason for entry in gates.left_out)
+    # A result that is dropped is no gate, which the graph does not tell.
+    dropped = "what silu makes of layers.0 is taken by no linear layer"
+    reasons = [entry.reason for entry in gates.left_out if name != "changed in place" or dropped not in entry.reason]
+    assert reasons
+    assert all(reason in given for given in reasons)
 
 
 def test_code_that_cannot_be_called_again_is_refused_by_name() -> None:
@@ -391,3 +426,32 @@ def test_straight_lines_are_no_gates() -> None:
 
     _, gates = find(Written(lambda s, x: s.second(s.scale(s.first(x))), first=up(), scale=Scale(), second=down()))
     assert (gates.sites, gates.left_out) == ([], [])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_network_that_checkpoints_itself_trains_as_one_that_does_not(reentrant: bool) -> None:
+    def trained(run: Callable[[Any, Tensor], Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        torch.manual_seed(0)
+        network = Written(run, layers=pair())
+        model = get_peft_model(network, LoraConfig(r=2, target_modules=linear_layers(network), init_lora_weights=False))
+        adapters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(adapters, lr=0.1)
+        x = torch.randn(2, 5, WIDTH)
+        weights = []
+        with nonlinearity_aware(
+            model,
+            optimizer,
+            importance=ImportanceOptions(keep_fraction=0.5, warmup_steps=1, refresh_every=1),
+            example_inputs={"x": x},
+        ) as controller:
+            for _ in range(4):
+                model(x.clone()).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                weights.append(controller.weights.clone())
+        return adapters, weights
+
+    adapters, weights = trained(checkpointed(reentrant))
+    assert int((weights[-1] == 0).sum()) == INNER // 2
+    for one, other in zip((*adapters, *weights), (x for part in trained(in_a_list) for x in part), strict=True):
+        assert torch.equal(one, other)
