@@ -118,7 +118,9 @@ def only_observed(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in vars(module)
-        or any(not hasattr(hook, "observes_when") for hook in module._forward_hooks.values())
+        or (
+            module._forward_hooks and any(not hasattr(each, "observes_when") for each in module._forward_hooks.values())
+        )
     )
 
 

@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from na_lora_lightning.models.lora_functions import (
     LoRASetting,
     gradient_of_b,
+    in_dtype,
     rows_of,
     scaled_product,
     without_autocast,
@@ -74,14 +76,12 @@ class DoRAProduct(torch.autograd.Function):
             matrix = weight.t() if setting.transposed else weight
             norm, adapted = _row_norms(matrix, a, b, setting)
             rows = rows_of(x)
-            rank_activations = x.new_empty(*x.shape[:-1], a.shape[0], dtype=setting.rank_dtype)
-            h = rows_of(rank_activations)
-            torch.mm(rows.to(setting.rank_dtype), a.to(setting.rank_dtype).t(), out=h)
+            rank_activations = functional.linear(in_dtype(x, setting.rank_dtype), in_dtype(a, setting.rank_dtype))
             if adapted is not None:
                 z = rows @ adapted.t()
             else:
-                z = rows @ matrix.to(setting.base_dtype).t()
-                z.add_(h @ b.to(setting.rank_dtype).t(), alpha=setting.scaling)
+                z = rows @ in_dtype(matrix, setting.base_dtype).t()
+                z.add_(rows_of(rank_activations) @ in_dtype(b, setting.rank_dtype).t(), alpha=setting.scaling)
             shaped = z.view(*x.shape[:-1], z.shape[-1])
             factor = (magnitude / norm).to(setting.base_dtype)
             y = shaped * factor if bias is None else torch.addcmul(bias.to(setting.base_dtype), shaped, factor)
@@ -112,22 +112,22 @@ class DoRAProduct(torch.autograd.Function):
         gradient = rows_of(gradients[0])
         with without_autocast(gradient.device):
             matrix = weight.t() if setting.transposed else weight
-            matrix_a, matrix_b = a.to(setting.rank_dtype), b.to(setting.rank_dtype)
+            matrix_a, matrix_b = in_dtype(a, setting.rank_dtype), in_dtype(b, setting.rank_dtype)
             h: Any = None if rank_activations is None else rows_of(rank_activations)
             if torch.is_grad_enabled():
                 # To be differentiated again, these have to be made of what they depend on.
                 rows = rows_of(x)
-                h = rows.to(setting.rank_dtype) @ matrix_a.t()
+                h = in_dtype(rows, setting.rank_dtype) @ matrix_a.t()
                 z = rows @ matrix.to(setting.base_dtype).t() + (h @ matrix_b.t()).to(rows.dtype) * setting.scaling
             if of_bias:
                 to_bias = gradient.sum(0).to(ctx.dtype_of_bias)
             if of_magnitude:
                 to_magnitude = (gradient.to(magnitude.dtype) * z).sum(0) / norm.to(magnitude.dtype)
             gradient = gradient * (magnitude / norm).to(setting.base_dtype)
-            in_rank = gradient.to(setting.rank_dtype)
+            in_rank = in_dtype(gradient, setting.rank_dtype)
             through_b: Any = scaled_product(in_rank, matrix_b, setting.scaling) if of_x or of_a else None
             if of_x:
-                to_x = gradient @ matrix.to(setting.base_dtype)
+                to_x = gradient @ in_dtype(matrix, setting.base_dtype)
                 if setting.rank_dtype == setting.base_dtype:
                     to_x = to_x.addmm_(through_b, matrix_a)
                 else:
@@ -137,7 +137,7 @@ class DoRAProduct(torch.autograd.Function):
                 by_rows = gradient.t() @ rows_of(x)
                 to_weight = (by_rows.t() if setting.transposed else by_rows).to(weight.dtype)
             if of_a:
-                to_a = (through_b.t() @ rows_of(x).to(setting.rank_dtype)).to(a.dtype)
+                to_a = (through_b.t() @ in_dtype(rows_of(x), setting.rank_dtype)).to(a.dtype)
             if of_b:
                 to_b = gradient_of_b(in_rank, h, setting.scaling).to(b.dtype)
         return to_x, to_weight, to_bias, to_a, to_b, to_magnitude, None

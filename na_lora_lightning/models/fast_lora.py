@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from na_lora_lightning.core.lora_layers import active_adapters, is_lora_layer, observed_now, only_observed
+from na_lora_lightning.core.lora_layers import is_lora_layer, observed_now, only_observed
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.models.dora_functions import DoRAProduct
 from na_lora_lightning.models.lora_functions import LoRAProduct, LoRASetting, autocast_dtype
@@ -22,6 +22,12 @@ from na_lora_lightning.models.lora_inputs import CastingLinear
 from na_lora_lightning.peft_internals import LoRALinear, is_plain_dora
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_HOOKED = "hooks on parts of it"
+# By the names that they have in torch 2.6 as in 2.14.
+_HOOKS_OF_ALL_MODULES = [
+    getattr(nn.modules.module, f"_global_{kind}_hooks")
+    for kind in ("forward_pre", "forward", "backward_pre", "backward")
+]
 
 
 class FastLoRALinear(LoRALinear):
@@ -29,13 +35,12 @@ class FastLoRALinear(LoRALinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``; takes what PEFT's layer takes."""
-        if args or any(value is not None for value in kwargs.values()) or why_left(self) or _is_other_call(x):
+        if args or any(value is not None for value in kwargs.values()) or _is_other_call(x):
             return super().forward(x, *args, **kwargs)
-        (adapter,) = active_adapters(self)
-        base, matrix_a, matrix_b = self.base_layer, self.lora_A[adapter], self.lora_B[adapter]
-        weight: Tensor = base.weight  # type: ignore[assignment]
-        a: Tensor = matrix_a.weight  # type: ignore[assignment]
-        b: Tensor = matrix_b.weight  # type: ignore[assignment]
+        parts = _parts(self)
+        if isinstance(parts, str):
+            return super().forward(x, *args, **kwargs)
+        weight, a = parts.weight, parts.a
         autocast = autocast_dtype(x.device)
         if autocast is not None:
             if torch.float64 in (x.dtype, weight.dtype, a.dtype):
@@ -44,28 +49,23 @@ class FastLoRALinear(LoRALinear):
             x = x.to(autocast)
         elif x.dtype != weight.dtype:
             return super().forward(x, *args, **kwargs)
+        base, matrix_b, dropout = parts.base, parts.matrix_b, parts.dropout
         setting = LoRASetting(
-            scaling=float(self.scaling[adapter]),
-            dropout=_dropout(self, adapter),
-            transposed=isinstance(base, Conv1D),
+            scaling=float(self.scaling[parts.adapter]),
+            dropout=float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0,
+            transposed=type(base) is Conv1D,
             base_dtype=autocast or weight.dtype,
             rank_dtype=autocast or a.dtype,
         )
-        if adapter in self.lora_variant:
-            magnitude = self.lora_magnitude_vector[adapter].weight
-            result, rank_activations = DoRAProduct.apply(x, weight, base.bias, a, b, magnitude, setting)
+        if parts.magnitude is not None:
+            result, rank_activations = DoRAProduct.apply(x, weight, parts.bias, a, parts.b, parts.magnitude, setting)
         else:
-            result, rank_activations = LoRAProduct.apply(x, weight, base.bias, a, b, matrix_b.bias, setting)
+            result, rank_activations = LoRAProduct.apply(x, weight, parts.bias, a, parts.b, parts.bias_b, setting)
         for module, given in ((base, x), (matrix_b, rank_activations)):
             if module._forward_hooks and observed_now(module):
                 with torch.no_grad():
                     module(given)
         return result
-
-
-def _dropout(layer: LoRALinear, adapter: str) -> float:
-    dropout = layer.lora_dropout[adapter]
-    return float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
 def _is_other_call(x: Tensor) -> bool:
@@ -76,52 +76,95 @@ def _is_other_call(x: Tensor) -> bool:
         or x.dtype not in _FLOATING
         # PEFT makes a matrix of a vector with DoRA.
         or x.ndim < 2
-        or nn.modules.module._has_any_global_hook()
+        or any(_HOOKS_OF_ALL_MODULES)
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+class _Parts(NamedTuple):
+    """What a LoRA layer is computed of; the tensors are those of PEFT's modules as they are now."""
+
+    adapter: str
+    base: nn.Module
+    matrix_b: nn.Module
+    dropout: nn.Module
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor
+    b: Tensor
+    bias_b: Tensor | None
+    magnitude: Tensor | None
+
+
+def _parts(layer: FastLoRALinear) -> _Parts | str:
+    """The parts of a layer as it is now, or why it is computed as PEFT does it.
+
+    It runs in each call, and reads what modules hold past ``nn.Module.__getattr__``, which takes most of the time
+    otherwise.
+    """
+    modules = layer._modules
+    held = modules["lora_B"]._modules  # type: ignore[union-attr]
+    adapters = [name for name in layer.active_adapters if name in held]
+    if layer.disable_adapters or layer.merged or not adapters:
+        return "no adapter of it is in use, or it is merged"
+    if len(adapters) > 1:
+        return "several adapters of it are active at once"
+    (adapter,) = adapters
+    base, matrix_b = modules["base_layer"], held[adapter]
+    matrix_a = modules["lora_A"]._modules[adapter]  # type: ignore[union-attr]
+    dropout = modules["lora_dropout"]._modules[adapter]  # type: ignore[union-attr]
+    assert base is not None
+    assert matrix_a is not None
+    assert matrix_b is not None
+    assert dropout is not None
+    if type(base) not in (nn.Linear, Conv1D):
+        return f"its base layer is a {type(base).__name__}"
+    if type(matrix_a) not in (nn.Linear, CastingLinear) or type(matrix_b) is not nn.Linear:
+        return f"its adapter is made of {type(matrix_a).__name__} and {type(matrix_b).__name__}"
+    if type(dropout) not in (nn.Identity, nn.Dropout) or (isinstance(dropout, nn.Dropout) and dropout.inplace):
+        return f"its dropout is a {type(dropout).__name__}"
+    weight, a, b = _held(base, "weight"), _held(matrix_a, "weight"), _held(matrix_b, "weight")
+    bias, bias_b = _held(base, "bias"), _held(matrix_b, "bias")
+    magnitude: Tensor | None = None
+    if matrix_a._forward_hooks or not all(map(only_observed, (base, matrix_a, matrix_b, dropout))):
+        return _HOOKED
+    if adapter in layer.lora_variant:
+        if not is_plain_dora(layer, adapter):
+            return f"its adapter is a {type(layer.lora_variant[adapter]).__name__.removesuffix('LinearVariant')}"
+        if bias_b is not None:
+            return "DoRA with a bias of lora_B"
+        if isinstance(dropout, nn.Dropout):
+            return "DoRA with dropout, where PEFT multiplies by the base layer twice"
+        of_magnitude = layer.lora_magnitude_vector[adapter]
+        if not only_observed(of_magnitude):
+            return _HOOKED
+        magnitude = _held(of_magnitude, "weight")
+    for tensor in (weight, a, b, bias, bias_b, magnitude):
+        if tensor is None:
+            continue
+        if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
+            return "its weights are of a class of their own, as quantised and distributed ones are"
+        if tensor.dtype not in _FLOATING:
+            return "its weights are not floating-point numbers"
+    if not weight.device == a.device == b.device:
+        return "its weights are on several devices"
+    if a.dtype != b.dtype:
+        return "its A and B are of different dtypes"
+    return _Parts(adapter, base, matrix_b, dropout, weight, bias, a, b, bias_b, magnitude)
+
+
+def _held(module: nn.Module, name: str) -> Any:
+    held = module._parameters
+    return held[name] if name in held else getattr(module, name)
 
 
 def why_left(layer: nn.Module) -> str | None:
     """Why a LoRA layer is computed as PEFT does it, as it is now; None where it is not."""
     if not isinstance(layer, FastLoRALinear):
         return _why_not_replaced(layer)
-    adapters = active_adapters(layer)
-    if layer.disable_adapters or layer.merged or not adapters:
-        return "no adapter of it is in use, or it is merged"
-    if len(adapters) > 1:
-        return "several adapters of it are active at once"
-    (adapter,) = adapters
-    base, matrix_a, matrix_b = layer.base_layer, layer.lora_A[adapter], layer.lora_B[adapter]
-    if type(base) not in (nn.Linear, Conv1D):
-        return f"its base layer is a {type(base).__name__}"
-    if type(matrix_a) not in (nn.Linear, CastingLinear) or type(matrix_b) is not nn.Linear:
-        return f"its adapter is made of {type(matrix_a).__name__} and {type(matrix_b).__name__}"
-    dropout = layer.lora_dropout[adapter]
-    if type(dropout) not in (nn.Identity, nn.Dropout) or (isinstance(dropout, nn.Dropout) and dropout.inplace):
-        return f"its dropout is a {type(dropout).__name__}"
-    parts: list[nn.Module] = [base, matrix_a, matrix_b, dropout]
-    tensors = [base.weight, base.bias, matrix_a.weight, matrix_b.weight, matrix_b.bias]
-    if adapter in layer.lora_variant:
-        if not is_plain_dora(layer, adapter):
-            return f"its adapter is a {type(layer.lora_variant[adapter]).__name__.removesuffix('LinearVariant')}"
-        if matrix_b.bias is not None:
-            return "DoRA with a bias of lora_B"
-        if isinstance(dropout, nn.Dropout):
-            return "DoRA with dropout, where PEFT multiplies by the base layer twice"
-        parts.append(layer.lora_magnitude_vector[adapter])
-        tensors.append(layer.lora_magnitude_vector[adapter].weight)
-    if matrix_a._forward_hooks or not all(only_observed(part) for part in parts):
-        return "hooks on parts of it"
-    if any(type(tensor) not in (nn.Parameter, Tensor) for tensor in tensors if tensor is not None):
-        return "its weights are of a class of their own, as quantised and distributed ones are"
-    if any(tensor.dtype not in _FLOATING for tensor in tensors if tensor is not None):
-        return "its weights are not floating-point numbers"
-    if len({base.weight.device, matrix_a.weight.device, matrix_b.weight.device}) > 1:
-        return "its weights are on several devices"
-    if matrix_a.weight.dtype != matrix_b.weight.dtype:
-        return "its A and B are of different dtypes"
-    return None
+    parts = _parts(layer)
+    return parts if isinstance(parts, str) else None
 
 
 def _why_not_replaced(layer: nn.Module) -> str | None:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 class LoRASetting(NamedTuple):
@@ -40,6 +41,11 @@ class LoRASetting(NamedTuple):
 def rows_of(values: Tensor) -> Tensor:
     """``[..., features]`` as ``[tokens, features]``."""
     return values.reshape(-1, values.shape[-1])
+
+
+def in_dtype(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """``values.to(dtype)``, which takes its time where there is nothing to do too."""
+    return values if values.dtype == dtype else values.to(dtype)
 
 
 def scaled_product(one: Tensor, other: Tensor, factor: float) -> Tensor:
@@ -72,13 +78,13 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 def _drop(x: Tensor, adapter_dtype: torch.dtype, setting: LoRASetting) -> tuple[Tensor, Tensor | None]:
     """What dropout leaves of x, in the adapter's dtype of computation, and what it kept; drawn as PEFT draws it."""
     if not setting.dropout:
-        return x.to(setting.rank_dtype), None
-    dropped, kept = torch.native_dropout(x.to(adapter_dtype), setting.dropout, True)
-    return dropped.to(setting.rank_dtype), kept
+        return in_dtype(x, setting.rank_dtype), None
+    dropped, kept = torch.native_dropout(in_dtype(x, adapter_dtype), setting.dropout, True)
+    return in_dtype(dropped, setting.rank_dtype), kept
 
 
 def _dropped_again(values: Tensor, kept: Tensor | None, setting: LoRASetting) -> Tensor:
-    return values if kept is None else values * kept * (1.0 / (1.0 - setting.dropout))
+    return values if kept is None else values * rows_of(kept) * (1.0 / (1.0 - setting.dropout))
 
 
 class LoRAProduct(torch.autograd.Function):
@@ -97,28 +103,26 @@ class LoRAProduct(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """See :class:`torch.autograd.Function`; x is in the base layer's dtype."""
         ctx.set_materialize_grads(False)
-        # Models change what a layer answers in place, which autograd forbids for views from a function.
         with without_autocast(x.device):
-            matrix = weight.to(setting.base_dtype)
-            offset = None if bias is None else bias.to(setting.base_dtype)
-            result = x.new_empty(*x.shape[:-1], b.shape[0], dtype=setting.base_dtype)
-            y = rows_of(result)
-            across = matrix if setting.transposed else matrix.t()
-            if offset is None:
-                torch.mm(rows_of(x), across, out=y)
+            matrix, matrix_b = in_dtype(weight, setting.base_dtype), in_dtype(b, setting.rank_dtype)
+            # Models change what a layer answers in place, which autograd forbids for views from a function, and with
+            # a bias torch answers with one.
+            if bias is None:
+                result = functional.linear(x, matrix.t() if setting.transposed else matrix)
             else:
-                torch.addmm(offset, rows_of(x), across, out=y)
-            dropped, kept = _drop(rows_of(x), a.dtype, setting)
-            rank_activations = x.new_empty(*x.shape[:-1], a.shape[0], dtype=setting.rank_dtype)
-            h = rows_of(rank_activations)
-            torch.mm(dropped, a.to(setting.rank_dtype).t(), out=h)
+                result = x.new_empty(*x.shape[:-1], b.shape[0], dtype=setting.base_dtype)
+                across = matrix if setting.transposed else matrix.t()
+                torch.addmm(in_dtype(bias, setting.base_dtype), rows_of(x), across, out=rows_of(result))
+            dropped, kept = _drop(x, a.dtype, setting)
+            rank_activations = functional.linear(dropped, in_dtype(a, setting.rank_dtype))
             del dropped
+            y, h = rows_of(result), rows_of(rank_activations)
             if setting.rank_dtype == setting.base_dtype:
-                y.addmm_(h, b.to(setting.rank_dtype).t(), alpha=setting.scaling)
+                y.addmm_(h, matrix_b.t(), alpha=setting.scaling)
             else:
-                y.add_(h @ b.to(setting.rank_dtype).t(), alpha=setting.scaling)
+                y.add_(h @ matrix_b.t(), alpha=setting.scaling)
             if bias_b is not None:
-                y.add_(bias_b.to(setting.rank_dtype), alpha=setting.scaling)
+                y.add_(in_dtype(bias_b, setting.rank_dtype), alpha=setting.scaling)
         _, of_weight, _, of_a, of_b, _, _ = ctx.needs_input_grad
         ctx.save_for_backward(
             x if of_weight or of_a or of_b else None, weight, a, b, rank_activations if of_b else None, kept
@@ -138,11 +142,11 @@ class LoRAProduct(torch.autograd.Function):
             return (None,) * 7
         gradient = rows_of(gradients[0])
         with without_autocast(gradient.device):
-            in_rank = gradient.to(setting.rank_dtype)
-            matrix_a, matrix_b = a.to(setting.rank_dtype), b.to(setting.rank_dtype)
+            in_rank = in_dtype(gradient, setting.rank_dtype)
+            matrix_a, matrix_b = in_dtype(a, setting.rank_dtype), in_dtype(b, setting.rank_dtype)
             through_b: Any = scaled_product(in_rank, matrix_b, setting.scaling) if of_x or of_a else None
             if of_x:
-                matrix = weight.to(setting.base_dtype)
+                matrix = in_dtype(weight, setting.base_dtype)
                 to_x = gradient @ (matrix.t() if setting.transposed else matrix)
                 if kept is None and setting.rank_dtype == setting.base_dtype:
                     to_x = to_x.addmm_(through_b, matrix_a)
@@ -153,13 +157,13 @@ class LoRAProduct(torch.autograd.Function):
                 by_rows = gradient.t() @ rows_of(x)
                 to_weight = (by_rows.t() if setting.transposed else by_rows).to(weight.dtype)
             if of_a or (of_b and torch.is_grad_enabled()):
-                dropped = _dropped_again(rows_of(x).to(setting.rank_dtype), kept, setting)
+                dropped = _dropped_again(in_dtype(rows_of(x), setting.rank_dtype), kept, setting)
             if of_a:
-                to_a = (through_b.t() @ dropped).to(a.dtype)
+                to_a = in_dtype(through_b.t() @ dropped, a.dtype)
             if of_b:
                 # To be differentiated again, h has to be made of what it depends on.
                 h = dropped @ matrix_a.t() if torch.is_grad_enabled() else rows_of(rank_activations)
-                to_b = gradient_of_b(in_rank, h, setting.scaling).to(b.dtype)
+                to_b = in_dtype(gradient_of_b(in_rank, h, setting.scaling), b.dtype)
             if of_bias:
                 to_bias = gradient.sum(0).to(ctx.dtypes[0])
             if of_bias_b:
