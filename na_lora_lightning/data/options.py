@@ -52,6 +52,7 @@ class TextOptions(DataOptions):
         ConfigurationError: An option has a value that cannot work, or two contradict each other.
     """
 
+    format: str | None
     max_length: int
     use_chat_template: bool | None
     system_prompt: str | None

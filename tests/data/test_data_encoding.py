@@ -263,7 +263,6 @@ def test_training_records_have_no_columns_for_generation() -> None:
         ({"prompt": "a", "answer": "b"}, r"has no completion \(its keys are 'prompt', 'answer'\); give it"),
         ({"prompt": "a", "completion": None}, r"has no completion \(its keys are 'prompt'\)"),
         ({"messages": conversation("a")}, r"has no completion \(its keys are 'messages'\)"),
-        ({"text": "a"}, r"has neither 'messages' nor 'prompt' \(its keys are 'text'\); rename"),
         ({"prompt": "a", "completion": ""}, "has an empty completion; give"),
         ({"prompt": "a", "completion": 42}, "needs text as its completion, which is of type int; make"),
         ({"prompt": ["a"], "completion": "b"}, "needs text as its prompt, which is of type list; make"),

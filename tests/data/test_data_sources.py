@@ -103,7 +103,7 @@ def test_columns_can_be_exchanged(tmp_path: Path) -> None:
         ("absent.jsonl", None, r"the data file '.*absent\.jsonl' does not exist; correct"),
         ("absent.csv", None, r"the data file '.*absent\.csv' does not exist; correct"),
         ("absent", None, r"the data '.*absent' cannot be loaded because .* does not exist; correct"),
-        ("data.txt", "a", r"because .* is not a \.jsonl, \.json, \.csv, \.tsv or \.parquet file; correct"),
+        ("data.txt", "a", r"because .* is not a \.jsonl, \.ndjson, \.json, \.csv, \.tsv or \.parquet file; correct"),
         ("data.jsonl", "", "is empty; give"),
         ("data.csv", "prompt,completion\n", "has no records; give"),
         ("data.jsonl", '{"prompt": "a"}\n\n{"prompt": "b"\n', r"line 3 of '.*' is malformed \(Expecting ',' "),

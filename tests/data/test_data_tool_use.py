@@ -154,16 +154,8 @@ def test_template_that_fails_on_what_it_is_given_is_reported() -> None:
 @pytest.mark.parametrize(
     ("keys", "loss_on"),
     [
-        ({"weight": 0}, "completion"),
         ({"weight": 0.5}, "completion"),
-        ({"weight": "0"}, "completion"),
-        ({"train": False}, "completion"),
-        ({"training": False}, "completion"),
-        ({"trainable": False}, "completion"),
-        ({"loss": False}, "completion"),
-        ({"masked": True}, "completion"),
-        ({"mask": 1}, "completion"),
-        ({"ignore": True}, "completion"),
+        ({"train": "maybe"}, "completion"),
         ({"loss_mask": [0, 1]}, "completion"),
         ({"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}, "completion"),
         ({"weight": 0}, "all"),
@@ -186,6 +178,33 @@ def test_turns_that_ask_for_what_is_done_are_trained_on() -> None:
         encode({"messages": [{**user, "train": True}, assistant]})
     with pytest.raises(DataError, match=r"has the key 'train' \(False\) in message 1, but the loss is on every turn;"):
         encode({"messages": [{**user, "train": False}, assistant]}, loss_on="all")
+
+
+LEFT_OUT: list[dict[str, Any]] = [
+    {"weight": 0},
+    {"weight": "0"},
+    {"train": False},
+    {"training": False},
+    {"trainable": False},
+    {"loss": False},
+    {"masked": True},
+    {"mask": 1},
+    {"ignore": True},
+]
+
+
+@pytest.mark.parametrize("keys", LEFT_OUT)
+def test_turn_that_is_left_out_of_the_loss_is_read_all_the_same(keys: dict[str, Any]) -> None:
+    turns = conversation("a", "b", "c", "d")
+    text, targets = encode({"messages": turns})
+    assert targets == f"b{END_OF_TURN}d{END_OF_TURN}"
+    for place, rest in ((1, "d"), (3, "b")):
+        asked = [{**turn, **(keys if number == place else {})} for number, turn in enumerate(turns)]
+        assert encode({"messages": asked}) == (text, rest + END_OF_TURN)
+    with pytest.raises(
+        DataError, match=r"^record 3 of 'data\.jsonl' has no answer to learn, as keys leave all of them"
+    ):
+        encode({"messages": [turns[0], {**turns[1], **keys}]})
 
 
 @pytest.mark.parametrize(

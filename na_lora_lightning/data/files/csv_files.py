@@ -11,7 +11,7 @@ from typing import TextIO
 
 from datasets import Features, Value
 
-from na_lora_lightning.data.files.record_tables import Rows, Table, batches_of, open_text
+from na_lora_lightning.data.files.record_tables import Rows, Table, batches_of, kind_of, open_text
 from na_lora_lightning.errors import DataError
 
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
@@ -28,7 +28,7 @@ def read_csv(paths: list[Path], names: frozenset[str]) -> Table:
     """Reads files whose first row has the names of the columns.
 
     Args:
-        paths: The files; those whose names end in ``.tsv`` are separated by tabs, in others the header tells.
+        paths: The files; those named ``.tsv`` or ``.tsv.gz`` are separated by tabs, in others the header tells.
         names: The columns that matter, by which a header is known.
 
     Returns:
@@ -63,7 +63,7 @@ class _Table:
             if first.strip(" \r\n"):
                 break
             self.skipped += 1
-        delimiters = ["\t"] if path.suffix.lower() == ".tsv" else list(_DELIMITERS)
+        delimiters = ["\t"] if kind_of(path) == ".tsv" else list(_DELIMITERS)
         if first.lower().startswith("sep=") and first[4:5] in _DELIMITERS:
             # Excel's way to tell.
             delimiters, first = [first[4]], next(lines, "")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import codecs
+import gzip
 import hashlib
+import io
 import os
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO, cast
 
 import datasets
 import pyarrow as pa
@@ -143,27 +146,43 @@ _MARKS = (
 
 @contextmanager
 def open_text(path: Path, *, newline: str | None = None) -> Iterator[TextIO]:
-    """Opens a text file in UTF-8, or in the encoding that its byte order mark tells.
+    """Opens a text file, compressed with gzip or not, in UTF-8 or the encoding that its byte order mark tells.
 
     Args:
-        path: The file.
+        path: The file; it is compressed if its name ends in ``.gz``.
         newline: As for the built-in ``open``.
 
     Raises:
-        DataError: The file turns out to be in another encoding.
+        DataError: The file turns out to be in another encoding, or to be no gzip file.
     """
-    encoding = _encoding_of(path)
+    encoding = "utf-8"
     try:
-        with path.open(encoding=encoding, newline=newline) as file:
+        encoding = _encoding_of(path)
+        with io.TextIOWrapper(_open_binary(path), encoding=encoding, newline=newline) as file:
             yield file
     except UnicodeError as error:
         if isinstance(error, UnicodeEncodeError):
             raise
         raise _undecodable(path, encoding) from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        reason = str(error).rstrip(".")
+        raise DataError(
+            f"the file {str(path)!r} cannot be unpacked with gzip ({reason}); correct its name or copy it again."
+        ) from error
+
+
+def kind_of(path: Path) -> str:
+    """What a file's name says about its form, in lower case: its last suffix, or the one before ``.gz``."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    return (suffixes[:-1] or [""])[-1] if suffixes[-1:] == [".gz"] else (suffixes or [""])[-1]
+
+
+def _open_binary(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb"))
 
 
 def _encoding_of(path: Path) -> str:
-    with path.open("rb") as file:
+    with _open_binary(path) as file:
         start = file.read(4)
     for mark, encoding in _MARKS:
         if start.startswith(mark):
@@ -180,7 +199,7 @@ def _undecodable(path: Path, encoding: str) -> DataError:
     where, remedy = f"the file {str(path)!r}", "save it as UTF-8 (in Excel: 'CSV UTF-8')"
     if not encoding.startswith("utf-8"):
         return DataError(f"{where} begins like {encoding[:6].upper()} and is not; {remedy}.")
-    with path.open("rb") as file:
+    with _open_binary(path) as file:
         for number, line in enumerate(file, start=1):
             try:
                 line.decode("utf-8")

@@ -17,12 +17,13 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from na_lora_lightning.data.files.csv_files import read_csv
 from na_lora_lightning.data.files.json_files import read_json
 from na_lora_lightning.data.files.parquet_files import read_parquet
-from na_lora_lightning.data.files.record_tables import Reader, Splits, cache_folder, read_table
+from na_lora_lightning.data.files.record_tables import Reader, Splits, cache_folder, kind_of, read_table
 from na_lora_lightning.errors import DataError
 
 # Arrow and pandas guess types: these readers take what is written. An existing path is a path, never a pattern.
 _READERS: dict[str, Reader] = {
     ".jsonl": read_json,
+    ".ndjson": read_json,
     ".json": read_json,
     ".csv": read_csv,
     ".tsv": read_csv,
@@ -32,7 +33,10 @@ _KINDS = f"{', '.join([*_READERS][:-1])} or {[*_READERS][-1]} file"
 _SPLIT = re.compile(r"\w[\w.\-]*(\[[^\]]*\])?(\+.+)?")
 _FAILURES = (DatasetsError, pa.ArrowException, LookupError, OSError, RuntimeError, TypeError, ValueError)
 # What records are made of, by which a table is known to be one.
-_COLUMNS = frozenset({"messages", "prompt", "completion", "tools", "image", "images", "label"})
+_COLUMNS = frozenset(
+    {"messages", "prompt", "completion", "tools", "system", "conversations", "text", "image", "images", "label"}
+    | {"instruction", "input", "output", "history"}
+)
 # Where ``datasets`` looks for what is said about the images of a folder.
 _LISTINGS = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _PATTERN_CHARACTERS = re.compile(r"[*?\[\]{}]|::")
@@ -59,7 +63,7 @@ def load_records(
         if _exists(path) and path.is_dir():
             # ``datasets`` would take a folder whose name begins with ``~`` for somebody's home.
             records = _load_folder(path.absolute(), split or default_split, names)
-        elif path.suffix.lower() in _READERS and "://" not in name:
+        elif _reader_of(path) is not None and "://" not in name:
             records = _load_file(path, split or "train", names)
         elif _exists(path) or name.startswith(("/", "./", "../", "~")) or "://" in name:
             reason = f"is not a {_KINDS}" if _exists(path) else "does not exist"
@@ -129,7 +133,15 @@ def _load_file(path: Path, split: str, names: frozenset[str]) -> Dataset:
 
 
 def _read(paths: list[Path], names: frozenset[str]) -> Dataset:
-    return read_table(paths, _READERS[paths[0].suffix.lower()], names)
+    reader = _reader_of(paths[0])
+    assert reader is not None
+    return read_table(paths, reader, names)
+
+
+def _reader_of(path: Path) -> Reader | None:
+    kind = kind_of(path)
+    # Parquet is compressed inside.
+    return None if kind == ".parquet" != path.suffix.lower() else _READERS.get(kind)
 
 
 def _load_folder(path: Path, split: str, names: frozenset[str]) -> Dataset:
@@ -155,8 +167,8 @@ def _load_files_of(path: Path, split: str, names: frozenset[str]) -> Dataset:
     listings = {name: [file for file in listed if file.name in _LISTINGS] for name, listed in files.items()}
     if isinstance(builder, ImageFolder) and all(listings.values()):
         return Splits(lambda name: _read_listings(listings[name], names), list(files)).select(split)
-    suffixes = {file.suffix.lower() for listed in files.values() for file in listed}
-    if not suffixes <= set(_READERS) or len({_READERS[suffix] for suffix in suffixes}) != 1:
+    readers = {_reader_of(file) for listed in files.values() for file in listed}
+    if None in readers or len(readers) != 1:
         # Images, and whatever else ``datasets`` knows.
         return load_dataset(path=str(path), split=split)
     return Splits(lambda name: _read(files[name], names), list(files)).select(split)
@@ -187,7 +199,7 @@ def _readable_name(path: Path) -> Path:
     """A folder that ``datasets`` reads as the one given, whose names it would take for patterns or not know."""
     files = [file for file in sorted(path.rglob("*")) if file.is_file()]
     renamed = [
-        file.with_suffix(file.suffix.lower()) if file.suffix.lower() in _READERS else file
+        file.with_suffix(file.suffix.lower()) if _reader_of(file) is not None else file
         for file in (file.relative_to(path) for file in files)
     ]
     if not _PATTERN_CHARACTERS.search(str(path.resolve())) and all(

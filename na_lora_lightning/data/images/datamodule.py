@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Dataset
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -20,6 +20,7 @@ from na_lora_lightning.data.images.encoding import NUMBER_OF_IMAGES, VisionRecor
 from na_lora_lightning.data.options import TextOptions, require_at_least
 from na_lora_lightning.data.processors import load_processor
 from na_lora_lightning.data.record_images import RecordImages, folder_of
+from na_lora_lightning.data.text.formats import COLUMNS
 from na_lora_lightning.data.text.splits import encode_split
 from na_lora_lightning.data.text.supervised import SupervisedDataModule
 from na_lora_lightning.errors import ImageError
@@ -34,11 +35,11 @@ class LeftOutRecordsWarning(UserWarning):
 class VisionInstructionDataModule(SupervisedDataModule):
     """Prompts with images and completions, or conversations, for fine-tuning of a vision-language model.
 
-    A record has ``image``, one image, or ``images``, a list; and the strings ``prompt`` and ``completion``, or
-    ``messages``: a list of turns with ``role`` and ``content``, of which every assistant turn is a completion. A
-    ``content`` is a string or a list of parts: ``{"type": "text", "text": "..."}``, and ``{"type": "image"}`` for the
-    next of the record's images. Without such parts the images come first in the first turn of the user. A record whose
-    ``image`` or ``images`` is null or an empty list has text alone.
+    A record has ``image``, one image, or ``images``, a list; and the columns of a format of
+    :class:`~na_lora_lightning.data.text.datamodule.InstructionDataModule` but ``text``. A ``content`` is a string or a
+    list of parts: ``{"type": "text", "text": "..."}``, and ``{"type": "image"}`` for the next of the record's images.
+    Without such parts the images come first in the first turn of the user. A record whose ``image`` or ``images`` is
+    null or an empty list has text alone.
 
     An image is the path of a file, relative to the folder of the data; or what an image column of ``datasets`` has;
     or a dictionary with ``bytes`` or ``path``. Each of ``train``, ``validation``, ``test`` and ``predict`` is a source
@@ -63,8 +64,9 @@ class VisionInstructionDataModule(SupervisedDataModule):
         test: The test data.
         predict: The data to predict completions for.
         dataset_config: The configuration of hub data sets that have several.
-        columns: The names that the data has for ``image``, ``images``, ``prompt``, ``completion``, ``messages`` or
-            ``tools``, for example ``{"prompt": "question", "completion": "answer"}``.
+        format: What records are; None stands for what their columns tell, which a line says.
+        columns: The names that the data has for ``image``, ``images`` and the columns of its format, for example
+            ``{"prompt": "question", "completion": "answer"}``.
         batch_size: The number of records in a training batch of each process.
         validation_batch_size: The number of records in other batches; None stands for ``batch_size``.
         max_length: The largest number of tokens of a record, those of its images included. A longer one is an error:
@@ -93,7 +95,7 @@ class VisionInstructionDataModule(SupervisedDataModule):
         ConfigurationError: An argument has a value that cannot work.
     """
 
-    COLUMNS = ("image", "images", "messages", "prompt", "completion", "tools")
+    COLUMNS = ("image", "images", *(name for name in COLUMNS if name != "text"))
     _train_loader = VisionDataLoader
     _evaluation_loader = VisionDataLoader
 
@@ -105,6 +107,7 @@ class VisionInstructionDataModule(SupervisedDataModule):
         test: str | None = None,
         predict: str | None = None,
         dataset_config: str | None = None,
+        format: Literal["messages", "prompt_completion", "alpaca", "sharegpt"] | None = None,
         columns: dict[str, str] | None = None,
         batch_size: int = 4,
         validation_batch_size: int | None = None,
@@ -201,6 +204,7 @@ class VisionInstructionDataModule(SupervisedDataModule):
             self._record_encoder(),
             source=source,
             split=split,
+            form=self.options.format,
         )
         if not missing:
             return encoded

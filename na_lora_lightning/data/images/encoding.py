@@ -17,8 +17,8 @@ from na_lora_lightning.data.images.records import count_images, read_vision_conv
 from na_lora_lightning.data.processors import image_token_of
 from na_lora_lightning.data.text.chat import ChatTemplate, Piece
 from na_lora_lightning.data.text.encoding import RecordEncoder
+from na_lora_lightning.data.text.formats import Record
 from na_lora_lightning.data.text.records import Message
-from na_lora_lightning.data.text.tool_use import settle_tool_use
 from na_lora_lightning.errors import ConfigurationError, DataError
 
 # The column that the encoder takes the number of a record's images from.
@@ -84,28 +84,18 @@ class VisionRecordEncoder(RecordEncoder):
         """Returns the columns of encoded records."""
         return Features({**_FEATURES, **(_EVALUATION_FEATURES if evaluation else {})})
 
-    def __call__(
-        self, record: dict[str, Any], index: int, *, source: str, evaluation: bool, needs_completion: bool
-    ) -> dict[str, Any]:
+    def __call__(self, record: Record, index: int, **options: Any) -> dict[str, Any]:
         """Encodes one record; see ``RecordEncoder``. Its column ``number_of_images`` tells how many images it has."""
-        encoded = super().__call__(
-            record, index, source=source, evaluation=evaluation, needs_completion=needs_completion
-        )
-        return {"index": index, **encoded}
+        return {"index": index, **super().__call__(record, index, **options)}
 
-    def _encode(self, record: dict[str, Any], evaluation: bool, needs_completion: bool) -> dict[str, Any]:
+    @override
+    def _content(self, text: str) -> Any:
+        return [{"type": "text", "text": text}]
+
+    def _encode(self, record: Record, evaluation: bool, needs_completion: bool) -> dict[str, Any]:
         images = record.pop(NUMBER_OF_IMAGES)
         messages = read_vision_conversation(record, images, needs_completion=needs_completion)
-        if self.use_chat_template and self.system_prompt is not None and messages[0]["role"] != "system":
-            system = {"role": "system", "content": [{"type": "text", "text": self.system_prompt}]}
-            messages = [system, *messages]
-        elif not self.use_chat_template and record.get("messages") is not None:
-            raise DataError(
-                "has 'messages', which need a chat template; use a model whose processor has one and do not set "
-                "use_chat_template to false, or give 'prompt' and 'completion'."
-            )
-        if self.use_chat_template:
-            messages = settle_tool_use(messages, self.template)
+        messages = self._conversation(record, messages)
         roles = [message["role"] for message in messages]
         is_open = not needs_completion and roles[-1] != "assistant"
         context = messages if is_open else messages[: len(roles) - 1 - roles[::-1].index("assistant")]
@@ -123,15 +113,16 @@ class VisionRecordEncoder(RecordEncoder):
                 f"has {len(ids)} tokens, with one for each image, more than max_length={self.max_length}; raise "
                 "max_length or shorten it."
             )
+        learned = answers if is_open else self._learned(answers, kept)
         encoded: dict[str, Any] = {
             "text": text,
             "text_ids": ids,
             "images": used,
-            "answer_starts": [start for start, _, _ in answers],
-            "answer_ends": [end for _, end, _ in answers],
-            "answer_prefixes": [prefix for _, _, prefix in answers],
+            "answer_starts": [start for start, _, _ in learned],
+            "answer_ends": [end for _, end, _ in learned],
+            "answer_prefixes": [prefix for _, _, prefix in learned],
             "tokens": len(ids),
-            "target_tokens": sum(end - start for start, end, _ in answers),
+            "target_tokens": sum(end - start for start, end, _ in learned),
             "truncated": False,
             "end_ids": self._ends_of(ids, [(start, stop) for start, stop, _ in answers]),
         }

@@ -11,6 +11,7 @@ from transformers import DataCollatorWithFlattening, PreTrainedTokenizerBase
 from na_lora_lightning.data.batching import Collator
 from na_lora_lightning.data.options import TextOptions, require_at_least
 from na_lora_lightning.data.text.encoding import RecordEncoder
+from na_lora_lightning.data.text.formats import COLUMNS
 from na_lora_lightning.data.text.splits import encode_split
 from na_lora_lightning.data.text.supervised import SupervisedDataModule
 from na_lora_lightning.data.text.tokenizer import load_tokenizer
@@ -18,15 +19,23 @@ from na_lora_lightning.errors import ConfigurationError
 
 
 class InstructionDataModule(SupervisedDataModule):
-    """Prompts and completions, or conversations, for supervised fine-tuning of a causal language model.
+    """Prompts and completions, conversations, or texts for supervised fine-tuning of a causal language model.
 
-    A record has the strings ``prompt`` and ``completion``, or ``messages``: a list of turns with ``role`` and
-    ``content``, of which every assistant turn is a completion. ``tools``, a list of functions or its JSON text, is
-    given to the chat template; an assistant turn with ``tool_calls`` needs no ``content``. What the template leaves out
-    of these is an error, and so is a key such as ``weight`` or ``train`` that asks for another loss. Each of ``train``,
-    ``validation``, ``test`` and ``predict`` is one of
+    A record has the columns of one of these formats, by which it is recognised:
 
-    * a local ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file,
+    * ``messages``: a list of turns with ``role`` and ``content``, of which every assistant turn is learned;
+    * ``prompt`` and ``completion``: two strings, or two lists of turns, of which those of the completion are learned;
+    * ``instruction``, ``input`` and ``output`` (Alpaca), with ``history`` where there is one;
+    * ``conversations`` (ShareGPT): a list of turns with ``from`` and ``value``;
+    * ``text``: all of it is learned, and no chat template is used.
+
+    ``system`` is the record's system message. ``tools``, a list of functions or its JSON text, is given to the chat
+    template; an assistant turn with ``tool_calls`` needs no ``content``. What the template leaves out of these is an
+    error. A turn of the assistant with ``weight: 0``, ``train: false`` or the like is not learned; a key that asks for
+    anything else is an error. Each of ``train``, ``validation``, ``test`` and ``predict`` is one of
+
+    * a local ``.jsonl``, ``.ndjson``, ``.json``, ``.csv`` or ``.tsv`` file, with or without ``.gz``, or a ``.parquet``
+      file,
     * a folder written by ``datasets.Dataset.save_to_disk``, or one with data files,
     * the name of a data set on the Hugging Face hub,
 
@@ -49,7 +58,8 @@ class InstructionDataModule(SupervisedDataModule):
         test: The test data.
         predict: The data to predict completions for.
         dataset_config: The configuration of hub data sets that have several.
-        columns: The names that the data has for ``prompt``, ``completion``, ``messages`` or ``tools``, for example
+        format: What records are; None stands for what their columns tell, which a line says.
+        columns: The names that the data has for the columns of its format, for example
             ``{"prompt": "question", "completion": "answer"}``.
         batch_size: The number of records in a training batch of each process.
         validation_batch_size: The number of records in other batches; None stands for ``batch_size``.
@@ -78,7 +88,7 @@ class InstructionDataModule(SupervisedDataModule):
         ConfigurationError: An argument has a value that cannot work.
     """
 
-    COLUMNS = ("messages", "prompt", "completion", "tools")
+    COLUMNS = COLUMNS
 
     def __init__(
         self,
@@ -88,6 +98,7 @@ class InstructionDataModule(SupervisedDataModule):
         test: str | None = None,
         predict: str | None = None,
         dataset_config: str | None = None,
+        format: Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text"] | None = None,
         columns: dict[str, str] | None = None,
         batch_size: int = 8,
         validation_batch_size: int | None = None,
@@ -135,7 +146,14 @@ class InstructionDataModule(SupervisedDataModule):
 
     def _prepare(self, split: str, source: str) -> Dataset:
         records = self._load(split, source)
-        return encode_split(records, self._record_encoder(), source=source, split=split, num_proc=self.num_proc)
+        return encode_split(
+            records,
+            self._record_encoder(),
+            source=source,
+            split=split,
+            form=self.options.format,
+            num_proc=self.num_proc,
+        )
 
     def _record_encoder(self) -> RecordEncoder:
         return RecordEncoder(

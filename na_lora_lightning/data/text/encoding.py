@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from copy import copy
 from typing import Any, Literal
 
 from datasets import Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from na_lora_lightning.data.answers import answer_text, first_whole_character, whole_characters
+from na_lora_lightning.data.answers import first_whole_character, whole_characters
 from na_lora_lightning.data.batching import IGNORED_LABEL
 from na_lora_lightning.data.files.record_tables import code_revision
-from na_lora_lightning.data.text.chat import ChatTemplate, Piece
+from na_lora_lightning.data.text.answer_tokens import AnswerTokenizer, Span
+from na_lora_lightning.data.text.chat import ChatTemplate
+from na_lora_lightning.data.text.formats import Format, Record, recognise
+from na_lora_lightning.data.text.loss_keys import learned_turns
 from na_lora_lightning.data.text.records import Message, read_conversation, read_tools
 from na_lora_lightning.data.text.tool_use import settle_tool_use
 from na_lora_lightning.errors import ConfigurationError, DataError
-
-# From a first token to the token after the last one.
-Span = tuple[int, int]
 
 _FEATURES = {
     "input_ids": List(Value("int32")),
@@ -35,15 +34,16 @@ _EVALUATION_FEATURES = {
 }
 
 
-class RecordEncoder:
+class RecordEncoder(AnswerTokenizer):
     """Turns a record into token ids and labels.
 
-    A record has ``messages``, or ``prompt`` and ``completion``. The loss is on every assistant turn, its
-    end-of-turn token included. If nothing marks the end of the last turn, the end-of-sequence token is added.
+    A record has one of the formats of :mod:`~na_lora_lightning.data.text.formats`. The loss is on every assistant turn
+    that no key leaves out, its end-of-turn token included, and on all of a plain text. If nothing marks the end of the
+    last turn, the end-of-sequence token is added.
 
     Args:
         tokenizer: The tokenizer.
-        max_length: The number of tokens that a record is cut to.
+        max_length: The largest number of tokens of a record.
         loss_on: Whether the loss is on the completions or on all tokens.
         use_chat_template: Whether to render records with the tokenizer's chat template; None stands for
             whenever there is one.
@@ -80,16 +80,7 @@ class RecordEncoder:
         self.use_chat_template = tokenizer.chat_template is not None and use_chat_template is not False
         self.system_prompt = system_prompt
         self.template = self._chat_template()
-        self.end_of_turn_ids = set(tokenizer.all_special_ids) | {
-            token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
-        }
-        if self.use_chat_template and (end_of_turn := self.template.end_of_turn()):
-            # Not all tokenizers call it special.
-            self.end_of_turn_ids |= set(tokenizer(end_of_turn, add_special_tokens=False)["input_ids"])
-        # Without a template nothing but the end of the sequence ends an answer.
-        self.stop_ids = self.end_of_turn_ids if self.use_chat_template else {tokenizer.eos_token_id}
-        starts_with_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-        self.leading_ids = [tokenizer.bos_token_id] if starts_with_bos else []
+        super().__init__(tokenizer, self.template.end_of_turn() if self.use_chat_template else None)
         # Tokenised data is cached under a hash of this object; results of other code must not be reused.
         self.revision = code_revision()
 
@@ -99,7 +90,14 @@ class RecordEncoder:
         return Features({**_FEATURES, **(_EVALUATION_FEATURES if evaluation else {})})
 
     def __call__(
-        self, record: dict[str, Any], index: int, *, source: str, evaluation: bool, needs_completion: bool
+        self,
+        record: Record,
+        index: int,
+        *,
+        source: str,
+        evaluation: bool,
+        needs_completion: bool,
+        form: Format | None = None,
     ) -> dict[str, Any]:
         """Encodes one record.
 
@@ -109,12 +107,14 @@ class RecordEncoder:
             source: The name of the data, for error messages.
             evaluation: Whether to add the prompt and the reference that generation is scored with.
             needs_completion: Whether a record without completion is an error.
+            form: Its format; None to tell by its own keys.
 
         Raises:
             DataError: The record cannot be used.
         """
-        record = dict(record)
+        form = form or recognise(record, source, None, needs_completion=needs_completion)
         try:
+            record = form.read(dict(record), self.use_chat_template)
             return self._with_tools(read_tools(record))._encode(record, evaluation, needs_completion)
         except DataError as error:
             raise DataError(f"record {index + 1} of {source!r} {error}") from error.__cause__
@@ -129,17 +129,33 @@ class RecordEncoder:
         encoder.template = self.template.with_options({"tools": tools})
         return encoder
 
-    def _encode(self, record: dict[str, Any], evaluation: bool, needs_completion: bool) -> dict[str, Any]:
-        messages = read_conversation(record, needs_completion=needs_completion, loss_on=self.loss_on)
-        if self.use_chat_template and self.system_prompt is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.system_prompt}, *messages]
-        elif not self.use_chat_template and record.get("messages") is not None:
+    def _conversation(self, record: Record, messages: list[Message]) -> list[Message]:
+        """The turns of a record as they are rendered, its own system message or that of the options before them."""
+        if not self.use_chat_template and record.get("messages") is not None:
             raise DataError(
                 "has 'messages', which need a chat template; use a tokenizer that has one and do not set "
                 "use_chat_template to false, or give 'prompt' and 'completion'."
             )
-        if self.use_chat_template:
-            messages = settle_tool_use(messages, self.template)
+        system = record.get("system") or self.system_prompt
+        if system is not None and messages[0]["role"] != "system":
+            if not self.use_chat_template:
+                raise DataError("has a 'system' text, which needs a chat template; use a tokenizer that has one.")
+            if not isinstance(system, str):
+                raise DataError(
+                    f"needs text as its system, which is of type {type(system).__name__}; make it a string."
+                )
+            messages = [{"role": "system", "content": self._content(system)}, *messages]
+        return settle_tool_use(messages, self.template) if self.use_chat_template else messages
+
+    def _content(self, text: str) -> Any:
+        """The content of a turn."""
+        return text
+
+    def _encode(self, record: Record, evaluation: bool, needs_completion: bool) -> dict[str, Any]:
+        if "text" in record and not {"messages", "prompt"} & record.keys():
+            return self._encode_plain_text(record["text"], evaluation, needs_completion)
+        messages = read_conversation(record, needs_completion=needs_completion, loss_on=self.loss_on)
+        messages = self._conversation(record, messages)
         roles = [message["role"] for message in messages]
         is_open = not needs_completion and roles[-1] != "assistant"
         context = messages if is_open else messages[: len(roles) - 1 - roles[::-1].index("assistant")]
@@ -152,7 +168,7 @@ class RecordEncoder:
             ids = self._end_of(prompt_ids)
             labels = [IGNORED_LABEL] * len(ids)
         else:
-            ids, labels = self._beginning_of(complete, spans)
+            ids, labels = self._beginning_of(complete, self._learned(spans, messages))
         encoded: dict[str, Any] = {
             "input_ids": ids,
             "labels": labels,
@@ -172,6 +188,48 @@ class RecordEncoder:
                 encoded["reference"] = self._reference(complete[start:stop])
         return encoded
 
+    def _encode_plain_text(self, text: str, evaluation: bool, needs_completion: bool) -> dict[str, Any]:
+        """Encodes a plain text: the loss is on all of it, and what is to be predicted goes on with it."""
+        complete = self.leading_ids + self._tokenize(text)
+        start = len(complete)
+        if needs_completion:
+            complete, start = [*complete, *self._end_after(complete)], len(self.leading_ids)
+            ids, labels = self._beginning_of(complete, [(0, len(complete))])
+        else:
+            ids = self._end_of(complete)
+            labels = [IGNORED_LABEL] * len(ids)
+        encoded = {
+            "input_ids": ids,
+            "labels": labels,
+            "tokens": len(ids),
+            "target_tokens": len(labels) - labels.count(IGNORED_LABEL),
+            "truncated": len(complete) > self.max_length,
+            "end_ids": self._ends_of(complete, [(start, len(complete))][:needs_completion]),
+        }
+        if evaluation:
+            # Text that is to be generated from nothing begins after what ends another.
+            prompt = complete[:start] or [self.tokenizer.eos_token_id]
+            reference = self._reference(complete[start:]) if needs_completion else ""
+            given = "" if needs_completion else text
+            encoded |= {"prompt_input_ids": self._end_of(prompt), "prompt": given, "reference": reference}
+        return encoded
+
+    def _end_after(self, ids: list[int]) -> list[int]:
+        eos = self.tokenizer.eos_token_id
+        return [] if ids[-1:] == [eos] else [eos]
+
+    def _learned(self, spans: list[Any], messages: list[Message]) -> list[Any]:
+        """The answers that no key leaves out of the loss."""
+        learned = learned_turns(messages, self.loss_on)
+        if all(learned):
+            return spans
+        if len(spans) != len(learned):
+            raise DataError(
+                f"has a turn that is left out of the loss, but {len(spans)} of its {len(learned)} answers are in what "
+                "the chat template makes of it; use a template that marks each answer."
+            )
+        return [span for span, is_learned in zip(spans, learned, strict=True) if is_learned]
+
     def end_token_ids(self) -> list[int]:
         """The tokens that end an answer of which nothing is known.
 
@@ -179,14 +237,6 @@ class RecordEncoder:
             DataError: The chat template refuses a conversation of one question and one answer.
         """
         return self._ends_of(*self._encode_complete(self.template.question_and_answer()))
-
-    def _ends_of(self, ids: list[int], spans: list[Span]) -> list[int]:
-        """The tokens that end the answers of a record; what ends in text alone is ended by none."""
-        return sorted({ids[stop - 1] for _, stop in spans} & self.stop_ids)
-
-    def _reference(self, answer: list[int]) -> str:
-        """An answer as it is rendered, which is what a model learns to generate."""
-        return answer_text(self.tokenizer, answer, {answer[-1]} & self.stop_ids)
 
     def _prompt_ids(self, context: list[Message]) -> list[int]:
         if self.use_chat_template:
@@ -229,55 +279,5 @@ class RecordEncoder:
                 self._require_one_end(ids[start:stop])
         return ids, spans
 
-    def _encode_segments(
-        self, segments: Iterable[Piece], leading_ids: Iterable[int] = ()
-    ) -> tuple[list[int], list[Span]]:
-        """Tokenises adjoining texts so that no token reaches from one into the next."""
-        leading_ids = list(leading_ids)
-        ids, text = list(leading_ids), ""
-        spans: list[Span] = []
-        for segment, is_answer in segments:
-            text += segment
-            # What the text adds to the tokens so far is right for tokenizers that put a space before any text
-            # too; where a token would join two segments, they are tokenised apart, as at generation.
-            joined = leading_ids + self._tokenize(text)
-            new = joined[len(ids) :] if joined[: len(ids)] == ids else self._tokenize(segment)
-            if is_answer and new:
-                spans.append((len(ids), len(ids) + self._length_to_end_of_turn(new)))
-            ids += new
-        return ids, spans
-
-    def _length_to_end_of_turn(self, ids: list[int]) -> int:
-        """Counts the tokens up to an end-of-turn token that only white space follows, or all tokens."""
-        end = len(ids)
-        while end and self._is_space(ids[end - 1]):
-            end -= 1
-        return end if end and ids[end - 1] in self.end_of_turn_ids else len(ids)
-
-    def _is_space(self, token_id: int) -> bool:
-        return str(self.tokenizer.decode(token_id)).isspace()
-
-    def _terminate(self, ids: list[int], spans: list[Span]) -> tuple[list[int], list[Span]]:
-        """Ends the sequence at its last target, which is a token to stop at."""
-        if not spans:
-            raise DataError("has no completion in what the chat template renders of it; correct the template.")
-        *before, (start, stop) = spans
-        if ids[stop - 1] in self.stop_ids:
-            return ids[:stop], spans
-        return [*ids[:stop], self.tokenizer.eos_token_id], [*before, (start, stop + 1)]
-
-    def _require_one_end(self, answer: list[int]) -> None:
-        """Refuses an answer that would be cut short when it is generated."""
-        ends = {self.tokenizer.eos_token_id} | ({answer[-1]} & self.stop_ids)
-        first = next((position for position, token_id in enumerate(answer) if token_id in ends), len(answer))
-        if not all(token_id in self.end_of_turn_ids or self._is_space(token_id) for token_id in answer[first:]):
-            raise DataError(
-                f"has an answer with {self.tokenizer.decode(answer[first])!r} within it, which the tokenizer reads as "
-                "the end of an answer, so that generation would stop there; remove it or write it in another way."
-            )
-
     def _chat_template(self) -> ChatTemplate:
         return ChatTemplate(self.tokenizer)
-
-    def _tokenize(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

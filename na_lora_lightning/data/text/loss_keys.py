@@ -1,8 +1,8 @@
-"""Keys by which other tools weight records and turns or leave them out of the loss, refused where they matter."""
+"""Keys by which records say what the loss is on: turns that are left out, and what cannot be done, which is refused."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from na_lora_lightning.errors import DataError
@@ -34,24 +34,40 @@ def refuse_keys_of_records(record: dict[str, Any], loss_on: Literal["completion"
         )
 
 
-def refuse_keys_of_messages(messages: Iterable[dict[str, Any]], loss_on: Literal["completion", "all"]) -> None:
-    """Refuses keys of turns that ask for another loss than ``loss_on``.
+def learned_turns(messages: Sequence[dict[str, Any]], loss_on: Literal["completion", "all"]) -> list[bool]:
+    """Which turns of the assistant the loss is on: all but those whose keys leave them out.
+
+    The keys are those of other tools (``weight: 0`` of OpenAI, ``train`` and ``training`` of axolotl, ``loss``); of
+    weights there are 0 and 1.
+
+    Args:
+        messages: The turns.
+        loss_on: What the loss is on.
+
+    Returns:
+        For each turn of the assistant whether it is learned.
 
     Raises:
-        DataError: There is one. The message lacks its subject, which the caller knows.
+        DataError: A key asks for something else. The message lacks its subject, which the caller knows.
     """
+    learned = []
     for number, message in enumerate(messages, start=1):
-        is_target = loss_on == "all" or message["role"] == "assistant"
+        is_answer = message["role"] == "assistant"
+        is_target = loss_on == "all" or is_answer
+        can_be_left_out = loss_on == "completion" and is_answer
         asked = {key: _meaning(message[key]) for key in _ON if key in message}
         asked |= {key: _negated(_meaning(message[key])) for key in _OFF if key in message}
         asked |= {key: None for key in _DETAILS if message.get(key)}
         for key, wanted in asked.items():
-            if wanted is not is_target:
-                where = "every turn" if loss_on == "all" else "the assistant's turns, and on all of them"
+            if wanted is not is_target and not (can_be_left_out and wanted is False):
+                where = "every turn" if loss_on == "all" else "the assistant's turns, each as a whole or not at all"
                 raise DataError(
                     f"has the key {key!r} ({_shown(message[key])}) in message {number}, but the loss is on {where}; "
                     "remove the key, or end the record before that turn."
                 )
+        if is_answer:
+            learned.append(all(wanted is not False for wanted in asked.values()) or loss_on == "all")
+    return learned
 
 
 def _meaning(value: Any) -> bool | None:

@@ -1,11 +1,11 @@
-"""The two forms of a record, read as one: a conversation."""
+"""A record that was read as messages, or as prompt and completion, as one thing: a conversation."""
 
 from __future__ import annotations
 
 import json
 from typing import Any, Literal
 
-from na_lora_lightning.data.text.loss_keys import refuse_keys_of_messages, refuse_keys_of_records
+from na_lora_lightning.data.text.loss_keys import learned_turns, refuse_keys_of_records
 from na_lora_lightning.errors import DataError
 
 Message = dict[str, Any]
@@ -52,7 +52,11 @@ def read_conversation(
     if roles[0] == "assistant":
         raise DataError("starts with an assistant turn; put the turn that it answers before it.")
     refuse_keys_of_records(record, loss_on)
-    refuse_keys_of_messages(messages, loss_on)
+    learned = learned_turns(messages, loss_on)
+    if needs_completion and not any(learned):
+        raise DataError(
+            "has no answer to learn, as keys leave all of them out of the loss; remove the keys, or the record."
+        )
     return messages
 
 

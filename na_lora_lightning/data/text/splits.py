@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset, LargeList, List
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from na_lora_lightning.data.text.encoding import RecordEncoder
+from na_lora_lightning.data.text.formats import Format, recognise
 
 
 class TruncationWarning(UserWarning):
@@ -39,7 +41,13 @@ class SplitSummary:
 
 
 def encode_split(
-    records: Dataset, encoder: RecordEncoder, *, source: str, split: str, num_proc: int | None = None
+    records: Dataset,
+    encoder: RecordEncoder,
+    *,
+    source: str,
+    split: str,
+    form: str | None = None,
+    num_proc: int | None = None,
 ) -> Dataset:
     """Encodes all records of a split, or takes them from the cache of ``datasets``.
 
@@ -47,6 +55,7 @@ def encode_split(
         records: The records.
         encoder: What to encode them with.
         source: The name of the data, for messages.
+        form: The name of their format; None to tell by their columns.
         split: Which one it is. What generation is scored with is added but for ``train``, and a record without
             completion is an error but for ``predict``.
         num_proc: The number of processes that share the records; None stands for this one alone.
@@ -54,7 +63,9 @@ def encode_split(
     Raises:
         DataError: A record cannot be used.
     """
-    evaluation = split != "train"
+    evaluation, needs_completion = split != "train", split != "predict"
+    known = recognise(records.column_names, source, form, needs_completion=needs_completion)
+    report_format(known, records.column_names, source)
     encoded = records.map(
         _encode,
         with_indices=True,
@@ -63,7 +74,8 @@ def encode_split(
             "features": records.features,
             "source": source,
             "evaluation": evaluation,
-            "needs_completion": split != "predict",
+            "needs_completion": needs_completion,
+            "form": known,
         },
         remove_columns=records.column_names,
         features=encoder.features(evaluation=evaluation),
@@ -79,6 +91,18 @@ def encode_split(
             category=TruncationWarning,
         )
     return encoded
+
+
+def report_format(form: Format, columns: Iterable[str], source: str) -> None:
+    """Says in one line what data was taken for, and which columns are not read."""
+    read = [name for name in columns if name in form.columns]
+    others = [name for name in columns if name not in form.columns]
+    rest = f"; it does not read {_listed(others)}" if others else ""
+    rank_zero_info(f"The data {source!r} is read as {form.name}, from {_listed(read)}{rest}.")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(repr(name) for name in names)
 
 
 def _encode(
