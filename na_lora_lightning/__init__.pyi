@@ -27,6 +27,7 @@ from na_lora_lightning.models.fast_lora import LoRALayerReport as LoRALayerRepor
 from na_lora_lightning.models.fast_lora import lora_layer_report as lora_layer_report
 from na_lora_lightning.models.fast_lora import use_fast_lora_layers as use_fast_lora_layers
 from na_lora_lightning.models.lora_inputs import keep_inputs_uncast as keep_inputs_uncast
+from na_lora_lightning.models.quantization import QuantizationOptions as QuantizationOptions
 from na_lora_lightning.models.targets import lora_targets as lora_targets
 from na_lora_lightning.modules.dual_encoder import DualEncoderLightningModule as DualEncoderLightningModule
 from na_lora_lightning.modules.fit_summary import FitSummaryCallback as FitSummaryCallback

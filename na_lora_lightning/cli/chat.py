@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser
+from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from na_lora_lightning.errors import ConfigurationError, DataError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from rich.console import Console
     from rich.table import Table
 
-    from na_lora_lightning.cli.conversation import Conversation
+    from na_lora_lightning.cli.speaker import AnswerSettings, Speaker
 
 _HELP = """\
 /image FILE    put an image before your next message
@@ -22,6 +25,49 @@ _HELP = """\
 /quit          end, as Ctrl-D does; Ctrl-C ends an answer
 //...          a message that begins with a slash"""
 _WIDTH_OF_FILES = 80
+
+
+class Conversation:
+    """What was said, from one side.
+
+    Args:
+        speaker: Who answers.
+        settings: How.
+        system: The system prompt, if there is one.
+        adapted: Whether the adapter has a part in answers.
+    """
+
+    def __init__(
+        self, speaker: Speaker, settings: AnswerSettings, system: str | None = None, adapted: bool = True
+    ) -> None:
+        self.speaker, self.settings, self.adapted = speaker, settings, adapted
+        self.system = system
+        self.messages: list[dict[str, Any]] = []
+        self.images: list[Image] = []
+
+    def reply(self, text: str, images: list[Image], write: Callable[[str], None]) -> str:
+        """Says something, with images before it, and returns the answer; both are then part of the conversation.
+
+        Raises:
+            DataError: The model cannot take it; nothing is then part of it.
+        """
+        question = self._message("user", text, len(images))
+        start = [] if self.system is None else [self._message("system", self.system)]
+        earlier = self.messages if self.speaker.has_template else []
+        inputs = self.speaker.inputs_of([*start, *earlier, question], [*self.images, *images])
+        answer = self.speaker.answer(inputs, self.settings, write, self.adapted)
+        self.messages += [question, self._message("assistant", answer)]
+        self.images += images
+        return answer
+
+    def forget(self) -> None:
+        """Begins anew."""
+        self.messages, self.images = [], []
+
+    def _message(self, role: str, text: str, images: int = 0) -> dict[str, Any]:
+        if not (self.speaker.takes_images and self.speaker.has_template):
+            return {"role": role, "content": text}
+        return {"role": role, "content": [*[{"type": "image"}] * images, {"type": "text", "text": text}]}
 
 
 class Chat:
@@ -60,13 +106,13 @@ class Chat:
         return True
 
     def _take_image(self, path: str) -> None:
-        from na_lora_lightning.cli.conversation import read_image
+        from na_lora_lightning.data.image_reading import ImageReader
 
         if not self.conversations[0].speaker.takes_images:
             self._note("This model takes no images.")
             return
         try:
-            image = read_image(path)
+            image = ImageReader(Path()).read(str(Path(path).expanduser()))
         except DataError as error:
             self._note(f"No image: it {error}.")
             return
@@ -145,6 +191,7 @@ def _parser() -> _Parser:
         default="auto",
         help="of the weights (default: auto, the checkpoint's on a GPU and float32 elsewhere)",
     )
+    parser.add_argument("--quantization", metavar="KIND", help="hold the base weights as nf4, fp4, int8, ...")
     parser.add_argument("--device", metavar="NAME", help="such as cpu or cuda:1 (default: a GPU where there is one)")
     parser.add_argument("--trust_remote_code", action="store_true", help="let a model run code of its own")
     return parser
@@ -166,7 +213,8 @@ def main(arguments: list[str]) -> int:
     import torch
     from rich.console import Console
 
-    from na_lora_lightning.cli.conversation import AnswerSettings, Conversation, Speaker
+    from na_lora_lightning.cli.speaker import AnswerSettings, Speaker
+    from na_lora_lightning.models.quantization import QuantizationOptions
 
     settings = AnswerSettings(options.max_new_tokens, options.temperature, options.top_p)
     try:
@@ -174,7 +222,8 @@ def main(arguments: list[str]) -> int:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigurationError(f"there is no device {options.device!r} here; use 'cpu' or 'cuda'.") from error
-    speaker = Speaker(options.model, options.base, options.dtype, device, options.trust_remote_code)
+    quantization = QuantizationOptions(options.quantization)
+    speaker = Speaker(options.model, options.base, options.dtype, device, options.trust_remote_code, quantization)
     if options.system is not None and not speaker.has_template:
         raise ConfigurationError(
             f"--system needs a chat template, which {options.model!r} lacks; leave it out, or give a chat model."

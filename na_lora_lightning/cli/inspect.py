@@ -38,12 +38,15 @@ def inspect_model(source: BaseModelSource, lora: LoRAOptions) -> GateMap:
     return inspect_layers(source, lora)[0]
 
 
-def inspect_layers(source: BaseModelSource, lora: LoRAOptions) -> tuple[GateMap, LoRALayerReport, tuple[int, int]]:
+def inspect_layers(
+    source: BaseModelSource, lora: LoRAOptions, quantization: str | None = None
+) -> tuple[GateMap, LoRALayerReport, tuple[int, int]]:
     """Makes a model from its configuration, without its weights, adds LoRA to it, and finds its gates.
 
     Args:
         source: Which model; a folder that holds nothing but ``config.json`` will do.
         lora: Which layers get LoRA.
+        quantization: How a fit would quantise its weights; they may be stored so already.
 
     Returns:
         All sites, and what was left out and why; how its LoRA layers are computed; how many
@@ -54,8 +57,10 @@ def inspect_layers(source: BaseModelSource, lora: LoRAOptions) -> tuple[GateMap,
         DiscoveryError: The gates cannot be determined.
     """
     from na_lora_lightning.core.discovery.gates import discover_gates
-    from na_lora_lightning.models.fast_lora import lora_layer_report
+    from na_lora_lightning.models.fast_lora import LoRALayerReport, lora_layer_report
     from na_lora_lightning.models.lora import add_lora
+    from na_lora_lightning.models.quantization import stored_quantization
+    from na_lora_lightning.models.source import load_config
     from na_lora_lightning.models.weightless import fill_in, model_without_weights
     from na_lora_lightning.modules.losses import model_inputs
 
@@ -63,6 +68,11 @@ def inspect_layers(source: BaseModelSource, lora: LoRAOptions) -> tuple[GateMap,
     inputs = _example_inputs(base, source, lora)
     model = add_lora(base, lora, source)
     report = lora_layer_report(model)
+    method = quantization or stored_quantization(load_config(source))
+    if method is not None and report.fast:
+        # The model is made without its weights, and so without what they are stored in.
+        reason = f"its weights are quantised ({method}), which PEFT has layers of its own for"
+        report = LoRALayerReport((), {**report.left, reason: report.fast})
     parameters = model.get_nb_trainable_parameters()
     fill_in(model)
     if inputs is not None:
@@ -227,6 +237,7 @@ def main(arguments: list[str]) -> int:
     from na_lora_lightning.arguments import LoRAOptions
     from na_lora_lightning.cli.arguments import PlainParser
     from na_lora_lightning.cli.errors import explain
+    from na_lora_lightning.models.quantization import Kind
     from na_lora_lightning.models.source import BaseModelSource
 
     parser = PlainParser(
@@ -240,6 +251,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("model", type=str, help="folder of a model, or its name on the hub")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--trust_remote_code", type=bool, default=False, help="run code that comes with the model")
+    parser.add_argument(
+        "--quantization", type=Kind | None, default=None, help="in what form a fit would hold the base weights"
+    )
     parser.add_class_arguments(LoRAOptions, "lora")
     try:
         options = parser.parse_args(arguments)
@@ -247,7 +261,7 @@ def main(arguments: list[str]) -> int:
         keys = {action.dest for action in parser._actions}
         raise ConfigurationError(explain(str(error), keys, (), ())) from error
     source = BaseModelSource(options.model, trust_remote_code=options.trust_remote_code)
-    gates, layers, (trainable, total) = inspect_layers(source, LoRAOptions(**vars(options.lora)))
+    gates, layers, (trainable, total) = inspect_layers(source, LoRAOptions(**vars(options.lora)), options.quantization)
     if options.json:
         more = {"lora_layers": asdict(layers), "parameters": {"trainable": trainable, "total": total}}
         print(json.dumps(as_dictionary(gates) | more, indent=2))

@@ -17,6 +17,7 @@ from na_lora_lightning.cli.merge_output import copy_tokenizer, refuse_inputs_as_
 from na_lora_lightning.data.answers import stop_at
 from na_lora_lightning.errors import ConfigurationError, one_line
 from na_lora_lightning.models.loading import load_base_model
+from na_lora_lightning.models.quantization import Kind, QuantizationOptions, dequantized, stored_quantization
 from na_lora_lightning.models.saved_adapter import TIED, adapter_folder, with_adapter
 from na_lora_lightning.models.source import BaseModelSource, Dtype, load_config, require_model, without_progress_bars
 from na_lora_lightning.models.ties import has_ties, match_config, unmerged, untie_adapted_weights
@@ -37,6 +38,10 @@ class MergeOptions:
         dtype: Of the merged weights; ``"auto"`` is that of the base checkpoint.
         overwrite: Accept that ``output`` already has files.
         trust_remote_code: Whether the base model may run code of its own.
+        quantization: Quantise the base as the fit did, and merge into the ordinary weights that the quantised ones
+            stand for, so that the merged model says what was trained. None merges into the base as it is stored.
+        double_quantization: Whether the scales are quantised too.
+        dequantize: Make ordinary weights of those of a base that is stored in a quantised form.
     """
 
     adapter: Path
@@ -45,6 +50,9 @@ class MergeOptions:
     dtype: Dtype = "auto"
     overwrite: bool = False
     trust_remote_code: bool = False
+    quantization: Kind | None = None
+    double_quantization: bool = True
+    dequantize: bool = False
 
 
 def merge_adapter(arguments: MergeOptions) -> Path:
@@ -127,10 +135,11 @@ def _from_folder(arguments: MergeOptions) -> tuple[PeftModel, BaseModelSource]:
     adapter = arguments.adapter
     base, revision = (arguments.base, None) if arguments.base else base_of_adapter(adapter)
     refuse_inputs_as_output(arguments.output, adapter, base)
-    source = BaseModelSource(base, revision, arguments.trust_remote_code, arguments.dtype)
+    quantization = QuantizationOptions(arguments.quantization, arguments.double_quantization)
+    source = BaseModelSource(base, revision, arguments.trust_remote_code, arguments.dtype, quantization=quantization)
     _require_base(source, arguments)
     # Nothing is trained, so that "auto" is the checkpoint's dtype: the merged model is to be as large as the base.
-    model = load_base_model(source, device=None)
+    model = dequantized(load_base_model(source, device=None), base)
     return with_adapter(model, adapter, base), source
 
 
@@ -145,26 +154,25 @@ def _require_base(source: BaseModelSource, arguments: MergeOptions) -> None:
             f"the base model that the adapter {str(arguments.adapter)!r} names cannot be had "
             f"({str(error).partition(';')[0]}); give it with --base."
         ) from error
-    require_unquantised(source)
+    _require_weights(source, arguments)
 
 
-def require_unquantised(source: BaseModelSource) -> None:
-    """Refuses a base model whose weights are stored in a quantised form.
+def _require_weights(source: BaseModelSource, arguments: MergeOptions) -> None:
+    """Refuses a base model whose weights are stored in a quantised form, unless they are to become ordinary ones.
 
     Raises:
         ConfigurationError: It is one.
     """
     try:
-        quantisation = getattr(load_config(source), "quantization_config", None)
+        method = stored_quantization(load_config(source))
     except (OSError, ValueError, ImportError, KeyError):
         # Said when the model itself is loaded.
         return
-    if quantisation is not None:
-        values = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
+    if method is not None and not arguments.dequantize:
         raise ConfigurationError(
-            f"the base model {source.name_or_path!r} is quantised ({values.get('quant_method', 'by an unknown method')}"
-            "), and its weights would lose what an adapter adds to them; give the model that it was made from with "
-            "--base, or use the adapter as it is."
+            f"the base model {source.name_or_path!r} is quantised ({method}), and its weights would lose what an "
+            "adapter adds to them; give --dequantize, which makes ordinary ones of them, or with --base the model that "
+            "it was made from."
         )
 
 
@@ -172,6 +180,11 @@ def _from_checkpoint(arguments: MergeOptions) -> tuple[PeftModel, BaseModelSourc
     from na_lora_lightning.modules.language import NALoRALightningModule
 
     path = arguments.adapter
+    if arguments.quantization is not None or arguments.dequantize:
+        raise ConfigurationError(
+            f"{str(path)!r} is a checkpoint, which is merged into the base as it is stored; give the adapter's folder, "
+            "or leave --quantization and --dequantize out."
+        )
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["hyper_parameters"]
         source = BaseModelSource(
@@ -194,6 +207,7 @@ def _from_checkpoint(arguments: MergeOptions) -> tuple[PeftModel, BaseModelSourc
         "revision": source.revision,
         "trust_remote_code": source.trust_remote_code,
         "dtype": dtype,
+        "quantization": QuantizationOptions(),
     }
     try:
         with warnings.catch_warnings():
@@ -241,6 +255,13 @@ def main(arguments: list[str]) -> int:
         help="of the merged weights (default: auto, that of the base checkpoint)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace files of a non-empty output folder")
+    parser.add_argument(
+        "--quantization", choices=get_args(Kind), help="merge into what the base was in the fit, as ordinary weights"
+    )
+    parser.add_argument(
+        "--no_double_quantization", dest="double_quantization", action="store_false", help="of the scales, in the fit"
+    )
+    parser.add_argument("--dequantize", action="store_true", help="of a base that is stored quantised")
     parser.add_argument("--trust_remote_code", action="store_true", help="let the base model run code of its own")
     folder = merge_adapter(MergeOptions(**vars(parser.parse_args(arguments))))
     print(f"Merged model {folder}")

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from na_lora_lightning.errors import ConfigurationError, one_line
+from na_lora_lightning.models.quantization import loading_options
 from na_lora_lightning.models.source import (
     BaseModelSource,
     auto_class,
@@ -36,7 +37,7 @@ def load_base_model(source: BaseModelSource, device: torch.device | None) -> Pre
     Args:
         source: Which model, and how.
         device: Where it will train, or None if it will not, which leaves the dtype ``"auto"`` as it is stored; the
-            weights are loaded to the CPU, or wherever the surrounding context says.
+            weights are loaded to the CPU, or wherever the surrounding context says; quantised ones to the device.
 
     Returns:
         The model, in evaluation mode and with all its parameters set.
@@ -52,6 +53,7 @@ def load_base_model(source: BaseModelSource, device: torch.device | None) -> Pre
         "dtype": resolve_dtype(source.dtype, device),
         "use_safetensors": True,
     }
+    options |= loading_options(source.quantization, device)
     if source.attention_implementation is not None:
         options["attn_implementation"] = source.attention_implementation
     name = source.resolved_name_or_path
@@ -63,6 +65,11 @@ def load_base_model(source: BaseModelSource, device: torch.device | None) -> Pre
         # Configurations with values of the wrong kind go wrong wherever a model's code meets them.
         if "gated repo" in str(error):
             raise ConfigurationError(gated_remedy(source.name_or_path)) from error
+        if source.quantization.kind is not None:
+            raise ConfigurationError(
+                f"the model {source.name_or_path!r} cannot be held as {source.quantization.kind} on {device or 'cpu'} "
+                f"({one_line(error)}); use another quantization.kind, or none."
+            ) from error
         raise ConfigurationError(
             f"the model {source.name_or_path!r} cannot be loaded ({one_line(error)}); give a causal language model, or "
             "one for images and text, with safetensors weights."

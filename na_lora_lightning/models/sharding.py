@@ -19,12 +19,13 @@ def shards_model(trainer: Trainer) -> bool:
     return isinstance(trainer.strategy, ModelParallelStrategy)
 
 
-def require_shardable(trainer: Trainer, generates: bool) -> None:
+def require_shardable(trainer: Trainer, generates: bool, quantized: bool = False) -> None:
     """Checks, before the model is loaded, what does not work where it is sharded.
 
     Args:
         trainer: Under any strategy, with its processes at hand.
         generates: Whether text is to be generated.
+        quantized: Whether the base weights are quantised.
 
     Raises:
         ConfigurationError: Something does not.
@@ -42,6 +43,10 @@ def require_shardable(trainer: Trainer, generates: bool) -> None:
         raise ConfigurationError(
             "trainer.strategy has save_distributed_checkpoint=True, and such a checkpoint cannot be loaded without the "
             "base model, which is left out of it; set it to False."
+        )
+    if quantized:
+        raise ConfigurationError(
+            "quantised weights are not sharded here; leave model.quantization out, or use one device or strategy='ddp'."
         )
     if generates:
         raise ConfigurationError(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from na_lora_lightning.errors import ConfigurationError
+from na_lora_lightning.models.quantization import QuantizationOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -36,6 +37,7 @@ class BaseModelSource:
         trust_remote_code: Whether the model may run code of its own.
         dtype: Of the weights; ``"auto"`` is the checkpoint's own on a CUDA device and float32 elsewhere.
         attention_implementation: As transformers names it (``"sdpa"``, ``"eager"``, ...); None lets it choose.
+        quantization: In what form its weights are held.
 
     Raises:
         ConfigurationError: The dtype is unknown.
@@ -46,6 +48,7 @@ class BaseModelSource:
     trust_remote_code: bool = False
     dtype: Dtype = "auto"
     attention_implementation: str | None = None
+    quantization: QuantizationOptions = QuantizationOptions()
 
     def __post_init__(self) -> None:
         if self.dtype not in get_args(Dtype):

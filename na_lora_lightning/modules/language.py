@@ -30,6 +30,7 @@ from na_lora_lightning.models.limits import ModelLimits
 from na_lora_lightning.models.loading import compile_blocks, enable_gradient_checkpointing, load_base_model
 from na_lora_lightning.models.lora import add_lora
 from na_lora_lightning.models.packing import require_packable
+from na_lora_lightning.models.quantization import QuantizationOptions
 from na_lora_lightning.models.sharding import require_shardable, shard_model
 from na_lora_lightning.models.source import BaseModelSource, Dtype
 from na_lora_lightning.modules.evaluation import Evaluator, generate_answers, prompt_inputs
@@ -78,6 +79,7 @@ class NALoRALightningModule(AdapterTrainingModule):
             blocks between graphs.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Whether a model from the hub may run code of its own.
+        quantization: In what form the frozen base weights are held (QLoRA).
 
     Raises:
         ConfigurationError: An argument has a value that cannot work.
@@ -103,6 +105,7 @@ class NALoRALightningModule(AdapterTrainingModule):
         compile: bool = False,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        quantization: QuantizationOptions = QuantizationOptions(),
     ) -> None:
         if gradient_checkpointing not in (True, False, "offload"):
             raise ConfigurationError(
@@ -113,8 +116,11 @@ class NALoRALightningModule(AdapterTrainingModule):
                 "compile makes one graph of a block, and gradient_checkpointing='offload' moves tensors between blocks "
                 "outside of graphs; set compile to false, or gradient_checkpointing to true."
             )
+        quantization = as_group(QuantizationOptions, quantization, "quantization")
         super().__init__(
-            BaseModelSource(model_name_or_path, revision, trust_remote_code, dtype, attention_implementation),
+            BaseModelSource(
+                model_name_or_path, revision, trust_remote_code, dtype, attention_implementation, quantization
+            ),
             lora=lora,
             optimizer=optimizer,
             schedule=schedule,
@@ -124,7 +130,12 @@ class NALoRALightningModule(AdapterTrainingModule):
         )
         self.evaluation = as_group(EvaluationOptions, evaluation, "evaluation")
         self.save_hyperparameters(
-            {"loss": asdict(self.loss), "evaluation": asdict(self.evaluation), "compile": compile}
+            {
+                "loss": asdict(self.loss),
+                "evaluation": asdict(self.evaluation),
+                "compile": compile,
+                "quantization": asdict(quantization),
+            }
         )
         self.compiles_blocks = compile
         self.evaluator = Evaluator(self.evaluation)
@@ -151,7 +162,8 @@ class NALoRALightningModule(AdapterTrainingModule):
                 "model.compile makes graphs of whole blocks, which NA-LoRA's callbacks interrupt at each gate, so that "
                 "every layer would be compiled by itself until torch gives up; set model.compile to false."
             )
-        require_shardable(self.trainer, generates=self.evaluation.generate or stage == "predict")
+        generates = self.evaluation.generate or stage == "predict"
+        require_shardable(self.trainer, generates=generates, quantized=self.source.quantization.kind is not None)
         datamodule = getattr(self.trainer, "datamodule", None)
         self._end_answers_at(getattr(datamodule, "end_token_ids", ()))
         example_batch = getattr(datamodule, "example_batch", None)

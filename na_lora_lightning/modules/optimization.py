@@ -165,7 +165,7 @@ def make_optimizer(factory: OptimizerFactory, module: nn.Module, model: nn.Modul
         optimizer = factory(model if of_model else [entry for entry in module.parameters() if entry.requires_grad])  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"the optimizer cannot be made ({error}); correct model.optimizer.") from error
-    if type(optimizer).__module__.startswith(("torch.optim.", "transformers.")):
+    if type(optimizer).__module__.startswith(("torch.optim.", "transformers.", "bitsandbytes.")):
         _require_step(optimizer, next(module.parameters()).device)
     held = {id(entry) for group in optimizer.param_groups for entry in group["params"]}
     left_out = [name for name, entry in module.named_parameters() if entry.requires_grad and id(entry) not in held]

@@ -51,12 +51,13 @@ _OF_MODULE = (
     "dtype",
     "attention_implementation",
     "gradient_checkpointing",
+    "quantization.kind",
     "lora.dropout",
     "lora.init_lora_weights",
     "lora.layers",
 )
 # What was in force before there was an option for it.
-_FORMERLY = {"lora.layers": "peft"}
+_FORMERLY = {"lora.layers": "peft", "quantization.kind": None}
 _GROUPS_OF_MODULE = ("schedule", "loss")
 
 

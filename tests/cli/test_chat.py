@@ -17,9 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from vision_helpers import IMAGE_TOKEN, vlm_folders, write_vision_records  # noqa: F401
 
 from na_lora_lightning import AdapterOptions, NALoRALightningModule
-from na_lora_lightning.cli.chat import Chat
-from na_lora_lightning.cli.conversation import AnswerSettings, Conversation, Speaker
+from na_lora_lightning.cli.chat import Chat, Conversation
 from na_lora_lightning.cli.main import main
+from na_lora_lightning.cli.speaker import AnswerSettings, Speaker
 from na_lora_lightning.data import InstructionDataModule, VisionInstructionDataModule
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.modules.evaluation import prompt_inputs

@@ -1,4 +1,4 @@
-"""A conversation with a model, with its adapter or without: what ``na-lora chat`` shows."""
+"""A model that answers, with its adapter or without: whom ``na-lora chat`` talks with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from na_lora_lightning.checkpoints.adapter_folder import end_token_ids, has_toke
 from na_lora_lightning.checkpoints.model_card import weights_of
 from na_lora_lightning.cli.adapters import base_of_adapter
 from na_lora_lightning.data.answers import as_list, stop_at
-from na_lora_lightning.data.image_reading import ImageReader
 from na_lora_lightning.data.images.encoding import VisionRecordEncoder
 from na_lora_lightning.data.processors import load_processor
 from na_lora_lightning.data.text.encoding import RecordEncoder
@@ -23,6 +22,7 @@ from na_lora_lightning.data.text.tokenizer import load_tokenizer
 from na_lora_lightning.errors import ConfigurationError, DataError
 from na_lora_lightning.models.limits import ModelLimits
 from na_lora_lightning.models.loading import load_base_model
+from na_lora_lightning.models.quantization import QuantizationOptions
 from na_lora_lightning.models.saved_adapter import adapter_folder, read_adapter_config, with_adapter
 from na_lora_lightning.models.source import BaseModelSource, Dtype
 
@@ -70,6 +70,7 @@ class Speaker:
         dtype: Of the weights.
         device: Where it runs.
         trust_remote_code: Whether a model from the hub may run code of its own.
+        quantization: In what form the base weights are held.
 
     Attributes:
         title: What it is, in one line.
@@ -81,7 +82,13 @@ class Speaker:
     """
 
     def __init__(
-        self, place: str, base: str | None, dtype: Dtype, device: torch.device, trust_remote_code: bool = False
+        self,
+        place: str,
+        base: str | None,
+        dtype: Dtype,
+        device: torch.device,
+        trust_remote_code: bool = False,
+        quantization: QuantizationOptions = QuantizationOptions(),
     ) -> None:
         self.adapter = _adapter_of(place)
         revision = None
@@ -91,7 +98,7 @@ class Speaker:
         if name is None:
             assert self.adapter is not None
             name, revision = base_of_adapter(self.adapter)
-        source = BaseModelSource(name, revision, trust_remote_code, dtype)
+        source = BaseModelSource(name, revision, trust_remote_code, dtype, quantization=quantization)
         model = load_base_model(source, device)
         if getattr(model, "generation_config", None) is None:
             raise ConfigurationError(f"the model {name!r} does not write; give a causal language model.")
@@ -103,7 +110,10 @@ class Speaker:
             stop_at(model.generation_config, end_token_ids(self.adapter))
             model = with_adapter(model, self.adapter, name)  # type: ignore[assignment]
             self.title = f"{self.adapter}{weights_of(self.adapter)} on {name}"
-        self.model: Any = model.to(device).eval()  # type: ignore[arg-type]
+        if quantization.kind is None:
+            # Quantised weights are there already.
+            model = model.to(device)  # type: ignore[arg-type]
+        self.model: Any = model.eval()
         self._own: Any = self._base.generation_config
         self.ends = [*as_list(self._own.eos_token_id)]
         self.ends += [] if self.tokenizer.eos_token_id in self.ends else [self.tokenizer.eos_token_id]
@@ -217,58 +227,6 @@ class Speaker:
             yield
         finally:
             self._base.generation_config = self._own
-
-
-class Conversation:
-    """What was said, from one side.
-
-    Args:
-        speaker: Who answers.
-        settings: How.
-        system: The system prompt, if there is one.
-        adapted: Whether the adapter has a part in answers.
-    """
-
-    def __init__(
-        self, speaker: Speaker, settings: AnswerSettings, system: str | None = None, adapted: bool = True
-    ) -> None:
-        self.speaker, self.settings, self.adapted = speaker, settings, adapted
-        self.system = system
-        self.messages: list[dict[str, Any]] = []
-        self.images: list[Image] = []
-
-    def reply(self, text: str, images: list[Image], write: Callable[[str], None]) -> str:
-        """Says something, with images before it, and returns the answer; both are then part of the conversation.
-
-        Raises:
-            DataError: The model cannot take it; nothing is then part of it.
-        """
-        question = self._message("user", text, len(images))
-        start = [] if self.system is None else [self._message("system", self.system)]
-        earlier = self.messages if self.speaker.has_template else []
-        inputs = self.speaker.inputs_of([*start, *earlier, question], [*self.images, *images])
-        answer = self.speaker.answer(inputs, self.settings, write, self.adapted)
-        self.messages += [question, self._message("assistant", answer)]
-        self.images += images
-        return answer
-
-    def forget(self) -> None:
-        """Begins anew."""
-        self.messages, self.images = [], []
-
-    def _message(self, role: str, text: str, images: int = 0) -> dict[str, Any]:
-        if not (self.speaker.takes_images and self.speaker.has_template):
-            return {"role": role, "content": text}
-        return {"role": role, "content": [*[{"type": "image"}] * images, {"type": "text", "text": text}]}
-
-
-def read_image(path: str) -> Image:
-    """Reads an image.
-
-    Raises:
-        DataError: There is none.
-    """
-    return ImageReader(Path()).read(str(Path(path).expanduser()))
 
 
 def _adapter_of(place: str) -> Path | None:
