@@ -54,6 +54,7 @@ class TextOptions(DataOptions):
 
     format: str | None
     max_length: int
+    chat_template: str | None
     use_chat_template: bool | None
     system_prompt: str | None
     group_by_length: bool
@@ -68,10 +69,11 @@ class TextOptions(DataOptions):
                 "shuffle=False keeps the order of the records, which group_by_length=True changes; set "
                 "group_by_length=False too."
             )
-        if self.system_prompt is not None and self.use_chat_template is False:
-            raise ConfigurationError(
-                "system_prompt needs a chat template, which use_chat_template=False turns off; leave one out."
-            )
+        for name in ("system_prompt", "chat_template"):
+            if getattr(self, name) is not None and self.use_chat_template is False:
+                raise ConfigurationError(
+                    f"{name} needs a chat template, which use_chat_template=False turns off; leave one out."
+                )
 
 
 def require_at_least(minimum: int, **options: int | None) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
-from module_helpers import byte_tokenizer, conversation
+from module_helpers import byte_tokenizer, conversation, private_dataset_cache, write_jsonl  # noqa: F401
 from test_data_encoding import encode, encoder_of, target_text
 
-from na_lora_lightning.errors import DataError
+from na_lora_lightning.data import InstructionDataModule
+from na_lora_lightning.data.text.tokenizer import choose_chat_template
+from na_lora_lightning.errors import ConfigurationError, DataError
 
 START = "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['role'] == 'assistant' %}"
 OTHERWISE = (
@@ -209,3 +214,91 @@ def test_bytes_of_a_sentencepiece_tokenizer() -> None:
     encoded = encode(encoder, {"messages": conversation("a", "ok 👍", "a", "龘")})
     assert target_text(encoder, encoded) == "ok 👍</s>龘</s>"
     assert encoded["reference"] == "龘"
+
+
+# The reasoning of earlier answers is left out, as by Qwen 3; and a version for training, in which it is not.
+DROPS_REASONING = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['role'] == 'assistant' and "
+    "loop.last %}<think></think>{% endif %}{{ message['content'] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+KEEPS_REASONING = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['role'] == 'assistant' %}"
+    "{% generation %}<think></think>{{ message['content'] }}<|im_end|>{% endgeneration %}{% else %}"
+    "{{ message['content'] }}<|im_end|>{% endif %}{% endfor %}"
+)
+
+
+def trl_with(monkeypatch: pytest.MonkeyPatch, template: str | None) -> None:
+    """As TRL 1.16, which the tests do without."""
+
+    def get_training_chat_template(reader: Any) -> str | None:
+        if reader.chat_template != DROPS_REASONING:
+            raise ValueError("The chat template is not training-compatible")
+        return template
+
+    module = ModuleType("trl.chat_template_utils")
+    module.get_training_chat_template = get_training_chat_template  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "trl", ModuleType("trl"))
+    monkeypatch.setitem(sys.modules, "trl.chat_template_utils", module)
+
+
+def test_template_for_training_beside_that_for_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = other_eos(chat_template=DROPS_REASONING)
+    record = {"messages": conversation("a", "b", "c", "d")}
+    with pytest.raises(DataError, match=r"renders differently .* set chat_template to 'training' for TRL's version of"):
+        encode(encoder_of(tokenizer), record)
+    trl_with(monkeypatch, KEEPS_REASONING)
+    training = choose_chat_template(tokenizer, "training")
+    assert (training, tokenizer.chat_template) == (KEEPS_REASONING, DROPS_REASONING)
+    encoder = encoder_of(tokenizer, training_template=training)
+    encoded = encode(encoder, record)
+    answers = [f"<think></think>{text}<|im_end|>" for text in "bd"]
+    turns = [f"<|im_start|>user\n{text}<|im_end|><|im_start|>assistant\n" for text in "ac"]
+    assert target_text(encoder, encoded) == "".join(answers)
+    assert tokenizer.decode(encoded["input_ids"]) == turns[0] + answers[0] + turns[1] + answers[1]
+    # A prompt is rendered as where the model will be used.
+    assert tokenizer.decode(encoded["prompt_input_ids"]) == f"{turns[0]}b<|im_end|>{turns[1]}"
+    assert encoded["reference"] == "<think></think>d"
+
+
+def test_chat_template_by_file_and_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, other = tmp_path / "marked.jinja", tmp_path / "other"
+    file.write_text(marked("turn"), encoding="utf-8")
+    other_eos(chat_template=marked("text")).save_pretrained(other)
+    byte_tokenizer(chat_template=None).save_pretrained(tmp_path / "without")
+    for name, template in ((str(file), marked("turn")), (str(other), marked("text")), ("b", "B")):
+        tokenizer = other_eos(chat_template={"default": "A", "b": "B"})
+        assert choose_chat_template(tokenizer, name) is None
+        assert tokenizer.chat_template == template
+    for name, reason in (
+        ("absent.jinja", "the chat template 'absent.jinja' does not exist; correct the path"),
+        (str(tmp_path / "without"), "has no chat template; name one that has, or give a file"),
+        (str(tmp_path / "absent"), "the tokenizer folder '.*absent' does not exist; correct"),
+        ("training", r"chat_template='training' needs TRL \(.*\); install trl, or mark the answers of the template"),
+    ):
+        monkeypatch.setitem(sys.modules, "trl", None)
+        with pytest.raises(ConfigurationError, match=reason) as raised:
+            choose_chat_template(other_eos(chat_template="A"), name)
+        assert "\n" not in str(raised.value)
+    trl_with(monkeypatch, None)
+    assert choose_chat_template(other_eos(chat_template=DROPS_REASONING), "training") is None
+    with pytest.raises(ConfigurationError, match="TRL has no training version of the model's chat template; mark the"):
+        choose_chat_template(other_eos(chat_template="A"), "training")
+    with pytest.raises(ConfigurationError, match="chat_template='training' needs a template to begin with; name one"):
+        choose_chat_template(byte_tokenizer(chat_template=None), "training")
+
+
+@pytest.mark.usefixtures("private_dataset_cache")
+def test_the_data_module_takes_a_chat_template(tmp_path: Path) -> None:
+    file = tmp_path / "marked.jinja"
+    file.write_text(marked("turn"), encoding="utf-8")
+    other_eos(chat_template=None).save_pretrained(tmp_path / "tokenizer")
+    data = write_jsonl(tmp_path / "a.jsonl", [{"messages": conversation("a", "b")}])
+    options: dict[str, Any] = {"tokenizer_name_or_path": str(tmp_path / "tokenizer"), "train": data}
+    module = InstructionDataModule(**options, chat_template=str(file))
+    module.setup("fit")
+    assert module.tokenizer.chat_template == marked("turn")
+    assert module.describe()["train"].target_tokens == 2
+    with pytest.raises(ConfigurationError, match="chat_template needs a chat template, which use_chat_template=False"):
+        InstructionDataModule(**options, chat_template=str(file), use_chat_template=False)

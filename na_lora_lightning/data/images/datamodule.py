@@ -21,15 +21,12 @@ from na_lora_lightning.data.options import TextOptions, require_at_least
 from na_lora_lightning.data.processors import load_processor
 from na_lora_lightning.data.record_images import RecordImages, folder_of
 from na_lora_lightning.data.text.formats import COLUMNS
-from na_lora_lightning.data.text.splits import encode_split
+from na_lora_lightning.data.text.splits import LeftOutRecordsWarning, encode_split
 from na_lora_lightning.data.text.supervised import SupervisedDataModule
+from na_lora_lightning.data.text.tokenizer import choose_chat_template
 from na_lora_lightning.errors import ImageError
 
 _WARNINGS_IN_FULL = 5
-
-
-class LeftOutRecordsWarning(UserWarning):
-    """Some records have been left out because their images are missing or broken."""
 
 
 class VisionInstructionDataModule(SupervisedDataModule):
@@ -71,6 +68,8 @@ class VisionInstructionDataModule(SupervisedDataModule):
         validation_batch_size: The number of records in other batches; None stands for ``batch_size``.
         max_length: The largest number of tokens of a record, those of its images included. A longer one is an error:
             to cut it could cut an image.
+        chat_template: Another chat template than the processor's; see
+            :class:`~na_lora_lightning.data.text.datamodule.InstructionDataModule`.
         use_chat_template: Whether to render records with the processor's chat template. None stands for whenever it
             has one. Without it, the text is one image token for each image, the prompt, and the completion, with
             nothing between them.
@@ -112,6 +111,7 @@ class VisionInstructionDataModule(SupervisedDataModule):
         batch_size: int = 4,
         validation_batch_size: int | None = None,
         max_length: int = 2048,
+        chat_template: str | None = None,
         use_chat_template: bool | None = None,
         system_prompt: str | None = None,
         max_image_pixels: int = 50_000_000,
@@ -146,6 +146,7 @@ class VisionInstructionDataModule(SupervisedDataModule):
         # A sentence about each record that has been left out so far.
         self.left_out: set[str] = set()
         self._processor: Any = None
+        self._training_template: str | None = None
         self._encoder: VisionRecordEncoder | None = None
         self._images: dict[str, RecordImages] = {}
 
@@ -159,6 +160,9 @@ class VisionInstructionDataModule(SupervisedDataModule):
                 trust_remote_code=self.trust_remote_code,
             )
             require_options_of(self._processor, self.image_options)
+            if self.options.chat_template is not None:
+                self._training_template = choose_chat_template(self._processor, self.options.chat_template)
+                self._processor.tokenizer.chat_template = self._processor.chat_template
         return self._processor
 
     @property
@@ -216,7 +220,7 @@ class VisionInstructionDataModule(SupervisedDataModule):
             f"{next(iter(missing.values()))}.",
             category=LeftOutRecordsWarning,
         )
-        return encoded.select([index for index in range(len(encoded)) if index not in missing])
+        return encoded.select([place for place, index in enumerate(encoded["index"]) if index not in missing])
 
     def _record_encoder(self) -> VisionRecordEncoder:
         if self._encoder is None:
@@ -225,6 +229,7 @@ class VisionInstructionDataModule(SupervisedDataModule):
                 max_length=self.options.max_length,
                 use_chat_template=self.options.use_chat_template,
                 system_prompt=self.options.system_prompt,
+                training_template=self._training_template,
             )
         return self._encoder
 

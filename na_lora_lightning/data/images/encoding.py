@@ -48,19 +48,28 @@ class VisionRecordEncoder(RecordEncoder):
     end-of-sequence token is added. Without a chat template the text is one image token for each image, the prompt, and
     the completion, with nothing between them.
 
+    A record's column ``number_of_images`` tells how many images it has.
+
     Args:
         processor: The processor.
         max_length: The largest number of tokens of a record.
         use_chat_template: Whether to render records with the processor's chat template; None stands for whenever there
             is one.
         system_prompt: The system message for records that have none.
+        training_template: A chat template for conversations, in place of the processor's, which prompts have.
 
     Raises:
         ConfigurationError: The processor lacks what the other arguments need.
     """
 
     def __init__(
-        self, processor: Any, *, max_length: int, use_chat_template: bool | None, system_prompt: str | None
+        self,
+        processor: Any,
+        *,
+        max_length: int,
+        use_chat_template: bool | None,
+        system_prompt: str | None,
+        training_template: str | None = None,
     ) -> None:
         self.processor = processor
         super().__init__(
@@ -69,6 +78,7 @@ class VisionRecordEncoder(RecordEncoder):
             loss_on="completion",
             use_chat_template=use_chat_template,
             system_prompt=system_prompt,
+            training_template=training_template,
         )
         self.image_token = image_token_of(processor)
         template = self.template.text if self.use_chat_template else ""
@@ -83,10 +93,6 @@ class VisionRecordEncoder(RecordEncoder):
     def features(*, evaluation: bool) -> Features:
         """Returns the columns of encoded records."""
         return Features({**_FEATURES, **(_EVALUATION_FEATURES if evaluation else {})})
-
-    def __call__(self, record: Record, index: int, **options: Any) -> dict[str, Any]:
-        """Encodes one record; see ``RecordEncoder``. Its column ``number_of_images`` tells how many images it has."""
-        return {"index": index, **super().__call__(record, index, **options)}
 
     @override
     def _content(self, text: str) -> Any:
@@ -228,7 +234,7 @@ class VisionRecordEncoder(RecordEncoder):
 
     @override
     def _chat_template(self) -> ChatTemplate:
-        return ChatTemplate(self.tokenizer, self.processor)
+        return ChatTemplate(self.tokenizer, self.processor, training=self.training_template)
 
 
 def require_options_of(processor: Any, options: dict[str, Any]) -> None:

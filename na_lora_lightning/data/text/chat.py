@@ -34,23 +34,29 @@ class ChatTemplate:
         tokenizer: The tokenizer.
         processor: The processor, if it is to render; its messages have lists of parts for contents.
         options: What the template is given besides messages, such as ``tools``.
+        training: A template that conversations are rendered with in place of the one that prompts are.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, processor: Any = None, options: Mapping[str, Any] | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        processor: Any = None,
+        options: Mapping[str, Any] | None = None,
+        training: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.processor = processor
         self.options = dict(options or {})
+        self.training = training
 
     def with_options(self, options: Mapping[str, Any]) -> ChatTemplate:
         """The template with what it is given for one record."""
-        return ChatTemplate(self.tokenizer, self.processor, {**self.options, **options})
+        return ChatTemplate(self.tokenizer, self.processor, {**self.options, **options}, self.training)
 
     @property
     def text(self) -> str:
-        """The template."""
-        return self.tokenizer.get_chat_template(tools=self.options.get("tools"))
+        """The template of conversations."""
+        return self.training or self.tokenizer.get_chat_template(tools=self.options.get("tools"))
 
     @property
     def marks_answers(self) -> bool:
@@ -78,6 +84,8 @@ class ChatTemplate:
         """
         owner: Any = self.tokenizer if self.processor is None else self.processor
         options = {"tokenize": False, "add_generation_prompt": is_prompt, **self.options}
+        if self.training is not None and not is_prompt:
+            options["chat_template"] = self.training
         with _explained():
             return str(owner.apply_chat_template(messages, **options))
 
@@ -105,8 +113,8 @@ class ChatTemplate:
             if not (complete.startswith(answered) and answered.startswith(prompt) and len(prompt) >= end):
                 raise DataError(
                     f"has an answer (message {turn + 1}) that the chat template renders differently with and "
-                    "without the turns around it, so that its tokens cannot be told from the others; use a "
-                    "template with {% generation %} markers, loss_on: all, or records with one answer each."
+                    "without the turns around it, so that its tokens cannot be told from the others; set "
+                    "chat_template to 'training' for TRL's version of it, or to a file with {% generation %} markers."
                 )
             yield prompt[end:], False
             yield answered[len(prompt) :], True

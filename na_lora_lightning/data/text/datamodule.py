@@ -10,11 +10,11 @@ from transformers import DataCollatorWithFlattening, PreTrainedTokenizerBase
 
 from na_lora_lightning.data.batching import Collator
 from na_lora_lightning.data.options import TextOptions, require_at_least
-from na_lora_lightning.data.text.encoding import RecordEncoder
+from na_lora_lightning.data.text.encoding import RecordEncoder, TooLong
 from na_lora_lightning.data.text.formats import COLUMNS
 from na_lora_lightning.data.text.splits import encode_split
 from na_lora_lightning.data.text.supervised import SupervisedDataModule
-from na_lora_lightning.data.text.tokenizer import load_tokenizer
+from na_lora_lightning.data.text.tokenizer import choose_chat_template, load_tokenizer
 from na_lora_lightning.errors import ConfigurationError
 
 
@@ -63,10 +63,15 @@ class InstructionDataModule(SupervisedDataModule):
             ``{"prompt": "question", "completion": "answer"}``.
         batch_size: The number of records in a training batch of each process.
         validation_batch_size: The number of records in other batches; None stands for ``batch_size``.
-        max_length: The number of tokens that a longer record is cut to. How many were cut is reported by a
-            ``TruncationWarning``; a record that would lose its whole completion is an error.
+        max_length: The largest number of tokens of a record.
+        too_long: What becomes of longer ones: ``truncate`` cuts them, and a record that would lose its whole completion
+            is an error; ``leave_out`` leaves them out; ``error`` refuses the first. How many were cut or left out is
+            reported by a ``TruncationWarning`` or a ``LeftOutRecordsWarning``.
         loss_on: ``completion`` for the loss on the completions, each with the token that ends it; ``all`` for
             the loss on every token.
+        chat_template: Another chat template than the tokenizer's: a file, the folder or hub name of a tokenizer that
+            has one, or the name of one of several that the tokenizer has. ``training`` trains with TRL's version of the
+            tokenizer's own, in which answers are marked, and generates with the tokenizer's; needs ``trl``.
         use_chat_template: Whether to render records with the tokenizer's chat template. None stands for
             whenever it has one. Without it, a completion follows its prompt directly.
         system_prompt: A system message for records that have none; needs a chat template.
@@ -103,7 +108,9 @@ class InstructionDataModule(SupervisedDataModule):
         batch_size: int = 8,
         validation_batch_size: int | None = None,
         max_length: int = 1024,
+        too_long: TooLong = "truncate",
         loss_on: Literal["completion", "all"] = "completion",
+        chat_template: str | None = None,
         use_chat_template: bool | None = None,
         system_prompt: str | None = None,
         shuffle: bool = True,
@@ -118,6 +125,8 @@ class InstructionDataModule(SupervisedDataModule):
     ) -> None:
         if loss_on not in ("completion", "all"):
             raise ConfigurationError(f"loss_on={loss_on!r} is unknown; set it to 'completion' or 'all'.")
+        if too_long not in ("error", "truncate", "leave_out"):
+            raise ConfigurationError(f"too_long={too_long!r} is unknown; set it to 'error', 'truncate' or 'leave_out'.")
         if packing and pad_to_multiple_of != 1:
             raise ConfigurationError(
                 f"packing leaves no padding, which pad_to_multiple_of={pad_to_multiple_of} asks for; leave one out."
@@ -129,9 +138,11 @@ class InstructionDataModule(SupervisedDataModule):
         self.save_hyperparameters(logger=False)
         self.tokenizer_name_or_path = tokenizer_name_or_path
         self.loss_on: Literal["completion", "all"] = loss_on
+        self.too_long: TooLong = too_long
         self.tokenizer_revision = tokenizer_revision
         self.trust_remote_code = trust_remote_code
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._training_template: str | None = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -142,6 +153,8 @@ class InstructionDataModule(SupervisedDataModule):
                 revision=self.tokenizer_revision,
                 trust_remote_code=self.trust_remote_code,
             )
+            if self.options.chat_template is not None:
+                self._training_template = choose_chat_template(self._tokenizer, self.options.chat_template)
         return self._tokenizer
 
     def _prepare(self, split: str, source: str) -> Dataset:
@@ -162,10 +175,12 @@ class InstructionDataModule(SupervisedDataModule):
             loss_on=self.loss_on,
             use_chat_template=self.options.use_chat_template,
             system_prompt=self.options.system_prompt,
+            training_template=self._training_template,
+            too_long=self.too_long,
         )
 
     def _dataset(self, split: str) -> Dataset:
-        return self._prepared_split(split).remove_columns(["tokens", "target_tokens", "truncated", "end_ids"])
+        return self._prepared_split(split).remove_columns(["index", "tokens", "target_tokens", "truncated", "end_ids"])
 
     def _collator(self, split: str) -> Callable[[list[Any]], Any]:
         if self.packing and split == "train":

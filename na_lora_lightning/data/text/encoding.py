@@ -20,6 +20,7 @@ from na_lora_lightning.data.text.tool_use import settle_tool_use
 from na_lora_lightning.errors import ConfigurationError, DataError
 
 _FEATURES = {
+    "index": Value("int64"),
     "input_ids": List(Value("int32")),
     "labels": List(Value("int32")),
     "tokens": Value("int64"),
@@ -27,6 +28,7 @@ _FEATURES = {
     "truncated": Value("bool"),
     "end_ids": List(Value("int32")),
 }
+TooLong = Literal["error", "truncate", "leave_out"]
 _EVALUATION_FEATURES = {
     "prompt_input_ids": List(Value("int32")),
     "prompt": Value("string"),
@@ -48,6 +50,9 @@ class RecordEncoder(AnswerTokenizer):
         use_chat_template: Whether to render records with the tokenizer's chat template; None stands for
             whenever there is one.
         system_prompt: The system message for records that have none.
+        training_template: A chat template for conversations, in place of the tokenizer's, which prompts have.
+        too_long: What becomes of records with more tokens: an ``error``, which names the first; to ``truncate`` them;
+            or to ``leave_out``, which empties them.
 
     Raises:
         ConfigurationError: The tokenizer lacks what the other arguments need.
@@ -61,6 +66,8 @@ class RecordEncoder(AnswerTokenizer):
         loss_on: Literal["completion", "all"],
         use_chat_template: bool | None,
         system_prompt: str | None,
+        training_template: str | None = None,
+        too_long: TooLong = "truncate",
     ) -> None:
         name = tokenizer.name_or_path
         if tokenizer.eos_token_id is None:
@@ -79,6 +86,8 @@ class RecordEncoder(AnswerTokenizer):
         self.loss_on = loss_on
         self.use_chat_template = tokenizer.chat_template is not None and use_chat_template is not False
         self.system_prompt = system_prompt
+        self.training_template = training_template
+        self.too_long = too_long
         self.template = self._chat_template()
         super().__init__(tokenizer, self.template.end_of_turn() if self.use_chat_template else None)
         # Tokenised data is cached under a hash of this object; results of other code must not be reused.
@@ -115,9 +124,10 @@ class RecordEncoder(AnswerTokenizer):
         form = form or recognise(record, source, None, needs_completion=needs_completion)
         try:
             record = form.read(dict(record), self.use_chat_template)
-            return self._with_tools(read_tools(record))._encode(record, evaluation, needs_completion)
+            encoded = self._with_tools(read_tools(record))._encode(record, evaluation, needs_completion)
         except DataError as error:
             raise DataError(f"record {index + 1} of {source!r} {error}") from error.__cause__
+        return {"index": index, **encoded}
 
     def _with_tools(self, tools: list[dict[str, Any]] | None) -> RecordEncoder:
         """The encoder for one record."""
@@ -163,6 +173,8 @@ class RecordEncoder(AnswerTokenizer):
             raise DataError("has an empty prompt; give it a prompt or remove the record.")
         prompt_ids = self._prompt_ids(context) if evaluation or is_open else []
         complete, spans = (prompt_ids, []) if is_open else self._encode_complete(messages)
+        if self._is_left_out(complete):
+            return _left_out(evaluation)
         if is_open:
             # A prompt is cut at its start, because generation continues its end.
             ids = self._end_of(prompt_ids)
@@ -193,7 +205,11 @@ class RecordEncoder(AnswerTokenizer):
         complete = self.leading_ids + self._tokenize(text)
         start = len(complete)
         if needs_completion:
-            complete, start = [*complete, *self._end_after(complete)], len(self.leading_ids)
+            start, eos = len(self.leading_ids), self.tokenizer.eos_token_id
+            complete += [eos] if complete[-1] != eos else []
+        if self._is_left_out(complete):
+            return _left_out(evaluation)
+        if needs_completion:
             ids, labels = self._beginning_of(complete, [(0, len(complete))])
         else:
             ids = self._end_of(complete)
@@ -214,9 +230,13 @@ class RecordEncoder(AnswerTokenizer):
             encoded |= {"prompt_input_ids": self._end_of(prompt), "prompt": given, "reference": reference}
         return encoded
 
-    def _end_after(self, ids: list[int]) -> list[int]:
-        eos = self.tokenizer.eos_token_id
-        return [] if ids[-1:] == [eos] else [eos]
+    def _is_left_out(self, ids: list[int]) -> bool:
+        if len(ids) > self.max_length and self.too_long == "error":
+            raise DataError(
+                f"has {len(ids)} tokens, more than max_length={self.max_length}; raise max_length, shorten it, or set "
+                "too_long to 'truncate' or 'leave_out'."
+            )
+        return len(ids) > self.max_length and self.too_long == "leave_out"
 
     def _learned(self, spans: list[Any], messages: list[Message]) -> list[Any]:
         """The answers that no key leaves out of the loss."""
@@ -280,4 +300,11 @@ class RecordEncoder(AnswerTokenizer):
         return ids, spans
 
     def _chat_template(self) -> ChatTemplate:
-        return ChatTemplate(self.tokenizer)
+        return ChatTemplate(self.tokenizer, training=self.training_template)
+
+
+def _left_out(evaluation: bool) -> dict[str, Any]:
+    """What stands for a record that is too long until the others are known."""
+    empty: dict[str, Any] = {"input_ids": [], "labels": [], "tokens": 0, "target_tokens": 0, "end_ids": []}
+    prompt = {"prompt_input_ids": [], "prompt": "", "reference": ""} if evaluation else {}
+    return {**empty, **prompt, "truncated": True}

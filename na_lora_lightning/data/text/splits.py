@@ -11,10 +11,15 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from na_lora_lightning.data.text.encoding import RecordEncoder
 from na_lora_lightning.data.text.formats import Format, recognise
+from na_lora_lightning.errors import DataError
 
 
 class TruncationWarning(UserWarning):
     """Some records are longer than the maximum length and have been cut."""
+
+
+class LeftOutRecordsWarning(UserWarning):
+    """Some records have been left out: their images are missing or broken, or they are longer than is allowed."""
 
 
 @dataclass(frozen=True)
@@ -83,14 +88,25 @@ def encode_split(
         num_proc=None if num_proc is None else max(1, min(num_proc, len(records))),
         desc="Tokenising",
     )
-    truncated = sum(encoded["truncated"])
-    if truncated:
-        rank_zero_warn(
-            f"{truncated} of {len(encoded)} records of {source!r} have more tokens than "
-            f"max_length={encoder.max_length} and were cut; raise max_length or shorten them.",
-            category=TruncationWarning,
-        )
-    return encoded
+    return _without_long(encoded, encoder, source)
+
+
+def _without_long(encoded: Dataset, encoder: RecordEncoder, source: str) -> Dataset:
+    """Reports the records that are too long, and takes them out if they are to be left out."""
+    is_long = encoded["truncated"][:]
+    if not any(is_long):
+        return encoded
+    are_too_long = (
+        f"{sum(is_long)} of {len(encoded)} records of {source!r} have more tokens than max_length={encoder.max_length}"
+    )
+    remedy = "raise max_length or shorten them."
+    if encoder.too_long == "truncate":
+        rank_zero_warn(f"{are_too_long} and were cut; {remedy}", category=TruncationWarning)
+        return encoded
+    if all(is_long):
+        raise DataError(f"{are_too_long}, so that none is left; {remedy}")
+    rank_zero_warn(f"{are_too_long} and are left out; {remedy}", category=LeftOutRecordsWarning)
+    return encoded.select([place for place, long in enumerate(is_long) if not long])
 
 
 def report_format(form: Format, columns: Iterable[str], source: str) -> None:
