@@ -10,7 +10,6 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     EarlyStopping,
-    LearningRateFinder,
     ModelCheckpoint,
     ModelPruning,
 )
@@ -112,12 +111,6 @@ def require_usable_callbacks(callbacks: Sequence[Callback]) -> None:
     Raises:
         ConfigurationError: One is among them.
     """
-    if any(isinstance(callback, LearningRateFinder) for callback in callbacks):
-        raise ConfigurationError(
-            "LearningRateFinder sets an attribute of the module, and here the learning rate is an argument of "
-            "model.optimizer; leave the finder out of trainer.callbacks and compare a few values of "
-            "model.optimizer.lr."
-        )
     for kind, reason in ((BackboneFinetuning, "looks for a module 'backbone'"), (ModelPruning, "prunes base weights")):
         if any(isinstance(callback, kind) for callback in callbacks):
             raise ConfigurationError(

@@ -177,6 +177,25 @@ def make_optimizer(factory: OptimizerFactory, module: nn.Module, model: nn.Modul
     return optimizer
 
 
+def set_rate(optimizer: Optimizer, rate: float, schedule: LRScheduler | None = None) -> None:
+    """Gives the first group of an optimizer a rate, and the others theirs in proportion.
+
+    Args:
+        optimizer: Before its first step.
+        rate: What the schedule multiplies.
+        schedule: Its schedule, if there is one already.
+    """
+    groups = optimizer.param_groups
+    former = [group.get("initial_lr", group["lr"]) for group in groups] if schedule is None else schedule.base_lrs
+    rates = [rate * value / former[0] if former[0] else rate for value in former]
+    shapes = getattr(schedule, "lr_lambdas", None) or [lambda step: 1.0] * len(groups)
+    for group, value, shape in zip(groups, rates, shapes, strict=True):
+        group["initial_lr"] = value
+        group["lr"] = value * shape(0 if schedule is None else schedule.last_epoch)
+    if schedule is not None:
+        schedule.base_lrs = rates
+
+
 def _require_step(optimizer: Optimizer, device: torch.device) -> None:
     """Has a twin of an optimizer step a small parameter, as some notice only then what they cannot do."""
     kind = type(optimizer)

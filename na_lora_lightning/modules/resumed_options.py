@@ -156,7 +156,9 @@ class ResumedOptions:
             return
         recorded = (self._saved.get("optimizers") or [{}] * (number + 1))[number]
         described = checkpoint.get("hyper_parameters", {}).get("optimizer")
-        former_class = recorded.get("class_path") or (isinstance(described, Mapping) and described.get("class_path"))
+        # Where it is described as now, a function may have made it, which says nothing of its class.
+        is_other = isinstance(described, Mapping) and described != trainer.lightning_module.hparams.get("optimizer")
+        former_class = recorded.get("class_path") or (is_other and described.get("class_path"))
         require_same_optimizer(former_class or None, states[number], optimizer)
         changes = adopt_groups(states[number], recorded.get("groups"), optimizer)
         yield from (f"optimizer.{name} {_shown(then)} → {_shown(now)}" for name, then, now in changes)

@@ -38,6 +38,7 @@ from na_lora_lightning.modules.optimization import (
     make_optimizer,
     make_schedule,
     optimizer_factory,
+    set_rate,
 )
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ class AdapterTrainingModule(AdapterModule, ABC):
         self.gradient_checkpointing = gradient_checkpointing
         self.example_inputs: dict[str, Any] | None = None
         self._optimizer_factory = optimizer_factory(optimizer)
+        self._rate: float | None = None
+        self._rate_is_new = False
         self._step_average: StepAverage | None = None
         self._guard = StepGuard()
         # Plain values, and the same ones whether a script or the command line made the module.
@@ -108,6 +111,16 @@ class AdapterTrainingModule(AdapterModule, ABC):
         """Where the model will train."""
         return self.trainer.strategy.root_device if attached_trainer(self) is not None else torch.device("cpu")
 
+    @property
+    def learning_rate(self) -> float | None:
+        """The rate of the first group of parameters, before its schedule, where it is known; finders set it."""
+        described = self.hparams.get("optimizer") or {}
+        return described.get("init_args", {}).get("lr") if self._rate is None else self._rate
+
+    @learning_rate.setter
+    def learning_rate(self, rate: float) -> None:
+        self._rate, self._rate_is_new = rate, True
+
     def _start_adapter(self, model: PeftModel) -> PeftModel:
         """Gives LoRA the weights to begin with, if there are any."""
         if self._start is not None:
@@ -130,6 +143,10 @@ class AdapterTrainingModule(AdapterModule, ABC):
                 "loss.on_nonfinite='skip' works in one process, as all would have to leave out the same steps; set it "
                 "to 'stop'."
             )
+        if self._rate is not None and self._rate_is_new:
+            # A finder's, who knows of neither schedules nor groups with rates of their own.
+            set_rate(self.trainer.optimizers[0], self._rate, self.trainer.lr_scheduler_configs[0].scheduler)
+            self._rate_is_new = False
         self._guard = StepGuard()
         self._step_average = None
         # DeepSpeed keeps gradients where they cannot be scaled.
@@ -190,6 +207,9 @@ class AdapterTrainingModule(AdapterModule, ABC):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Makes the optimizer of the LoRA parameters and its schedule."""
         optimizer = make_optimizer(self._optimizer_factory, self, self.peft_model)
+        if self._rate is not None:
+            set_rate(optimizer, self._rate)
+            self._rate_is_new = False
         steps = self._options.planned_steps(self.trainer)
         if steps < (self.trainer.min_steps or 0):
             raise ConfigurationError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def test_a_missing_command_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.startswith("error: no command is given; use one of fit, validate")
 
 
-def callback(name: str, **options: str) -> list[str]:
+def callback(name: str, **options: object) -> list[str]:
     return [f"--trainer.callbacks+={name}", *(f"--trainer.callbacks.{key}={value}" for key, value in options.items())]
 
 
@@ -123,7 +124,6 @@ def callback(name: str, **options: str) -> list[str]:
             [*callback("EarlyStopping", monitor="validation/loss"), "--trainer.limit_val_batches=0"],
             "EarlyStopping monitors 'validation/loss', and there is no validation to measure it in",
         ),
-        (callback("LearningRateFinder"), "compare a few values of model.optimizer.lr"),
         (callback("ModelPruning", pruning_fn="l1_unstructured"), "ModelPruning prunes base weights"),
         (callback("EarlyStopping", monitor="train/loss", mode="up"), "`mode` can be min, max, got up."),
         (
@@ -181,3 +181,36 @@ def test_going_on_with_a_run_that_began_with_last_names_its_epochs_alone(
     assert fit("--ckpt_path=last", "--trainer.max_epochs=2") == 0
     changes = [record.getMessage() for record in caplog.records if "other options" in record.getMessage()]
     assert changes == ["Training resumes with other options than the checkpoint's: trainer.max_epochs 1 → 2."]
+
+
+def test_a_rate_is_found_from_the_command_line_and_follows_schedule_and_groups(
+    fit: Fit, caplog: pytest.LogCaptureFixture
+) -> None:
+    plus = {"optimizer_cls": "torch.optim.AdamW", "lr": 1e-6, "loraplus_lr_ratio": 16}
+    optimizer = {"class_path": "peft.optimizers.create_loraplus_optimizer", "init_args": plus}
+    fit.options["model"]["optimizer"] = optimizer
+    fit.options["model"]["schedule"] = {"name": "linear", "warmup_steps": 2}
+    finder = callback(
+        "LearningRateFinder", num_training_steps=20, min_lr=1e-5, max_lr=1e-2, early_stop_threshold="null"
+    )
+    logger = ["--trainer.logger=lightning.pytorch.loggers.CSVLogger", f"--trainer.logger.save_dir={fit.folder / 'run'}"]
+    assert fit(*finder, *logger, "--trainer.max_steps=6") == 0
+    (found,) = [float(m.removeprefix("Learning rate set to ")) for m in caplog.messages if "Learning rate set" in m]
+    assert 1e-5 < found < 1e-2
+    groups = fit.checkpoint["optimizer_states"][0]["param_groups"]
+    assert groups[0]["initial_lr"] == pytest.approx(found)
+    assert {round(group["initial_lr"] / found) for group in groups} == {1, 16}
+    (schedule,) = fit.checkpoint["lr_schedulers"]
+    assert schedule["base_lrs"] == [group["initial_lr"] for group in groups]
+    (curves,) = fit.folder.glob("run/**/metrics.csv")
+    rows = csv.DictReader(curves.read_text().splitlines())
+    rates = [float(row["lr-AdamW/pg1"]) for row in rows if row.get("lr-AdamW/pg1")]
+    expected = [found * min(step / 2, (6 - step) / 4) for step in range(6)]
+    assert rates == pytest.approx(expected, rel=1e-6, abs=1e-12)
+
+
+def test_a_batch_size_is_found_from_the_command_line(fit: Fit) -> None:
+    finder = callback("BatchSizeFinder", init_val=1, max_trials=2, steps_per_trial=1)
+    assert fit(*finder, "--trainer.max_epochs=1", "--data.batch_size=7") == 0
+    # Of 16 records in batches of two, and not of seven.
+    assert fit.steps == 8
