@@ -1,11 +1,11 @@
 """Operations and memory of one optimizer step, as ratios to PEFT's LoRA; exact, so that a busy machine does not matter.
 
-Operations are those that a GPU would launch: views, allocations and what is counted by its parts are left out, and what
-the optimizer does to all parameters at once counts for each of them, or once with ``--foreach_as_one``.
-Memory is the most that tensors take at once in a step at 8 × 512 tokens, the model included, with float32 adapters on a
-bfloat16 base of 6 layers of 576 × 1536. ::
+On a CPU operations are those that a GPU would launch: views, allocations and what is counted by its parts are left out,
+and what the optimizer does to all parameters at once counts for each of them, or once with ``--foreach_as_one``.
+With ``--device cuda`` they are the kernels that a GPU ran. Memory is the most that tensors take at once in a step at
+8 × 512 tokens, the model included, with float32 adapters on a bfloat16 base of 6 layers of 576 × 1536. ::
 
-    python benchmarks/lora_operations.py [--what operations memory] [--foreach_as_one]
+    python benchmarks/lora_operations.py [--what operations memory] [--foreach_as_one] [--device cuda]
 
 The exit status is 1 where a ratio is above its bound.
 """
@@ -14,23 +14,22 @@ from __future__ import annotations
 
 import argparse
 import collections
+import json
 import sys
 import warnings
 import weakref
-from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
-from torch.optim import AdamW
+from lora_arms import ARMS, REFERENCE, SIZES, VOCABULARY, Arm, base_model, kernels_of, make_arm
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from na_lora_lightning import ImportanceOptions, StepScaleOptions, nonlinearity_aware, use_fast_lora_layers
+from na_lora_lightning.core.observation import taken_rows
 
 # Views, allocations, copies of scalars and layouts, and operations that are counted by what they call.
 _FREE = """
@@ -40,31 +39,7 @@ _FREE = """
     zeros_like ones ones_like matmul linear dropout chunk view_as numpy_T movedim expand_as set_ stride conj
     resolve_conj _reshape_alias sum_to_size full scaled_dot_product_attention scalar_tensor swapaxes mT isfinite
 """
-BOUNDS = {"NA-LoRA on PEFT's layers": 1.02, "NA-LoRA": 0.85, "memory": 0.80}
-
-
-def model(fast: bool, dora: bool = False, **sizes: int) -> PeftModel:
-    """A Llama with LoRA on all linear layers."""
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=512, num_attention_heads=4, num_key_value_heads=4, **sizes)
-    adapted: PeftModel = get_peft_model(
-        LlamaForCausalLM(config),  # type: ignore[assignment, arg-type]
-        LoraConfig(r=8, target_modules="all-linear", use_dora=dora),
-    )
-    use_fast_lora_layers(adapted, enable=fast)
-    return adapted
-
-
-def stepping(trained: nn.Module, optimizer: AdamW, rows: int, length: int) -> Callable[[], None]:
-    """One optimizer step, to be called."""
-    tokens = torch.randint(0, 512, (rows, length))
-
-    def step() -> None:
-        trained(input_ids=tokens, labels=tokens, attention_mask=torch.ones_like(tokens)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+BOUNDS = {"NA-LoRA on PEFT's layers": 1.02, "NA-LoRA, 128 tokens a site": 0.85, "memory": 0.80}
 
 
 def launches(events: Any, by_parameter: bool) -> collections.Counter[str]:
@@ -92,37 +67,42 @@ def launches(events: Any, by_parameter: bool) -> collections.Counter[str]:
     return found
 
 
-def count(fast: bool, by_parameter: bool, dora: bool = False, **mechanisms: Any) -> collections.Counter[str]:
-    """Launches of one step of a Llama of 30 small layers."""
-    trained = model(fast, dora, hidden_size=64, intermediate_size=192, num_hidden_layers=30)
-    optimizer = AdamW([parameter for parameter in trained.parameters() if parameter.requires_grad], foreach=True)
-    step = stepping(trained, optimizer, 4, 64)
-    with nonlinearity_aware(trained, optimizer, measure_every=0, **mechanisms) if mechanisms else nullcontext():
-        for _ in range(3):
-            step()
-        with profile(activities=[ProfilerActivity.CPU]) as profiled:
-            step()
-    return launches(profiled.events(), by_parameter)
+def step_counts(device: str, by_parameter: bool) -> dict[str, tuple[int, collections.Counter[str]]]:
+    """Operations of one step of a Llama of 30 small layers, or kernels on a GPU, by arm; and which, on a CPU."""
+    found: dict[str, tuple[int, collections.Counter[str]]] = {}
+    base = base_model(SIZES["narrow"], device=device)
+    tokens = torch.randint(0, VOCABULARY, (4, 64), device=device)
+    # As many rows are evaluated at once as on a GPU.
+    like_a_gpu = patch.object(taken_rows, "_MOST_ELEMENTS_ON_CPU", taken_rows._MOST_ELEMENTS)
+    for name in (REFERENCE, "NA-LoRA on PEFT's layers", *ARMS[2:]):
+        with ExitStack() as stack:
+            stack.enter_context(like_a_gpu)
+            arm = make_arm(name, base, stack, rank=8)
+            for _ in range(3):
+                arm.step(tokens)
+            if device == "cuda":
+                found[name] = kernels_of(lambda arm=arm: arm.step(tokens))["kernels"], collections.Counter()
+                continue
+            with profile(activities=[ProfilerActivity.CPU]) as profiled:
+                arm.step(tokens)
+            which = launches(profiled.events(), by_parameter)
+            found[name] = which.total(), which
+    return found
 
 
-def operations(by_parameter: bool) -> bool:
+def operations(options: argparse.Namespace, results: dict[str, Any]) -> bool:
     """Prints the ratios; whether they are within their bounds."""
-    both = {"importance": ImportanceOptions(warmup_steps=0, refresh_every=10), "step_scale": StepScaleOptions()}
-    plain = count(False, by_parameter)
+    counts = step_counts(options.device, not options.foreach_as_one)
+    plain, of_plain = counts[REFERENCE]
     within = True
-    print(f"PEFT LoRA: {plain.total()} operations a step")
-    for arm, counted in {
-        "LoRA": count(True, by_parameter),
-        "NA-LoRA on PEFT's layers": count(False, by_parameter, **both),
-        "NA-LoRA": count(True, by_parameter, **both),
-        "PEFT DoRA": count(False, by_parameter, dora=True),
-        "DoRA": count(True, by_parameter, dora=True),
-    }.items():
-        ratio, bound = counted.total() / plain.total(), BOUNDS.get(arm)
+    for arm, (count, which) in counts.items():
+        ratio, bound = count / plain, BOUNDS.get(arm)
         holds = bound is None or ratio <= bound
         within &= holds
         said = "" if bound is None else f", at most {bound:.2f}: {'yes' if holds else 'NO'}"
-        print(f"{arm}: {counted.total()}, ratio {ratio:.3f}{said}; more: {(counted - plain).most_common(4)}")
+        more = (which - of_plain).most_common(4)
+        print(f"{arm}: {count} operations a step, ratio {ratio:.3f}{said}{f'; more: {more}' if more else ''}")
+        results[arm] = {"operations": count, "of_operations": ratio}
     return within
 
 
@@ -154,50 +134,60 @@ class _Memory(TorchDispatchMode):
         return result
 
 
-def peak_bytes(fast: bool, dora: bool = False) -> int:
-    """The most that tensors take at once in two steps, on a device that keeps sizes and no numbers."""
-    trained = model(fast, dora, hidden_size=576, intermediate_size=1536, num_hidden_layers=6)
-    for name, parameter in trained.named_parameters():
-        if "lora_" not in name:
-            parameter.data = parameter.data.bfloat16()
-    trained = trained.to("meta")
-    optimizer = AdamW([parameter for parameter in trained.parameters() if parameter.requires_grad])
-    tokens = torch.zeros(8, 512, dtype=torch.long, device="meta")
-    with _Memory() as watched:
-        for tensor in (*trained.parameters(), *trained.buffers(), tokens):
-            watched.add(tensor)
-        for _ in range(2):
-            trained(input_ids=tokens, labels=tokens).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    return watched.highest
+def peak_bytes(name: str, device: str) -> int:
+    """The most that tensors take at once in two steps; without a GPU, on a device that keeps sizes and no numbers."""
+    base = base_model(SIZES["small"], "bfloat16")
+    with ExitStack() as stack:
+        arm = make_arm(name, base, stack)
+        model = arm.model.to("meta" if device == "cpu" else device)
+        tokens = torch.zeros(8, 512, dtype=torch.long, device=model.device)
+        arm = Arm(model)
+        if device == "cuda":
+            for _ in range(2):
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated() - arm.held_bytes()
+                arm.step(tokens)
+                torch.cuda.synchronize()
+            return torch.cuda.max_memory_allocated() - before
+        with _Memory() as watched:
+            for tensor in (*model.parameters(), *model.buffers(), tokens):
+                watched.add(tensor)
+            for _ in range(2):
+                arm.step(tokens)
+        return watched.highest
 
 
-def memory() -> bool:
+def memory(options: argparse.Namespace, results: dict[str, Any]) -> bool:
     """Prints the ratios; whether they are within their bounds."""
-    peft = peak_bytes(False)
-    print(f"PEFT LoRA: {peft / 2**20:.0f} MiB at most at once")
-    ours = peak_bytes(True)
-    holds = ours <= BOUNDS["memory"] * peft
-    said = f"at most {BOUNDS['memory']:.2f}: {'yes' if holds else 'NO'}"
-    print(f"LoRA: {ours / 2**20:.0f} MiB, ratio {ours / peft:.3f}, {said}")
-    for arm, fast in (("PEFT DoRA", False), ("DoRA", True)):
-        found = peak_bytes(fast, dora=True)
-        print(f"{arm}: {found / 2**20:.0f} MiB, ratio {found / peft:.3f}")
-    return holds
+    peft = peak_bytes(REFERENCE, options.device)
+    within = True
+    for arm in (REFERENCE, "LoRA", "PEFT DoRA", "DoRA"):
+        found = peak_bytes(arm, options.device)
+        holds = arm != "LoRA" or found <= BOUNDS["memory"] * peft
+        said = f", at most {BOUNDS['memory']:.2f}: {'yes' if holds else 'NO'}" if arm == "LoRA" else ""
+        print(f"{arm}: {found / 2**20:.0f} MiB at most at once, ratio {found / peft:.3f}{said}")
+        within &= holds
+        results.setdefault(arm, {}).update(peak_mib=found / 2**20, of_peak=found / peft)
+    return within
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--what", nargs="+", default=["operations", "memory"], choices=["operations", "memory"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
         "--foreach_as_one", action="store_true", help="count what the optimizer does to all parameters once"
     )
+    parser.add_argument("--output", type=Path, help="file for the numbers, as JSON")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    within = [operations(not options.foreach_as_one)] if "operations" in options.what else []
-    within += [memory()] if "memory" in options.what else []
+    results: dict[str, Any] = {}
+    within = [operations(options, results)] if "operations" in options.what else []
+    within += [memory(options, results)] if "memory" in options.what else []
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps({"device": options.device, "arms": results}, indent=1))
     sys.exit(0 if all(within) else 1)
 
 

@@ -1,34 +1,35 @@
-"""Processor time of one optimizer step, as ratios to PEFT's LoRA: LoRA and DoRA of both, and NA-LoRA on layers of ours.
+"""Time of one optimizer step, as ratios to PEFT's LoRA: LoRA and DoRA of both, and NA-LoRA on layers of ours.
 
-All arms train a Llama of 6 layers of 576 × 1536 with LoRA of rank 16 on all linear layers, one step each in turn, in
-one thread and one process. The floor is the frozen model, forward and backward to its input. ::
+All arms train a Llama with LoRA of rank 16 on all linear layers, in turn, in one process. The floor is the frozen
+model, forward and backward to its input. On a CPU it is processor time of one thread, on a GPU the time until it is
+done, with kernels, utilisation (the part of the time in which a kernel runs) and memory beside it. ::
 
     OMP_NUM_THREADS=1 python benchmarks/lora_step.py [--rounds 16] [--tokens 8x64 4x512]
+    python benchmarks/lora_step.py --device cuda --models small large --dtypes bfloat16 float32 \
+        --tokens 8x64 4x512 8x512 --output step.json
 
-The exit status is 1 where a ratio, of the minima or of the medians, is above its bound.
+The exit status is 1 where a ratio on the small model, of the minima or of the medians, is above its bound.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import itertools
+import json
+import platform
 import statistics
 import sys
 import time
+import traceback
 import warnings
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from lora_arms import ARMS, DTYPES, REFERENCE, SIZES, VOCABULARY, Arm, base_model, kernels_of, make_arm
+from torch import Tensor
 
-from na_lora_lightning import ImportanceOptions, ObserverOptions, nonlinearity_aware, use_fast_lora_layers
-
-REFERENCE = "PEFT LoRA"
 BOUNDS = {
     "LoRA": 0.92,
     "NA-LoRA, 128 tokens a site": 0.95,
@@ -38,106 +39,126 @@ BOUNDS = {
 _UNCOUNTED = 2
 
 
-def base_model() -> LlamaForCausalLM:
-    """The model of all arms, the same each time."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=2048,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=6,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-    )
-    return LlamaForCausalLM(config)
+def seconds_of(arm: Arm, tokens: Tensor, steps: int) -> float:
+    """Of a step: processor time, or on a GPU the time until it is done."""
+    if not tokens.is_cuda:
+        start = time.process_time()
+        for _ in range(steps):
+            arm.step(tokens)
+        return (time.process_time() - start) / steps
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(steps):
+        arm.step(tokens)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / steps
 
 
-def adapted(base: LlamaForCausalLM, fast: bool, dora: bool = False) -> PeftModel:
-    """A copy of the model with LoRA, the same at each call."""
-    torch.manual_seed(1)
-    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", use_dora=dora)
-    model: PeftModel = get_peft_model(copy.deepcopy(base), config)  # type: ignore[assignment, arg-type]
-    use_fast_lora_layers(model, enable=fast)
-    return model
-
-
-def step(model: nn.Module, optimizer: Optimizer | None, tokens: Tensor) -> None:
-    """One optimizer step; without an optimizer, forward and backward."""
-    model(input_ids=tokens, labels=tokens, attention_mask=torch.ones_like(tokens)).loss.backward()
-    if optimizer is not None:
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def _optimizer(model: nn.Module) -> Optimizer:
-    return AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-4)
-
-
-def measure(rows: int, length: int, rounds: int) -> dict[str, list[float]]:
+def in_turn(arms: dict[str, Arm], tokens: Tensor, rounds: int, steps: int, limit: float) -> dict[str, list[float]]:
     """Seconds of each arm in each round, those of the first rounds left out."""
-    base = base_model()
-    floor = copy.deepcopy(base).requires_grad_(False)
-    floor.enable_input_require_grads()
-    arms: dict[str, tuple[nn.Module, Any]] = {"floor": (floor, None)}
-    for name, fast, dora in (
-        (REFERENCE, False, False),
-        ("LoRA", True, False),
-        ("NA-LoRA, 128 tokens a site", True, False),
-        ("NA-LoRA, all tokens", True, False),
-        ("PEFT DoRA", False, True),
-        ("DoRA", True, True),
-    ):
-        model = adapted(base, fast, dora)
-        arms[name] = model, _optimizer(model)
-    tokens = torch.randint(0, 2048, (rows, length))
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
-    with ExitStack() as stack:
-        for arm, looked_at in (("NA-LoRA, 128 tokens a site", 128), ("NA-LoRA, all tokens", None)):
-            stack.enter_context(
-                nonlinearity_aware(
-                    *arms[arm],
-                    importance=ImportanceOptions(warmup_steps=0),
-                    observer=ObserverOptions(max_tokens=looked_at),
-                    measure_every=0,
-                )
-            )
-        order = list(arms)
-        for round_index in range(rounds + _UNCOUNTED):
-            # No arm always comes after the same other one.
-            shift = round_index % len(order)
-            for arm in itertools.chain(order[shift:], order[:shift]):
-                start = time.process_time()
-                step(*arms[arm], tokens)
-                seconds[arm].append(time.process_time() - start)
+    order, began = list(arms), time.perf_counter()
+    for turn in range(rounds + _UNCOUNTED):
+        # No arm always comes after the same other one.
+        shift = turn % len(order)
+        for name in itertools.chain(order[shift:], order[:shift]):
+            seconds[name].append(seconds_of(arms[name], tokens, steps))
+        if turn == 0 and time.perf_counter() - began > limit / 4:
+            steps = 1
+        if turn >= _UNCOUNTED + 2 and time.perf_counter() - began > limit:
+            break
     return {arm: each[_UNCOUNTED:] for arm, each in seconds.items()}
 
 
-def report(seconds: dict[str, list[float]]) -> bool:
-    """Prints the ratios, and says whether all are within their bounds."""
+def on_device(arm: Arm, tokens: Tensor, seconds: float) -> dict[str, Any]:
+    """What is to be known of a step on a GPU beside its time."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    arm.step(tokens)
+    torch.cuda.synchronize()
+    found: dict[str, Any] = {"peak_mib": (torch.cuda.max_memory_allocated() - before + arm.held_bytes()) / 2**20}
+    found |= kernels_of(lambda: arm.step(tokens))
+    return found | {"utilisation": found["busy_ms"] / 1000 / seconds}
+
+
+def measure(size: str, dtype: str, shapes: list[str], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each shape and arm."""
+    base = base_model(SIZES[size], dtype, options.device)
+    rows = []
+    with ExitStack() as stack:
+        arms = {name: make_arm(name, base, stack) for name in options.arms}
+        for shape in shapes:
+            count, length = map(int, shape.split("x"))
+            generator = torch.Generator().manual_seed(0)
+            tokens = torch.randint(0, VOCABULARY, (count, length), generator=generator).to(options.device)
+            seconds = in_turn(arms, tokens, options.rounds, options.steps, options.limit)
+            reference = seconds[REFERENCE]
+            for name, each in seconds.items():
+                row: dict[str, Any] = {"model": size, "dtype": dtype, "tokens": shape, "arm": name}
+                row |= {"median_ms": 1000 * statistics.median(each), "minimum_ms": 1000 * min(each)}
+                row["of_medians"] = statistics.median(each) / statistics.median(reference)
+                row["of_minima"] = min(each) / min(reference)
+                row["rounds"] = len(each)
+                if tokens.is_cuda:
+                    row |= on_device(arms[name], tokens, statistics.median(each))
+                rows.append(row)
+    return rows
+
+
+def report(rows: list[dict[str, Any]]) -> bool:
+    """Prints a table, and says whether all ratios on the small model are within their bounds."""
     within = True
-    for arm, each in seconds.items():
-        of_minima = min(each) / min(seconds[REFERENCE])
-        of_medians = statistics.median(each) / statistics.median(seconds[REFERENCE])
-        bound = BOUNDS.get(arm)
-        holds = bound is None or max(of_minima, of_medians) <= bound
+    for row in rows:
+        if row["arm"] == "floor":
+            print(f"{row['model']}, {row['dtype']}, {row['tokens']} tokens, {row['rounds']} rounds")
+        bound = BOUNDS.get(row["arm"]) if row["model"] == "small" else None
+        holds = bound is None or max(row["of_minima"], row["of_medians"]) <= bound
         within &= holds
         said = "" if bound is None else f"  at most {bound:.2f}: {'yes' if holds else 'NO'}"
-        print(f"{arm:28}{statistics.median(each):8.3f} s   medians {of_medians:.3f}   minima {of_minima:.3f}{said}")
+        if "kernels" in row:
+            said = f"  {row['kernels']:5} kernels  busy {row['utilisation']:4.0%}  {row['peak_mib']:7.0f} MiB" + said
+        times = f"{row['median_ms']:9.2f} ms   medians {row['of_medians']:.3f}   minima {row['of_minima']:.3f}"
+        print(f"  {row['arm']:27}{times}{said}", flush=True)
     return within
+
+
+def where(device: str) -> dict[str, Any]:
+    """On what it was measured."""
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=16)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--models", nargs="+", choices=SIZES, default=["small"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"], help="of the base model")
     parser.add_argument("--tokens", nargs="+", default=["8x64", "4x512"], help="rows x length")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--rounds", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=1, help="of an arm in a round")
+    parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no further round begins")
+    parser.add_argument("--output", type=Path, help="file for the rows, as JSON")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
+    if options.device == "cpu":
+        torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
     within = True
-    for tokens in options.tokens:
-        rows, length = map(int, tokens.split("x"))
-        print(f"{rows} × {length} tokens, {options.rounds} rounds")
-        within &= report(measure(rows, length, options.rounds))
+    for size, dtype in itertools.product(options.models, options.dtypes):
+        try:
+            new = measure(size, dtype, options.tokens, options)
+        except RuntimeError:
+            # What one model cannot do, for memory say, is no reason to lose the others.
+            traceback.print_exc()
+            within = False
+            continue
+        within &= report(new)
+        rows += new
+        if options.output:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.write_text(json.dumps({"where": where(options.device), "rows": rows}, indent=1))
     sys.exit(0 if within else 1)
 
 
