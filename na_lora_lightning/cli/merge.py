@@ -13,7 +13,15 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from na_lora_lightning.checkpoints.adapter_folder import end_token_ids
 from na_lora_lightning.cli.adapters import base_of_adapter
-from na_lora_lightning.cli.merge_output import copy_tokenizer, refuse_inputs_as_output, require_output, written_whole
+from na_lora_lightning.cli.merge_output import (
+    copy_tokenizer,
+    push,
+    refuse_inputs_as_output,
+    require_output,
+    require_repository_name,
+    require_shard_size,
+    written_whole,
+)
 from na_lora_lightning.data.answers import stop_at
 from na_lora_lightning.errors import ConfigurationError, one_line
 from na_lora_lightning.models.loading import load_base_model
@@ -42,6 +50,12 @@ class MergeOptions:
             stand for, so that the merged model says what was trained. None merges into the base as it is stored.
         double_quantization: Whether the scales are quantised too.
         dequantize: Make ordinary weights of those of a base that is stored in a quantised form.
+        max_shard_size: The largest file of weights, such as ``"5GB"``.
+        push_to: Name of a repository on the hub that is given the merged model too.
+        private: Whether that repository, if it is a new one, is private.
+
+    Raises:
+        ConfigurationError: A size or a name is none.
     """
 
     adapter: Path
@@ -53,6 +67,14 @@ class MergeOptions:
     quantization: Kind | None = None
     double_quantization: bool = True
     dequantize: bool = False
+    max_shard_size: str = "5GB"
+    push_to: str | None = None
+    private: bool = False
+
+    def __post_init__(self) -> None:
+        require_shard_size(self.max_shard_size)
+        if self.push_to is not None:
+            require_repository_name(self.push_to)
 
 
 def merge_adapter(arguments: MergeOptions) -> Path:
@@ -81,10 +103,12 @@ def merge_adapter(arguments: MergeOptions) -> Path:
         merged.generation_config = type(settings)()
     with written_whole(output) as folder:
         with without_progress_bars():
-            merged.save_pretrained(folder, safe_serialization=True)
+            merged.save_pretrained(folder, safe_serialization=True, max_shard_size=arguments.max_shard_size)
         if settings is not None:
             settings.to_json_file(folder / "generation_config.json")
         copy_tokenizer(source, folder, arguments.adapter)
+    if arguments.push_to is not None:
+        push(output, arguments.push_to, private=arguments.private)
     return output
 
 
@@ -262,6 +286,9 @@ def main(arguments: list[str]) -> int:
         "--no_double_quantization", dest="double_quantization", action="store_false", help="of the scales, in the fit"
     )
     parser.add_argument("--dequantize", action="store_true", help="of a base that is stored quantised")
+    parser.add_argument("--max_shard_size", default="5GB", help="largest file of weights (default: 5GB)")
+    parser.add_argument("--push_to", metavar="NAME", help="repository on the hub that is given the model as well")
+    parser.add_argument("--private", action="store_true", help="make that repository a private one, if it is new")
     parser.add_argument("--trust_remote_code", action="store_true", help="let the base model run code of its own")
     folder = merge_adapter(MergeOptions(**vars(parser.parse_args(arguments))))
     print(f"Merged model {folder}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,6 +67,58 @@ def require_output(output: Path, *, overwrite: bool) -> None:
             f"the output {str(output)!r} cannot be written, as {str(existing)!r} is a file or not writable; give "
             "another folder."
         )
+
+
+def require_shard_size(size: str) -> None:
+    """Checks a size such as ``5GB``.
+
+    Raises:
+        ConfigurationError: It is none.
+    """
+    if not re.fullmatch(r"[1-9]\d*[KMG]I?B", size.upper()):
+        raise ConfigurationError(f"--max_shard_size is {size!r}, and it is a size of files; write it as 5GB or 500MB.")
+
+
+def require_repository_name(name: str) -> None:
+    """Checks the name of a repository on the hub.
+
+    Raises:
+        ConfigurationError: It cannot be one.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ConfigurationError(f"--push_to is {name!r}, which is no name on the hub; write it as user/model.") from (
+            error
+        )
+
+
+def push(folder: Path, name: str, *, private: bool) -> None:
+    """Gives a repository on the hub the files of a folder.
+
+    Args:
+        folder: That of a model.
+        name: The repository, which is made if there is none.
+        private: Whether it is then private.
+
+    Raises:
+        CheckpointError: The hub does not take them.
+    """
+    from huggingface_hub import HfApi
+
+    hub = HfApi()
+    try:
+        hub.create_repo(name, private=private or None, exist_ok=True)
+        hub.upload_folder(repo_id=name, folder_path=str(folder), commit_message="Merged by na-lora")
+    except Exception as error:
+        # The HTTP library behind the hub client, and so the class of its errors, changes between versions.
+        raise CheckpointError(
+            f"the merged model is in {str(folder)!r} and could not be pushed to {name!r} ({one_line(error)}); log in "
+            f"with 'hf auth login', and push it with 'hf upload {name} {folder}'."
+        ) from error
 
 
 @contextmanager

@@ -207,3 +207,46 @@ def test_an_adapter_whose_base_is_gone_says_how_to_give_it(tmp_path: Path) -> No
     (tmp_path / "base").rename(tmp_path / "moved")
     with pytest.raises(ConfigurationError, match=r"cannot be had .*does not exist.*; give it with --base"):
         merge_adapter(MergeOptions(tmp_path / "adapter", tmp_path / "merged"))
+
+
+def test_weights_are_written_in_files_of_a_size(tmp_path: Path) -> None:
+    base = saved_model(tmp_path / "base")
+    an_adapter(base, tmp_path / "adapter")
+    merge = ["merge", "--adapter", str(tmp_path / "adapter"), "--output"]
+    assert main([*merge, str(tmp_path / "one")]) == 0
+    assert main([*merge, str(tmp_path / "many"), "--max_shard_size", "10KB"]) == 0
+    files = list((tmp_path / "many").glob("model-*-of-*.safetensors"))
+    assert len(files) > 2
+    assert all(file.stat().st_size < 12_000 for file in files)
+    one, many = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "many"))
+    assert one.keys() == many.keys()
+    assert all(one[name].equal(many[name]) for name in one)
+
+
+def test_a_merged_model_is_pushed_whole_or_one_sentence_says_why_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = saved_model(tmp_path / "base")
+    an_adapter(base, tmp_path / "adapter")
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    class Hub:
+        def create_repo(self, name: str, **options: Any) -> None:
+            calls.append((name, options))
+
+        def upload_folder(self, **options: Any) -> None:
+            calls.append((options["repo_id"], {"files": sorted(contents(Path(options["folder_path"])))}))
+            if len(calls) > 2:
+                raise ConnectionError("no way")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    merge = ["merge", "--adapter", str(tmp_path / "adapter"), "--push_to", "me/mine", "--output"]
+    assert main([*merge, str(tmp_path / "merged"), "--private"]) == 0
+    assert calls[0] == ("me/mine", {"private": True, "exist_ok": True})
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(calls[1][1]["files"])
+    assert main([*merge, str(tmp_path / "again")]) == 2
+    error = capsys.readouterr().err
+    assert f"error: the merged model is in '{tmp_path}/again' and could not be pushed to 'me/mine' (no way)" in error
+    for option, value in (("--max_shard_size", "5"), ("--push_to", "a/b/c")):
+        assert main([*merge, str(tmp_path / "third"), option, value]) == 2
+        assert f"error: {option} is {value!r}" in capsys.readouterr().err
