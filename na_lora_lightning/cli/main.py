@@ -31,6 +31,7 @@ commands:
   merge     merge an adapter into its base model
   inspect   list the gates of a model and how they would be adapted
   report    write a page about a run, or several side by side
+  compare   train in several ways, and say which differences are more than chance
 
 'na-lora COMMAND --help' lists the options of a command. 'na-lora fit --config run.yaml' takes them from a file, and
 'na-lora fit ... --print_config' shows the configuration that a command line amounts to.
@@ -144,6 +145,12 @@ def _report_runs(arguments: Sequence[str]) -> int:
     return reporting.main(list(arguments[1:]))
 
 
+def _compare(arguments: Sequence[str]) -> int:
+    from na_lora_lightning.cli import compare as comparing
+
+    return comparing.main(list(arguments[1:]))
+
+
 _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "fit": _train,
     "validate": _train,
@@ -153,6 +160,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "merge": _merge,
     "inspect": _inspect,
     "report": _report_runs,
+    "compare": _compare,
 }
 _WITHOUT_TRANSFORMERS = ("report",)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,7 +40,7 @@ from na_lora_lightning.modules.throughput import ThroughputCallback
 from na_lora_lightning.modules.training import AdapterTrainingModule, NoTargetTokensWarning
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["NALoRALightningModule", "NoTargetTokensWarning"]
 
@@ -144,6 +144,8 @@ class NALoRALightningModule(AdapterTrainingModule):
         # The tokens that the targets of the data end in.
         self.end_token_ids: list[int] = []
         self._limits: ModelLimits | None = None
+        # Who makes many fits of one model has it read once.
+        self.load_base: Callable[[BaseModelSource, torch.device], PreTrainedModel] = load_base_model
 
     # ---- model ----
 
@@ -174,7 +176,7 @@ class NALoRALightningModule(AdapterTrainingModule):
     def configure_model(self) -> None:
         """Loads the base model and adds LoRA, once."""
         if self.model is None:
-            base = load_base_model(self.source, self._training_device)
+            base = self.load_base(self.source, self._training_device)
             self._limits = ModelLimits(base)
             self._require_data_fits()
             if self.gradient_checkpointing:

@@ -127,16 +127,7 @@ def token_sums(
             finally:
                 head.forget()
             return TokenSums(total, torch.full_like(total, len(targets), dtype=torch.int64), correct)
-    if logits != "all" and accepts_logits_to_keep(model):
-        positions = target_positions(labels)
-        found = model(**inputs, logits_to_keep=positions).logits
-        if found.shape[1] != positions.numel():
-            # The model takes the argument and leaves it unused in training.
-            found = found[:, positions]
-        targets = labels[:, 1:][:, positions] if labels.shape[1] > 1 else torch.full_like(labels, IGNORED_LABEL)
-    else:
-        found = model(**inputs).logits[:, :-1]
-        targets = labels[:, 1:]
+    found, targets = logits_of_targets(model, inputs, labels, every_position=logits == "all")
     found = found.flatten(0, 1)
     targets = targets.flatten()
     # In float32, as the sum over a vocabulary loses too much in 16 bits.
@@ -147,6 +138,30 @@ def token_sums(
         is_target = targets != IGNORED_LABEL
         correct = ((found.argmax(dim=-1) == targets) & is_target).sum() if count_correct else None
     return TokenSums(negative_log_likelihood, is_target.sum(), correct)
+
+
+def logits_of_targets(
+    model: Any, inputs: Mapping[str, Any], labels: Tensor, every_position: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Runs a model, if it can at the positions alone that predict a target of some record.
+
+    Args:
+        model: A PEFT model.
+        inputs: What it is called with.
+        labels: ``[batch, length]``, int64, -100 off target.
+        every_position: Compute the logits at all positions.
+
+    Returns:
+        Logits ``[batch, positions, vocabulary]`` and what they predict, ``[batch, positions]``, -100 off target.
+    """
+    if every_position or not accepts_logits_to_keep(model):
+        return model(**inputs).logits[:, :-1], labels[:, 1:]
+    positions = target_positions(labels)
+    found = model(**inputs, logits_to_keep=positions).logits
+    if found.shape[1] != positions.numel():
+        # The model takes the argument and leaves it unused in training.
+        found = found[:, positions]
+    return found, labels[:, 1:][:, positions] if labels.shape[1] > 1 else torch.full_like(labels, IGNORED_LABEL)
 
 
 def require_logits(model: nn.Module, logits: LogitsOption) -> None:

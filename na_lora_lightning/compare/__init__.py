@@ -1,0 +1,5 @@
+"""``na-lora compare``: ways to fine-tune, side by side on one's own data.
+
+``plan`` says what is compared, ``storage`` keeps it in Optuna and shares it among workers, ``cells`` trains one fit and
+``measuring`` scores it, ``statistics`` tells differences from chance, ``results`` and ``page`` write what came out.
+"""

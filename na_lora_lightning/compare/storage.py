@@ -1,0 +1,398 @@
+"""A comparison in Optuna: its cells are trials, which workers take from Optuna's queue and give back scored.
+
+A trial has the parameters ``rate`` and ``seed`` and the user attributes ``task``, ``arm`` and, once it is complete,
+``result``; its value is the validation loss. What the comparison is stands in the user attributes of the study. Optuna
+queues, locks and stores; a worker that is killed sends no more heartbeats, so that Optuna fails its trial, and the cell
+is queued again.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import FloatDistribution, IntDistribution
+from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from na_lora_lightning.compare.plan import Cell, Plan
+from na_lora_lightning.errors import ConfigurationError, NALoRAError, one_line
+
+Result = dict[str, Any]
+
+_RATE = FloatDistribution(1e-12, 1e6, log=True)
+_SEED = IntDistribution(0, 1_000_000)
+_HEARTBEAT_SECONDS, _GRACE_SECONDS = 15, 90
+# Of a cell that fails; one whose worker is killed is no failure.
+_MOST_TRIES = 3
+_LOCK_SECONDS = 120
+_JOURNAL = "journal://"
+
+
+@dataclass(frozen=True)
+class ScoredCell:
+    """A cell with what was measured.
+
+    Attributes:
+        cell: Which.
+        validation: Validation loss, nats per target token; infinite where training diverged.
+        result: All numbers, as :mod:`~na_lora_lightning.compare.cells` makes them.
+    """
+
+    cell: Cell
+    validation: float
+    result: Result
+
+
+@contextmanager
+def _without_news() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        yield
+
+
+def open_storage(url: str, heartbeat: int = _HEARTBEAT_SECONDS, grace: int = _GRACE_SECONDS) -> BaseStorage:
+    """Opens, and if need be makes, what trials are kept in.
+
+    Args:
+        url: Of a database, as SQLAlchemy writes it (``sqlite:///comparison.db``, ``postgresql+psycopg://...``), or
+            ``journal://FILE`` for a journal, which has no heartbeat.
+        heartbeat: Seconds between two signs of life of a worker.
+        grace: Seconds without one after which its cell is queued again.
+
+    Raises:
+        ConfigurationError: It cannot be opened.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        with _without_news():
+            if url.startswith(_JOURNAL):
+                Path(url[len(_JOURNAL) :]).parent.mkdir(parents=True, exist_ok=True)
+                return JournalStorage(JournalFileBackend(url[len(_JOURNAL) :]))
+            options = {"connect_args": {"timeout": _LOCK_SECONDS}} if url.startswith("sqlite") else {}
+            if url.startswith("sqlite:///"):
+                Path(url[len("sqlite:///") :]).parent.mkdir(parents=True, exist_ok=True)
+            return _patiently(
+                lambda: RDBStorage(
+                    url,
+                    engine_kwargs=options,
+                    heartbeat_interval=heartbeat,
+                    grace_period=grace,
+                )
+            )
+    except Exception as error:
+        # Of the database's own package, SQLAlchemy or Optuna.
+        raise ConfigurationError(
+            f"the storage {_without_password(url)!r} cannot be opened ({one_line(error)}); correct --storage."
+        ) from error
+
+
+def _patiently(make: Callable[[], BaseStorage]) -> BaseStorage:
+    # Workers that start at once make the same tables.
+    for attempt in range(5):
+        try:
+            return make()
+        except ImportError:
+            raise
+        except Exception:
+            if attempt == 4:
+                raise
+            time.sleep(0.5 * (attempt + 1))
+    raise AssertionError
+
+
+def _without_password(url: str) -> str:
+    start, at, end = url.rpartition("@")
+    scheme, separator, _ = start.partition("://")
+    return f"{scheme}{separator}...@{end}" if at else url
+
+
+class Comparison:
+    """A comparison that is kept in Optuna.
+
+    Args:
+        study: The study.
+        plan: What is compared.
+        storage: What it is kept in.
+
+    Attributes:
+        study: The study.
+        plan: What is compared.
+    """
+
+    def __init__(self, study: optuna.Study, plan: Plan, storage: BaseStorage) -> None:
+        self.study = study
+        self.plan = plan
+        self._notices_the_dead = not isinstance(storage, JournalStorage)
+        self._refusal: NALoRAError | None = None
+
+    @classmethod
+    def begin(cls, storage: BaseStorage, name: str, plan: Plan) -> Comparison:
+        """Makes a comparison, or joins the one of that name.
+
+        Rates and seeds may be added to one that is there; whatever else defines it has to be the same.
+
+        Raises:
+            ConfigurationError: It is another one.
+        """
+        identity = plan.identity()
+        try:
+            study = optuna.create_study(storage=storage, study_name=name, direction="minimize")
+        except DuplicatedStudyError:
+            study = optuna.load_study(storage=storage, study_name=name)
+        former = study.user_attrs.get("identity", {})
+        changed = next((part for part in identity if former.get(part, identity[part]) != identity[part]), None)
+        if changed is not None:
+            raise ConfigurationError(
+                f"the comparison {name!r} was begun with another value of {changed}, so its cells and new ones cannot "
+                "be compared; restore it, or give another --output or --name."
+            )
+        if former:
+            plan = _joined(Plan.restored(study.user_attrs["plan"]), plan)
+        comparison, described = cls(study, plan, storage), plan.described()
+        if study.user_attrs.get("plan") != described:
+            study.set_user_attr("plan", described)
+            study.set_user_attr("identity", {**former, **identity})
+            # At once, so that workers that start together find the cells queued.
+            comparison._queue(comparison._missing())
+        return comparison
+
+    @classmethod
+    def is_known(cls, storage: BaseStorage, name: str, plan: Plan) -> bool:
+        """Whether the comparison of that name has all that is in a plan."""
+        try:
+            former = optuna.load_study(storage=storage, study_name=name).user_attrs.get("identity", {})
+        except KeyError:
+            return False
+        return plan.identity().keys() <= former.keys()
+
+    @classmethod
+    def there(cls, storage: BaseStorage, name: str) -> Comparison:
+        """The comparison of that name.
+
+        Raises:
+            ConfigurationError: There is none.
+        """
+        try:
+            study = optuna.load_study(storage=storage, study_name=name)
+            return cls(study, Plan.restored(study.user_attrs["plan"]), storage)
+        except KeyError as error:
+            raise ConfigurationError(
+                f"there is no comparison {name!r} in that storage; give --config and --arms to begin one."
+            ) from error
+
+    # ---- what there is ----
+
+    def trials(self, *states: TrialState) -> list[FrozenTrial]:
+        """The trials of cells in some state, or in any, by number."""
+        trials = self.study.get_trials(deepcopy=False, states=states or None)
+        return [trial for trial in trials if "arm" in trial.user_attrs]
+
+    def scored(self) -> list[ScoredCell]:
+        """All cells that are complete, sorted, each once."""
+        found: dict[Cell, ScoredCell] = {}
+        for trial in self.trials(TrialState.COMPLETE):
+            cell = cell_of(trial)
+            found.setdefault(cell, ScoredCell(cell, float(trial.values[0]), trial.user_attrs["result"]))
+        return [found[cell] for cell in sorted(found)]
+
+    def count(self) -> dict[str, int]:
+        """Number of cells by state: done, running, waiting, left out (rates that were pruned) and failed."""
+        done = {entry.cell for entry in self.scored()}
+        names = (("running", TrialState.RUNNING), ("waiting", TrialState.WAITING), ("failed", TrialState.FAIL))
+        counts, seen = {"done": len(done)}, set(done)
+        for name, state in names:
+            cells = {cell_of(trial) for trial in self.trials(state)} - seen
+            seen |= cells
+            counts[name] = len(cells)
+        pruned = {cell_of(trial) for trial in self.trials(TrialState.PRUNED)} - seen
+        return {**counts, "left out": len(pruned)}
+
+    # ---- work ----
+
+    def work(self, score: Callable[[Cell], Result], seconds: float | None = None, say: Any = print) -> bool:
+        """Scores cells until none is left or the time is over.
+
+        Args:
+            score: Trains a cell; its result has ``validation``, the loss.
+            seconds: After which no further cell is begun.
+            say: Called with a line about each cell.
+
+        Returns:
+            Whether all cells are done.
+
+        Raises:
+            NALoRAError: A cell cannot be trained as it is defined.
+        """
+        end = None if seconds is None else time.monotonic() + seconds
+        while end is None or time.monotonic() < end:
+            self._queue(self._missing())
+            if self.trials(TrialState.WAITING):
+                with _without_news():
+                    self.study.optimize(
+                        lambda trial: self._objective(trial, score, say), n_trials=1, catch=(Exception,)
+                    )
+                if self._refusal is not None:
+                    raise self._refusal
+            elif self.trials(TrialState.RUNNING):
+                # Of other workers; their cells come back here if they die.
+                if not self._notices_the_dead:
+                    return False
+                with _without_news():
+                    optuna.storages.fail_stale_trials(self.study)
+                time.sleep(2.0)
+            elif not self._missing():
+                return True
+        return not self._missing() and not self.trials(TrialState.WAITING, TrialState.RUNNING)
+
+    def retake(self) -> int:
+        """Queues cells again that are marked as running, for a storage without heartbeats whose worker was killed."""
+        stale = self.trials(TrialState.RUNNING)
+        for trial in stale:
+            self.study.tell(trial.number, state=TrialState.FAIL)
+        return len(stale)
+
+    def _objective(self, trial: Trial, score: Callable[[Cell], Result], say: Any) -> float:
+        if "arm" not in trial.user_attrs:
+            # Optuna draws one where another worker took the last of the queue a moment before.
+            raise optuna.TrialPruned("nothing was queued")
+        cell = Cell(
+            trial.user_attrs["task"],
+            trial.user_attrs["arm"],
+            trial.suggest_float("rate", _RATE.low, _RATE.high, log=True),
+            trial.suggest_int("seed", _SEED.low, _SEED.high),
+        )
+        others = [other for other in self.trials() if cell_of(other) == cell and other.number != trial.number]
+        is_done = any(other.state == TrialState.COMPLETE for other in others)
+        alive = (TrialState.WAITING, TrialState.RUNNING)
+        if is_done or any(other.number < trial.number and other.state in alive for other in others):
+            # Two workers that started at once queued it.
+            raise optuna.TrialPruned("another worker has it")
+        if self._is_hopeless(cell, self.scored()):
+            raise optuna.TrialPruned("its rate is far from the best one")
+        name = f"{cell.task} {cell.arm} rate {cell.rate:g} seed {cell.seed}"
+        try:
+            result = score(cell)
+        except Exception as error:
+            trial.set_user_attr("error", one_line(error))
+            say(f"{name}: failed ({one_line(error)})")
+            if isinstance(error, NALoRAError):
+                # What is wrong with a cell is wrong with all of its arm.
+                self._refusal = error
+            raise
+        trial.set_user_attr("result", result)
+        say(f"{name}: validation {result['validation']:.4f}, test {result['test']:.4f}, {result['seconds']:.1f} s")
+        return float(result["validation"])
+
+    # ---- the grid ----
+
+    def _queue(self, cells: Iterable[Cell]) -> None:
+        for cell in cells:
+            self.study.enqueue_trial(
+                {"rate": cell.rate, "seed": cell.seed}, user_attrs={"task": cell.task, "arm": cell.arm}
+            )
+
+    def _missing(self) -> list[Cell]:
+        """Cells that are to be trained and not queued yet."""
+        alive, errors = set[Cell](), Counter[Cell]()
+        under_way = set[tuple[str, str]]()
+        for trial in self.trials():
+            cell = cell_of(trial)
+            if trial.state in (TrialState.WAITING, TrialState.RUNNING):
+                under_way.add((cell.task, cell.arm))
+            if trial.state in (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE):
+                alive.add(cell)
+            elif trial.state == TrialState.FAIL and "error" in trial.user_attrs:
+                errors[cell] += 1
+        scored = self.scored()
+        wanted = self.plan.cells()
+        for task in self.plan.tasks:
+            for arm in self.plan.arms:
+                own = [entry for entry in scored if (entry.cell.task, entry.cell.arm) == (task, arm)]
+                rates = extensions(own, self.plan, is_over=(task, arm) not in under_way)
+                wanted += [Cell(task, arm, rate, seed) for rate in rates for seed in range(self.plan.seeds)]
+        missing = (cell for cell in wanted if cell not in alive and errors[cell] < _MOST_TRIES)
+        return [cell for cell in missing if not self._is_hopeless(cell, scored)]
+
+    def _is_hopeless(self, cell: Cell, scored: Sequence[ScoredCell]) -> bool:
+        """Whether its rate is left out, for what it came to at the first seed."""
+        if self.plan.prune is None or cell.seed == 0:
+            return False
+        own = {
+            entry.cell.rate: entry.validation
+            for entry in scored
+            if (entry.cell.task, entry.cell.arm, entry.cell.seed) == (cell.task, cell.arm, 0)
+        }
+        return cell.rate in own and own[cell.rate] > min(own.values()) * (1 + self.plan.prune / 100)
+
+
+def cell_of(trial: FrozenTrial) -> Cell:
+    """The cell of a trial, whether it was begun or not."""
+    queued = trial.system_attrs.get("fixed_params", {})
+    rate, seed = (trial.params.get(name, queued.get(name)) for name in ("rate", "seed"))
+    return Cell(trial.user_attrs["task"], trial.user_attrs["arm"], float(rate), int(seed))
+
+
+def mean_validation(scored: Iterable[ScoredCell]) -> dict[float, float]:
+    """Mean validation loss by rate, of the rates that have as many seeds as the one with the most."""
+    by_rate: dict[float, list[float]] = {}
+    for entry in scored:
+        by_rate.setdefault(entry.cell.rate, []).append(entry.validation)
+    most = max(map(len, by_rate.values()), default=0)
+    return {rate: sum(each) / len(each) for rate, each in sorted(by_rate.items()) if len(each) == most}
+
+
+def best_rate(means: dict[float, float]) -> float:
+    """The rate of the lowest mean validation loss, the lower one of equals."""
+    return min(means, key=lambda rate: (means[rate], rate))
+
+
+def extensions(scored: Sequence[ScoredCell], plan: Plan, is_over: bool = True) -> list[float]:
+    """Rates beyond those of the plan for one arm on one task: the next of the series where the last is the best.
+
+    Args:
+        scored: Its cells.
+        plan: What is compared.
+        is_over: Whether none of its cells is waiting or running, so that its best rate can be told.
+
+    Returns:
+        The rates, those that were added before among them.
+    """
+    rates = sorted({entry.cell.rate for entry in scored} | set(plan.rates))
+    found = [rate for rate in rates if rate not in plan.rates]
+    means = mean_validation(scored)
+    if not is_over or len(rates) < 2 or not means:
+        return found
+    best = best_rate(means)
+    below = sum(rate < plan.rates[0] for rate in found)
+    above = sum(rate > plan.rates[-1] for rate in found)
+    if best == rates[0] and below < plan.extend:
+        found.append(_rounded(rates[0] ** 2 / rates[1]))
+    if best == rates[-1] and above < plan.extend:
+        found.append(_rounded(rates[-1] ** 2 / rates[-2]))
+    return found
+
+
+def _rounded(rate: float) -> float:
+    # So that all arms of a series share it.
+    return float(f"{rate:.2g}")
+
+
+def _joined(former: Plan, plan: Plan) -> Plan:
+    """The plan of a comparison to which another worker brings more arms, tasks, rates or seeds."""
+    values = plan.described()
+    values["arms"] = {**former.arms, **plan.arms}
+    values["tasks"] = {**former.tasks, **plan.tasks}
+    values["rates"] = sorted({*former.rates, *plan.rates})
+    values["seeds"] = max(former.seeds, plan.seeds)
+    values["base"] = former.base
+    return Plan.restored(values)
