@@ -7,9 +7,9 @@ again for each piece of the hidden states, with their place taken where the mode
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,6 @@ class OutputHead:
         root: The Hugging Face model, with LoRA in it or not.
 
     Attributes:
-        root: The model.
         rows: Number of logits of a token.
     """
 
@@ -39,11 +38,19 @@ class OutputHead:
         name = getattr(root, "base_model_prefix", "")
         if not isinstance(root._modules.get(name), nn.Module):
             raise TypeError(f"{type(root).__name__} has no part that computes hidden states alone")
-        self.root = root
+        # What is found out is kept by model, which it must not keep alive.
+        self._root = ref(root)
         self.rows = 0
         self._name = name
         self._output: Any = None
         self._inputs: Mapping[str, Any] = {}
+
+    @property
+    def root(self) -> nn.Module:
+        """The model."""
+        root = self._root()
+        assert root is not None, "whoever asks has the model"
+        return root
 
     def hidden_states(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
         """Calls the model, without its head but for one token a sequence.
@@ -195,3 +202,17 @@ def output_head(model: nn.Module) -> OutputHead | str:
         except Exception as error:  # Models are of many kinds, and each fails in a way of its own.
             _checked[root] = one_line(error).rstrip(".")
     return _checked[root]
+
+
+def assume_output_head(model: nn.Module, vocabulary: int) -> None:
+    """Takes it that the head of a model can be run by itself, where its numbers, which would tell, are not there.
+
+    Args:
+        model: As :func:`output_head` takes it.
+        vocabulary: Number of logits of a token.
+    """
+    root = root_of(model)
+    with suppress(TypeError):
+        head = OutputHead(root)
+        head.rows = vocabulary
+        _checked[root] = head

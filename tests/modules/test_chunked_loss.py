@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -218,6 +220,15 @@ def test_the_probe_leaves_no_trace() -> None:
     with pytest.raises(IndexError, match="out of range"):
         token_sums(model, {**batch_of(0, 2, 5, 1.0), "input_ids": torch.full((2, 5), -1)}, "chunked")
     assert dict(model.named_modules()) == modules
+
+
+def test_a_model_is_not_kept_alive_by_its_head() -> None:
+    model = adapted("plain")
+    assert not isinstance(output_head(model), str)
+    kept = ref(model)
+    del model
+    gc.collect()
+    assert kept() is None
 
 
 def test_gates_see_the_same_tokens(tmp_path: Path) -> None:
