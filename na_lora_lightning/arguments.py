@@ -187,7 +187,7 @@ class EvaluationOptions:
     """What validation and test measure beyond the loss, and how text is generated.
 
     Args:
-        generate: Generate an answer to each prompt and count how many equal their reference.
+        generate: Generate an answer to each prompt and count how many equal their reference, and how many contain it.
         sample_count: Number of records, from the start of the data, to generate answers for; None stands for all.
         max_new_tokens: Longest answer in tokens; also for prediction.
         num_beams: Number of beams; 1 is greedy decoding.

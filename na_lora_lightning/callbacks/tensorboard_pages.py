@@ -8,6 +8,7 @@ from typing import Any
 
 from na_lora_lightning.curves import CURVES, group_of_tag, overview_tag
 
+_RIGHT = ("contains_match", "exact_match", "token_accuracy", "accuracy")
 # Of a text that somebody else wrote.
 _LONGEST = 400
 
@@ -75,7 +76,7 @@ class TensorBoardPages:
 
 def _layout(metrics: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
     losses = [name for name in metrics if name.endswith("loss")] or [".*loss.*"]
-    answers = [name for name in metrics if name.rpartition("/")[2] in ("exact_match", "token_accuracy", "accuracy")]
+    answers = [name for name in metrics if name.rpartition("/")[2] in _RIGHT]
     training = {"loss": ["Multiline", losses]}
     if answers:
         training["right answers"] = ["Multiline", answers]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,12 +33,14 @@ class EvaluatedAnswer:
         reference: The right answer.
         answer: What the model generated.
         correct: Whether the two are equal, as :func:`is_exact_match` defines it.
+        found: Whether the right answer is in it, as :func:`is_contained` defines it.
     """
 
     prompt: str
     reference: str
     answer: str
     correct: bool
+    found: bool = False
 
 
 class EvaluationMetrics(Metric):
@@ -46,7 +48,7 @@ class EvaluationMetrics(Metric):
 
     ``compute`` returns ``loss`` (mean nats per target token), ``perplexity`` (its exponential), ``token_accuracy``
     (fraction of target tokens that the model finds most likely, given the tokens before) and, if answers were
-    generated, ``exact_match`` (fraction of them that equal their reference).
+    generated, ``exact_match`` (fraction of them that equal their reference) and ``contains_match`` (that contain it).
     """
 
     full_state_update = False
@@ -57,11 +59,12 @@ class EvaluationMetrics(Metric):
     correct_tokens: Tensor
     answers: Tensor
     correct_answers: Tensor
+    found_answers: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.add_state("negative_log_likelihood", torch.zeros((), dtype=torch.float32), dist_reduce_fx="sum")
-        for name in ("target_tokens", "correct_tokens", "answers", "correct_answers"):
+        for name in ("target_tokens", "correct_tokens", "answers", "correct_answers", "found_answers"):
             self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, sums: TokenSums, answers: Sequence[EvaluatedAnswer] = ()) -> None:
@@ -72,6 +75,7 @@ class EvaluationMetrics(Metric):
             self.correct_tokens += sums.correct_tokens
         self.answers += len(answers)
         self.correct_answers += sum(answer.correct for answer in answers)
+        self.found_answers += sum(answer.found for answer in answers)
 
     def compute(self) -> dict[str, Tensor]:
         """The means over everything since the last reset; scalars, float32. Without targets or answers, fewer."""
@@ -82,6 +86,7 @@ class EvaluationMetrics(Metric):
             metrics["token_accuracy"] = self.correct_tokens / self.target_tokens
         if self.answers > 0:
             metrics["exact_match"] = self.correct_answers / self.answers
+            metrics["contains_match"] = self.found_answers / self.answers
         return metrics
 
 
@@ -111,6 +116,36 @@ def is_exact_match(answer: str, reference: str, arguments: EvaluationOptions) ->
     if not normalised and arguments.answer_pattern is not None:
         return False
     return normalised == normalise_answer(reference, arguments)
+
+
+def is_contained(answer: str, reference: str, arguments: EvaluationOptions) -> bool:
+    """Whether the right answer is somewhere in an answer, as a word or a number of its own.
+
+    A model that has not learnt the form of the answers can so be compared with one that has. A 6 is neither in 16 nor
+    in -6 or 6.5.
+
+    Args:
+        answer: Any text.
+        reference: The right answer, of which ``answer_pattern`` takes a part where it is given.
+        arguments: ``answer_pattern`` and ``ignore_case``.
+    """
+    wanted = normalise_answer(reference, arguments)
+    if not wanted or is_exact_match(answer, reference, arguments):
+        return is_exact_match(answer, reference, arguments)
+    text = normalise_answer(answer, replace(arguments, answer_pattern=None))
+    before = after = ""
+    if _has_words(wanted[0]):
+        before = r"(?<!\w)(?<!\d[.,])"
+        if wanted[0].isdigit():
+            before += r"(?<!(?<![\w)])[-\u2212])"
+    if _has_words(wanted[-1]):
+        after = r"(?!\w)(?![.,]\d)"
+    return re.search(before + re.escape(wanted) + after, text) is not None
+
+
+def _has_words(letter: str) -> bool:
+    """Whether a letter or digit is of a script with spaces between words, which are those before Thai in Unicode."""
+    return letter.isalnum() and letter < "\u0e00"
 
 
 @torch.no_grad()
@@ -241,7 +276,13 @@ class Evaluator(nn.Module):
             self.arguments,
         )[:count]
         return [
-            EvaluatedAnswer(prompt, reference, text, is_exact_match(text, reference, self.arguments))
+            EvaluatedAnswer(
+                prompt,
+                reference,
+                text,
+                is_exact_match(text, reference, self.arguments),
+                is_contained(text, reference, self.arguments),
+            )
             for prompt, reference, text in zip(
                 batch["prompts"][:count], batch["references"][:count], texts, strict=True
             )

@@ -23,7 +23,7 @@ from na_lora_lightning.report.facts import hints
 from na_lora_lightning.report.runs import read_runs
 
 # The order of the table; what else validation logs comes below.
-_FIRST_METRICS = ("exact_match", "loss", "perplexity", "token_accuracy")
+_FIRST_METRICS = ("contains_match", "exact_match", "loss", "perplexity", "token_accuracy")
 _LONGEST_TEXT = 200
 
 
@@ -187,7 +187,7 @@ def _answer_text(before: EvaluatedAnswer | None, after: EvaluatedAnswer | None) 
     text = Text(f"Prompt     {_shortened(known.prompt)}\nReference  {_shortened(known.reference)}\n")
     for label, answer in (("Before", before), ("After", after)):
         if answer is not None:
-            style = "green" if answer.correct else "red"
+            style = "green" if answer.correct else "yellow" if answer.found else "red"
             text.append(f"{label:<10} ").append(_shortened(answer.answer) + "\n", style=style)
     return text
 

@@ -61,7 +61,8 @@ class NALoRALightningModule(AdapterTrainingModule):
 
     Logged in training: ``train/loss`` (nats per target token) and what
     :class:`~na_lora_lightning.modules.throughput.ThroughputCallback` logs. In validation and test, each over all
-    target tokens or answers: ``loss``, ``perplexity``, ``token_accuracy`` and ``exact_match``.
+    target tokens or answers: ``loss``, ``perplexity`` and ``token_accuracy``, and of generated answers ``exact_match``
+    and ``contains_match``.
 
     Args:
         model_name_or_path: Folder of a model, or its name on the Hugging Face hub.
@@ -224,7 +225,8 @@ class NALoRALightningModule(AdapterTrainingModule):
     @override
     def metric_names(self) -> set[str]:
         """Names of the metrics that a fit logs and callbacks can monitor."""
-        measured = ["loss", "perplexity", "token_accuracy", *(["exact_match"] if self.evaluation.generate else [])]
+        of_answers = ["exact_match", "contains_match"] if self.evaluation.generate else []
+        measured = ["loss", "perplexity", "token_accuracy", *of_answers]
         speeds = ["tokens_per_second", "target_tokens_per_second"]
         return {"train/loss", *(f"train/{name}" for name in speeds), *(f"validation/{name}" for name in measured)}
 

@@ -13,7 +13,7 @@ _MOST_LAYERS = 6
 # Times the median; below it no layer stands out.
 _STANDS_OUT = 2.0
 # The order of tables; what else was measured comes below.
-_FIRST_METRICS = ("exact_match", "accuracy", "loss", "perplexity", "token_accuracy")
+_FIRST_METRICS = ("contains_match", "exact_match", "accuracy", "loss", "perplexity", "token_accuracy")
 
 
 def number(value: Any, digits: int = 4) -> str:

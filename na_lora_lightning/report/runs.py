@@ -158,15 +158,14 @@ class Run:
     def samples(self) -> list[dict[str, Any]]:
         """Prompts with their references, and the answers before and after."""
         first, last = ((entry or {}).get("samples") or [] for entry in (self.before, self.after))
-        answers = {(sample["prompt"], sample["reference"]): sample["answer"] for sample in first}
+        answers = {(sample["prompt"], sample["reference"]): sample for sample in first}
         rows = last or first
         return [
             {
                 "prompt": sample["prompt"],
                 "reference": sample["reference"],
-                "before": answers.get((sample["prompt"], sample["reference"]), ""),
-                "after": sample["answer"] if last else "",
-                "correct": bool(sample.get("correct")) if last else False,
+                "before": _answer(answers.get((sample["prompt"], sample["reference"]))),
+                "after": _answer(sample if last else None),
             }
             for sample in rows[:_MOST_SAMPLES]
         ]
@@ -199,6 +198,13 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
     paths = list(dict.fromkeys(Path(folder).expanduser() for folder in folders))
     names = _names(paths)
     return [Run(path, name, _history(path)) for path, name in zip(paths, names, strict=True)]
+
+
+def _answer(sample: Mapping[str, Any] | None) -> dict[str, Any]:
+    """An answer, and whether the right one is in it."""
+    if sample is None:
+        return {"text": "", "right": False}
+    return {"text": sample["answer"], "right": bool(sample.get("correct") or sample.get("found"))}
 
 
 def _history(folder: Path) -> History:

@@ -239,7 +239,8 @@ def test_module_trains_and_evaluates(kind: str, vlm: Vlm, tmp_path: Path) -> Non
     fitting: Trainer = quiet_trainer(tmp_path, max_epochs=8)
     fitting.fit(module, datamodule)
     after = fitting.callback_metrics
-    assert set(before) == {f"validation/{name}" for name in ("loss", "perplexity", "token_accuracy", "exact_match")}
+    names = ("loss", "perplexity", "token_accuracy", "exact_match", "contains_match")
+    assert set(before) == {f"validation/{name}" for name in names}
     assert float(after["validation/loss"]) < before["validation/loss"] - 0.1
     evaluator: Evaluator = module.evaluator
     assert [(answer.prompt, answer.reference.strip()) for answer in evaluator.answers] == [

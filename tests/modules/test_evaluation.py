@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from module_helpers import END, saved_model, some_batches, tiny_tokenizer
 
 from na_lora_lightning.arguments import EvaluationOptions, LoRAOptions
@@ -17,6 +19,7 @@ from na_lora_lightning.modules.evaluation import (
     EvaluationMetrics,
     Evaluator,
     generate_answers,
+    is_contained,
     is_exact_match,
     prompt_inputs,
 )
@@ -62,19 +65,58 @@ def test_exact_match(answer: str, reference: str, options: dict[str, Any], expec
     assert is_exact_match(answer, reference, EvaluationOptions(**options)) is expected
 
 
+@pytest.mark.parametrize(
+    ("answer", "reference", "options", "expected"),
+    [
+        ("Mary has 6 sisters, so it is 6.", "6", {}, True),
+        ("It is 16, or 60, or 6.5, or 1,6, or -6, or \u22126, or x6.", "6", {}, False),
+        ("(6)", "6", {}, True),
+        ("3-6", "6", {}, True),
+        ("It is Paris!", "paris", {}, False),
+        ("It is\nnew  York!", "New York", {"ignore_case": True}, True),
+        ("Parisian", "Paris", {}, False),
+        ("答案是北京。", "北京", {}, True),
+        ("It is 7 and no 8", "3+4 #### 7", {"answer_pattern": r"####\s*(\S+)"}, True),
+        ("C++ it is", "C++", {}, True),
+        ("a+b", "a.b", {}, False),
+        ("anything", "", {}, False),
+        ("", "", {}, True),
+        ("x", "none", {"answer_pattern": LAST_NUMBER}, False),
+    ],
+)
+def test_contains_match(answer: str, reference: str, options: dict[str, Any], expected: bool) -> None:
+    assert is_contained(answer, reference, EvaluationOptions(**options)) is expected
+
+
+@given(st.text(max_size=8), st.text(max_size=8), st.booleans())
+def test_an_answer_that_is_equal_contains_it(answer: str, reference: str, ignore_case: bool) -> None:
+    options = EvaluationOptions(ignore_case=ignore_case)
+    assert is_contained(answer, answer, options)
+    assert is_contained(answer, reference, options) >= is_exact_match(answer, reference, options)
+    if reference.strip():
+        assert is_contained(f"{answer} {reference} .", reference, options)
+
+
 def sums(loss: float, targets: int, correct: int) -> TokenSums:
     return TokenSums(torch.tensor(loss), torch.tensor(targets), torch.tensor(correct))
 
 
 def test_metrics_weigh_tokens_and_answers_alike() -> None:
     metrics = EvaluationMetrics()
-    right, wrong = (EvaluatedAnswer("p", "r", "a", correct) for correct in (True, False))
+    right, wrong = (EvaluatedAnswer("p", "r", "a", correct, True) for correct in (True, False))
     metrics.update(sums(6.0, 2, 1), [right])
     metrics.update(sums(4.0, 8, 6), [wrong, wrong, right])
-    metrics.update(sums(0.0, 0, 0))
+    metrics.update(sums(0.0, 0, 0), [EvaluatedAnswer("p", "r", "a", False)] * 4)
     computed = {name: float(value) for name, value in metrics.compute().items()}
     assert computed == pytest.approx(
-        {"loss": 1.0, "perplexity": math.e, "token_accuracy": 0.7, "exact_match": 0.5}, rel=1e-6
+        {
+            "loss": 1.0,
+            "perplexity": math.e,
+            "token_accuracy": 0.7,
+            "exact_match": 0.25,
+            "contains_match": 0.5,
+        },
+        rel=1e-6,
     )
     metrics.reset()
     metrics.update(sums(0.0, 0, 0))
@@ -95,7 +137,7 @@ def test_metrics_of_two_processes_are_those_of_one() -> None:
     assert {name: float(value) for name, value in gathered.items()} == {
         name: float(getattr(whole, name)) for name in gathered
     }
-    assert len(gathered) == 5
+    assert len(gathered) == 6
 
 
 def test_padded_batches_generate_as_single_prompts_do(model: Any) -> None:

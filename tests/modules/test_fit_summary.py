@@ -61,7 +61,7 @@ def test_prints_what_a_fit_changed(base: str, tmp_path: Path) -> None:
     expected_after = {name.removeprefix("validation/"): value for name, value in after.items()}
     assert summary.metrics_before == pytest.approx(expected_before)
     assert summary.metrics_after == pytest.approx(expected_after)
-    assert set(summary.metrics_before) == {"loss", "perplexity", "token_accuracy", "exact_match"}
+    assert set(summary.metrics_before) == {"loss", "perplexity", "token_accuracy", "exact_match", "contains_match"}
     assert summary.metrics_after["loss"] < summary.metrics_before["loss"]
 
     printed = text.getvalue()
