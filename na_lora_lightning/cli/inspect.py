@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from na_lora_lightning.core.pre_activations import ActivationInput, GateMethod, LayerOutput
@@ -82,9 +82,8 @@ def inspect_layers(
 
 def _example_inputs(base: PreTrainedModel, source: BaseModelSource, lora: LoRAOptions) -> dict[str, Any] | None:
     """What reaches every part with LoRA; None stands for a few tokens of text."""
+    from na_lora_lightning.cli.memory import example_of_model
     from na_lora_lightning.core.model_parts import is_multimodal
-    from na_lora_lightning.data.images.batching import example_of_processor
-    from na_lora_lightning.data.processors import load_processor
     from na_lora_lightning.models.dual_encoder import example_inputs
     from na_lora_lightning.models.source import DUAL_ENCODERS
 
@@ -93,10 +92,7 @@ def _example_inputs(base: PreTrainedModel, source: BaseModelSource, lora: LoRAOp
     if not is_multimodal(base) or not {"vision", "projector"} & set(lora.parts):
         return None
     try:
-        processor = load_processor(
-            source.resolved_name_or_path, revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
-        return dict(example_of_processor(processor))
+        return example_of_model(source)
     except ConfigurationError as error:
         raise ConfigurationError(
             f"to find the gates that images reach, an example is made with the model's processor: {error}"
@@ -235,8 +231,9 @@ def main(arguments: list[str]) -> int:
     from jsonargparse import ArgumentError
 
     from na_lora_lightning.arguments import LoRAOptions
-    from na_lora_lightning.cli.arguments import PlainParser
+    from na_lora_lightning.cli.arguments import PlainParser, config_files
     from na_lora_lightning.cli.errors import explain
+    from na_lora_lightning.cli.memory import StepSize, estimate_step, options_of_run
     from na_lora_lightning.models.quantization import Kind
     from na_lora_lightning.models.source import BaseModelSource
 
@@ -248,22 +245,36 @@ def main(arguments: list[str]) -> int:
         ),
         exit_on_error=False,
     )
-    parser.add_argument("model", type=str, help="folder of a model, or its name on the hub")
+    parser.add_argument("model", type=str, nargs="?", help="folder of a model, or its name on the hub")
+    parser.add_argument("-c", "--config", type=str, help="configuration of a run to take options from")
+    parser.add_argument("--memory", type=bool, default=True, help="estimate the memory of a training step")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--trust_remote_code", type=bool, default=False, help="run code that comes with the model")
     parser.add_argument(
         "--quantization", type=Kind | None, default=None, help="in what form a fit would hold the base weights"
     )
+    parser.add_class_arguments(StepSize, None)
     parser.add_class_arguments(LoRAOptions, "lora")
     try:
+        for file in config_files(arguments):
+            parser.set_defaults(options_of_run(file))
         options = parser.parse_args(arguments)
     except ArgumentError as error:
         keys = {action.dest for action in parser._actions}
         raise ConfigurationError(explain(str(error), keys, (), ())) from error
+    if options.model is None:
+        raise ConfigurationError("no model is given; give its folder or its name on the hub.")
     source = BaseModelSource(options.model, trust_remote_code=options.trust_remote_code)
-    gates, layers, (trainable, total) = inspect_layers(source, LoRAOptions(**vars(options.lora)), options.quantization)
+    lora = LoRAOptions(**vars(options.lora))
+    step = StepSize(**{field.name: options[field.name] for field in fields(StepSize)})
+    gates, layers, (trainable, total) = inspect_layers(source, lora, options.quantization)
+    sentence, memory = estimate_step(source, lora, step, options.quantization) if options.memory else ("", None)
     if options.json:
-        more = {"lora_layers": asdict(layers), "parameters": {"trainable": trainable, "total": total}}
+        more = {
+            "lora_layers": asdict(layers),
+            "parameters": {"trainable": trainable, "total": total},
+            "memory": None if memory is None else asdict(memory),
+        }
         print(json.dumps(as_dictionary(gates) | more, indent=2))
     else:
         from rich.console import Console
@@ -276,5 +287,6 @@ def main(arguments: list[str]) -> int:
         console.print(f"LoRA trains {trainable:,} of {total:,} parameters ({100 * trainable / total:.3g} %).")
         for line in layers.lines():
             console.print(line, markup=False, highlight=False)
+        console.print(sentence, markup=False, highlight=False)
     gates.require()
     return 0

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
 from na_lora_lightning.core.lora_layers import is_lora_layer, observed_now, only_observed
@@ -22,6 +23,8 @@ from na_lora_lightning.models.lora_inputs import CastingLinear
 from na_lora_lightning.peft_internals import LoRALinear, is_plain_dora
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# The last has shapes alone, with which memory is estimated.
+_PLAIN = (nn.Parameter, Tensor, FakeTensor)
 _HOOKED = "hooks on parts of it"
 # By the names that they have in torch 2.6 as in 2.14.
 _HOOKS_OF_ALL_MODULES = [
@@ -143,7 +146,7 @@ def _parts(layer: FastLoRALinear) -> _Parts | str:
     for tensor in (weight, a, b, bias, bias_b, magnitude):
         if tensor is None:
             continue
-        if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
+        if type(tensor) not in _PLAIN:
             return "its weights are of a class of their own, as quantised and distributed ones are"
         if tensor.dtype not in _FLOATING:
             return "its weights are not floating-point numbers"

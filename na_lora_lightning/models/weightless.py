@@ -26,11 +26,12 @@ _NOISE = 0.3
 _SMALL = 1 << 20
 
 
-def model_without_weights(source: BaseModelSource) -> PreTrainedModel:
+def model_without_weights(source: BaseModelSource, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Makes a causal language model of a configuration on the meta device.
 
     Args:
         source: Which model; only its configuration is read.
+        dtype: Of its weights.
 
     Returns:
         The model, to which LoRA can be added; it cannot run before :func:`fill_in`.
@@ -46,7 +47,7 @@ def model_without_weights(source: BaseModelSource) -> PreTrainedModel:
             del config.quantization_config
         with torch.device("meta"):
             model: PreTrainedModel = auto_class(config).from_config(
-                config, dtype=torch.float32, trust_remote_code=source.trust_remote_code
+                config, dtype=dtype, trust_remote_code=source.trust_remote_code
             )
     except Exception as error:
         # Values of the wrong kind go wrong wherever a model's code meets them.
