@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from na_lora_lightning.core.activations import ElementwiseActivation
 from na_lora_lightning.core.controller import GateController
-from na_lora_lightning.core.discovery.functional_probe import identify
+from na_lora_lightning.core.discovery.functional_probe import identify, keeps_tokens_apart
 from na_lora_lightning.core.discovery.gates import discover_gates
 from na_lora_lightning.core.in_force import describe
 from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
@@ -192,3 +192,16 @@ def test_every_row_makes_exactly_its_channel(
             with torch.no_grad():
                 rows.parameter[site.rows[channel]] -= 1.0
             assert torch.nonzero(change > 1e-3 * change.max()).flatten().tolist() == [channel]
+
+
+@pytest.mark.parametrize(
+    ("code", "apart"),
+    [
+        (lambda z: functional.silu(z).softmax(-1), True),
+        (lambda z: functional.layer_norm(z, z.shape[-1:]), True),
+        (lambda z: z.cumsum(1), False),
+        (lambda z: z - z.mean(dim=(0, 1), keepdim=True), False),
+    ],
+)
+def test_tokens_that_see_others_are_told(code: Any, apart: bool) -> None:
+    assert keeps_tokens_apart(code, torch.zeros(2, 3, 12)) is apart
