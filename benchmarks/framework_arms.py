@@ -1,7 +1,8 @@
 """One training of the comparison of frameworks: run by ``frameworks.py``, which tells it when to step.
 
-All arms train the same model on the same records: LoRA of rank 16 on all linear layers, AdamW, float32, batches of 8
-records, no clipping, no checkpoints. Each is written as its framework's documents show it, with the defaults that has.
+All arms train the same model on the same records: LoRA of rank 16 on all linear layers, AdamW, batches of 8 records, no
+clipping, no checkpoints; a float32 base, or a bfloat16 one with a float32 adapter if that is asked for. Each is written
+as the documents of its framework show it, with the defaults that has.
 """
 
 from __future__ import annotations
@@ -91,6 +92,8 @@ class Turns:
 
     def step_begins(self) -> None:
         if self._left == 0:
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
             now = (time.perf_counter(), time.process_time())
             if self._began is None:
                 self._answer({"ready": True})
@@ -118,7 +121,7 @@ class Turns:
 
 def peak_bytes() -> int:
     """The most memory that this process has held so far: of the GPU if there is one, resident otherwise."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -148,13 +151,14 @@ def lora_config(**options: Any) -> Any:
     return LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM", **options)
 
 
-def base_model(folder: str) -> Any:
+def base_model(options: argparse.Namespace) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
+    return model.to(options.device)
 
 
-def plain_loop(model: Any, records: list[dict[str, list[int]]], turns: Turns) -> None:
+def plain_loop(model: Any, device: str, records: list[dict[str, list[int]]], turns: Turns) -> None:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE) if trained else None
     if not trained:
@@ -162,13 +166,13 @@ def plain_loop(model: Any, records: list[dict[str, list[int]]], turns: Turns) ->
     model.train()
     for batch in DataLoader(records, batch_size=ROWS, collate_fn=Padded(turns)):  # type: ignore[arg-type]
         turns.step_begins()
-        model(**batch).loss.backward()
+        model(**{name: value.to(device) for name, value in batch.items()}).loss.backward()
         if optimizer:
             optimizer.step()
             optimizer.zero_grad()
 
 
-def transformers_trainer(arm: str, folder: str, records: list[dict[str, list[int]]], turns: Turns) -> None:
+def transformers_trainer(options: argparse.Namespace, records: list[dict[str, list[int]]], turns: Turns) -> None:
     from datasets import Dataset
     from peft import get_peft_model
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -177,7 +181,7 @@ def transformers_trainer(arm: str, folder: str, records: list[dict[str, list[int
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             turns.step_begins()
 
-    options: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(),
         "per_device_train_batch_size": ROWS,
         "learning_rate": RATE,
@@ -187,12 +191,13 @@ def transformers_trainer(arm: str, folder: str, records: list[dict[str, list[int
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
+        "use_cpu": options.device == "cpu",
     }
-    if arm == "trainer":
-        model = get_peft_model(base_model(folder), lora_config())
+    if options.arm == "trainer":
+        model = get_peft_model(base_model(options), lora_config())
         Trainer(
             model,
-            TrainingArguments(**options),
+            TrainingArguments(**arguments),
             data_collator=Padded(turns),  # type: ignore[arg-type]
             train_dataset=Dataset.from_list(records),
             callbacks=[Steps()],
@@ -206,19 +211,21 @@ def transformers_trainer(arm: str, folder: str, records: list[dict[str, list[int
             turns.count(inputs["labels"], inputs.get("attention_mask", torch.ones_like(inputs["labels"])))
             return super().training_step(model, inputs, *args, **kwargs)
 
-    packed = {"packing": True, "max_length": 512, "per_device_train_batch_size": 2} if arm == "trl_packed" else {}
-    options |= {"gradient_checkpointing": False, "bf16": False, "max_length": None, "shuffle_dataset": False} | packed
+    packed = (
+        {"packing": True, "max_length": 512, "per_device_train_batch_size": 2} if options.arm == "trl_packed" else {}
+    )
+    arguments |= {"gradient_checkpointing": False, "bf16": False, "max_length": None, "shuffle_dataset": False} | packed
     Counted(
-        base_model(folder),
-        SFTConfig(**options),
+        base_model(options),
+        SFTConfig(**arguments),
         train_dataset=Dataset.from_list(records),
-        processing_class=AutoTokenizer.from_pretrained(folder),
+        processing_class=AutoTokenizer.from_pretrained(options.model),
         peft_config=lora_config(),
         callbacks=[Steps()],
     ).train()
 
 
-def this_package(arm: str, folder: str, data: Any, turns: Turns) -> None:
+def this_package(options: argparse.Namespace, data: Any, turns: Turns) -> None:
     from lightning.pytorch import Callback, Trainer
 
     from na_lora_lightning import GateImportanceCallback, NALoRALightningModule, StepScaleCallback
@@ -228,14 +235,17 @@ def this_package(arm: str, folder: str, data: Any, turns: Turns) -> None:
             turns.step_begins()
             turns.count(batch["labels"], batch.get("attention_mask", torch.ones_like(batch["labels"])))
 
+    arm = options.arm
     module = NALoRALightningModule(
-        folder,
+        options.model,
         lora={"r": RANK, "alpha": ALPHA, "use_dora": arm == "dora"},  # type: ignore[arg-type]
+        dtype=options.dtype,
         adapter={"write": "never"},  # type: ignore[arg-type]
     )
     both = [GateImportanceCallback(warmup_steps=0), StepScaleCallback()] if arm.startswith("na_lora") else []
     trainer = Trainer(
         max_steps=STEPS,
+        accelerator="cpu" if options.device == "cpu" else "gpu",
         devices=1,
         callbacks=[*both, Steps()],
         logger=False,
@@ -252,6 +262,8 @@ def main() -> None:
     parser.add_argument("--arm", choices=ARMS, required=True)
     parser.add_argument("--workload", choices=WORKLOADS, required=True)
     parser.add_argument("--model", required=True)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     options = parser.parse_args()
     turns = Turns()
     warnings.filterwarnings("ignore")
@@ -259,21 +271,21 @@ def main() -> None:
     torch.manual_seed(0)
     data = data_of(options.arm, options.workload, options.model)
     if options.arm in ("plain", "na_lora", "na_lora_packed", "dora"):
-        this_package(options.arm, options.model, data, turns)
+        this_package(options, data, turns)
     data.prepare_data()
     data.setup("fit")
     records = data._dataset("train").select_columns(["input_ids", "labels"]).to_list()
     if options.arm in ("floor", "peft", "peft_dora"):
         from peft import get_peft_model
 
-        model = base_model(options.model)
+        model = base_model(options)
         if options.arm == "floor":
             model.requires_grad_(False)
         else:
             model = get_peft_model(model, lora_config(use_dora=options.arm == "peft_dora"))
-        plain_loop(model, records, turns)
+        plain_loop(model, options.device, records, turns)
     else:
-        transformers_trainer(options.arm, options.model, records, turns)
+        transformers_trainer(options, records, turns)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ All arms of a model share its frozen weights, and each has an adapter of its own
 from __future__ import annotations
 
 import copy
+import platform
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
@@ -120,6 +121,12 @@ def make_arm(name: str, base: nn.Module, stack: ExitStack, **lora: Any) -> Arm:
 
 
 ARMS = ("floor", REFERENCE, "LoRA", "NA-LoRA, 128 tokens a site", "NA-LoRA, all tokens", "PEFT DoRA", "DoRA")
+
+
+def where(device: str) -> dict[str, Any]:
+    """On what it was measured."""
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def kernels_of(step: Callable[[], None]) -> dict[str, Any]:

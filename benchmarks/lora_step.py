@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
 import statistics
 import sys
 import time
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lora_arms import ARMS, DTYPES, REFERENCE, SIZES, VOCABULARY, Arm, base_model, kernels_of, make_arm
+from lora_arms import ARMS, DTYPES, REFERENCE, SIZES, VOCABULARY, Arm, base_model, kernels_of, make_arm, where
 from torch import Tensor
 
 BOUNDS = {
@@ -123,12 +122,6 @@ def report(rows: list[dict[str, Any]]) -> bool:
     return within
 
 
-def where(device: str) -> dict[str, Any]:
-    """On what it was measured."""
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -145,7 +138,7 @@ def main() -> None:
     if options.device == "cpu":
         torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
-    within = True
+    within, began = True, time.perf_counter()
     for size, dtype in itertools.product(options.models, options.dtypes):
         try:
             new = measure(size, dtype, options.tokens, options)
@@ -159,6 +152,7 @@ def main() -> None:
         if options.output:
             options.output.parent.mkdir(parents=True, exist_ok=True)
             options.output.write_text(json.dumps({"where": where(options.device), "rows": rows}, indent=1))
+    print(f"took {time.perf_counter() - began:.0f} s")
     sys.exit(0 if within else 1)
 
 
