@@ -170,7 +170,8 @@ class _Parser(ArgumentParser):
         raise ConfigurationError(f"{message}; see 'na-lora chat --help'.")
 
 
-def _parser() -> _Parser:
+def options_parser() -> _Parser:
+    """The parser of its options."""
     parser = _Parser(
         prog="na-lora chat",
         description="Talk with a model, or with an adapter on its base model; /help lists what can be asked for.",
@@ -209,7 +210,7 @@ def main(arguments: list[str]) -> int:
     Raises:
         ConfigurationError: The user has something to correct.
     """
-    options = _parser().parse_args(arguments)
+    options = options_parser().parse_args(arguments)
     import torch
     from rich.console import Console
 

@@ -37,7 +37,8 @@ class _Parser(ArgumentParser):
         raise ConfigurationError(f"{message}; see na-lora compare --help.")
 
 
-def _parser() -> _Parser:
+def options_parser() -> _Parser:
+    """The parser of its options."""
     from na_lora_lightning.compare.plan import ARMS
 
     parser = _Parser(
@@ -96,7 +97,7 @@ def main(arguments: list[str]) -> int:
     Raises:
         NALoRAError: Something that the user can correct.
     """
-    parser = _parser()
+    parser = options_parser()
     options, changes = parser.parse_known_args(arguments)
     try:
         import optuna  # noqa: F401

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from na_lora_lightning.arguments import LoRAOptions
+    from na_lora_lightning.cli.arguments import PlainParser
     from na_lora_lightning.models.fast_lora import LoRALayerReport
     from na_lora_lightning.models.source import BaseModelSource
 
@@ -216,26 +217,12 @@ def _ranges(layers: Sequence[str]) -> str:
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
 
 
-def main(arguments: list[str]) -> int:
-    """Runs ``na-lora inspect``.
-
-    Args:
-        arguments: What follows ``inspect`` on the command line.
-
-    Returns:
-        0 where every gate can be adapted.
-
-    Raises:
-        NALoRAError: The model or the options cannot be used, or a gate has no LoRA (after the table was printed).
-    """
-    from jsonargparse import ArgumentError
-
+def options_parser() -> PlainParser:
+    """The parser of its options."""
     from na_lora_lightning.arguments import LoRAOptions
-    from na_lora_lightning.cli.arguments import PlainParser, config_files
-    from na_lora_lightning.cli.errors import explain
-    from na_lora_lightning.cli.memory import StepSize, estimate_step, options_of_run
+    from na_lora_lightning.cli.arguments import PlainParser
+    from na_lora_lightning.cli.memory import StepSize
     from na_lora_lightning.models.quantization import Kind
-    from na_lora_lightning.models.source import BaseModelSource
 
     parser = PlainParser(
         prog="na-lora inspect",
@@ -255,6 +242,30 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_class_arguments(StepSize, None)
     parser.add_class_arguments(LoRAOptions, "lora")
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Runs ``na-lora inspect``.
+
+    Args:
+        arguments: What follows ``inspect`` on the command line.
+
+    Returns:
+        0 where every gate can be adapted.
+
+    Raises:
+        NALoRAError: The model or the options cannot be used, or a gate has no LoRA (after the table was printed).
+    """
+    from jsonargparse import ArgumentError
+
+    from na_lora_lightning.arguments import LoRAOptions
+    from na_lora_lightning.cli.arguments import config_files
+    from na_lora_lightning.cli.errors import explain
+    from na_lora_lightning.cli.memory import StepSize, estimate_step, options_of_run
+    from na_lora_lightning.models.source import BaseModelSource
+
+    parser = options_parser()
     try:
         for file in config_files(arguments):
             parser.set_defaults(options_of_run(file))

@@ -32,6 +32,7 @@ commands:
   inspect   list the gates of a model and how they would be adapted
   report    write a page about a run, or several side by side
   compare   train in several ways, and say which differences are more than chance
+  init      write a configuration to begin with, its schema, or completion for a shell
 
 'na-lora COMMAND --help' lists the options of a command. 'na-lora fit --config run.yaml' takes them from a file, and
 'na-lora fit ... --print_config' shows the configuration that a command line amounts to.
@@ -133,6 +134,12 @@ def _inspect(arguments: Sequence[str]) -> int:
     return inspection.main(list(arguments[1:]))
 
 
+def _init(arguments: Sequence[str]) -> int:
+    from na_lora_lightning.cli import init as beginning
+
+    return beginning.main(list(arguments[1:]))
+
+
 def _chat(arguments: Sequence[str]) -> int:
     from na_lora_lightning.cli import chat as chatting
 
@@ -159,10 +166,11 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "chat": _chat,
     "merge": _merge,
     "inspect": _inspect,
+    "init": _init,
     "report": _report_runs,
     "compare": _compare,
 }
-_WITHOUT_TRANSFORMERS = ("report",)
+_WITHOUT_TRANSFORMERS = ("report", "init")
 
 
 class _KnownMessages(logging.Filter):

@@ -256,18 +256,8 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigurationError(f"{message}; see 'na-lora merge --help'.")
 
 
-def main(arguments: list[str]) -> int:
-    """Runs ``na-lora merge``.
-
-    Args:
-        arguments: The command line after ``merge``.
-
-    Returns:
-        The exit status.
-
-    Raises:
-        ConfigurationError: The user has something to correct.
-    """
+def options_parser() -> _Parser:
+    """The parser of its options."""
     parser = _Parser(prog="na-lora merge", description="Merges an adapter into its base model.")
     parser.add_argument("--adapter", type=Path, required=True, help="folder of an adapter or run, or .ckpt file")
     parser.add_argument("--output", type=Path, required=True, help="folder for the merged model and its tokenizer")
@@ -290,6 +280,21 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--push_to", metavar="NAME", help="repository on the hub that is given the model as well")
     parser.add_argument("--private", action="store_true", help="make that repository a private one, if it is new")
     parser.add_argument("--trust_remote_code", action="store_true", help="let the base model run code of its own")
-    folder = merge_adapter(MergeOptions(**vars(parser.parse_args(arguments))))
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Runs ``na-lora merge``.
+
+    Args:
+        arguments: The command line after ``merge``.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        ConfigurationError: The user has something to correct.
+    """
+    folder = merge_adapter(MergeOptions(**vars(options_parser().parse_args(arguments))))
     print(f"Merged model {folder}")
     return 0

@@ -13,18 +13,8 @@ class _Parser(ArgumentParser):
         raise ConfigurationError(f"{message}; see na-lora report --help.")
 
 
-def main(arguments: list[str]) -> int:
-    """Runs ``na-lora report``.
-
-    Args:
-        arguments: What follows ``report`` on the command line.
-
-    Returns:
-        0.
-
-    Raises:
-        NALoRAError: A folder is not that of a run, or the page cannot be written.
-    """
+def options_parser() -> _Parser:
+    """The parser of its options."""
     # Not the parser of the other commands, for which torch is imported.
     parser = _Parser(
         prog="na-lora report",
@@ -42,7 +32,22 @@ def main(arguments: list[str]) -> int:
         metavar="FILE",
         help="the page (default: report.html in the folder of the run, or in this one for several)",
     )
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Runs ``na-lora report``.
+
+    Args:
+        arguments: What follows ``report`` on the command line.
+
+    Returns:
+        0.
+
+    Raises:
+        NALoRAError: A folder is not that of a run, or the page cannot be written.
+    """
+    options = options_parser().parse_args(arguments)
     if not options.runs:
         raise ConfigurationError("no run is given; give the folder of at least one.")
     from na_lora_lightning.report.page import write_report
