@@ -53,6 +53,9 @@ class Arm:
             text=True,
         )
         self.rounds: list[dict[str, Any]] = []
+
+    def wait(self) -> None:
+        """Until the first step can begin."""
         self._answer()
 
     def run(self, steps: int) -> None:
@@ -80,6 +83,8 @@ def compare(workload: str, names: list[str], options: argparse.Namespace) -> lis
     arms: list[Arm] = []
     try:
         arms += [Arm(name, workload, options) for name in names]
+        for arm in arms:
+            arm.wait()
         for turn in range(rounds + 1):
             shift = turn % len(arms)
             for arm in arms[shift:] + arms[:shift]:
