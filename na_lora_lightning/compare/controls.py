@@ -62,7 +62,6 @@ class GateStepCallback(Callback):
         ]
         self.begin(trainer)
         for optimizer in trainer.optimizers:
-            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
     @override
@@ -80,7 +79,15 @@ class GateStepCallback(Callback):
         """Called after the last step."""
 
     def before_step(self) -> None:
-        """Called when the gradients are there, before the optimizer sees them."""
+        """Called when the gradients are there, before they are clipped and the optimizer sees them."""
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Copies the rows; the optimizer is within its step already, and has not changed them yet."""
+        self.steps += 1
+        with torch.no_grad():
+            self.before_step()
+            self._before = [parameter.detach()[rows].clone() for parameter, rows, _ in self._rows]
 
     def weights(self, index: int, moved: Tensor) -> Tensor | float | None:
         """What the step of a site's rows is multiplied by.
@@ -93,12 +100,6 @@ class GateStepCallback(Callback):
             A number or ``[rows]``; None leaves the step as it is.
         """
         return None
-
-    @torch.no_grad()
-    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        self.steps += 1
-        self.before_step()
-        self._before = [parameter.detach()[rows].clone() for parameter, rows, _ in self._rows]
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
