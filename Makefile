@@ -102,11 +102,15 @@ format: install ## Format the code
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-benchmark: install ## Steps, operations and tokens a second, beside PEFT, transformers' Trainer and TRL where it is installed
-	$(BIN)/python examples/quickstart/prepare.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/lora_step.py
-	$(BIN)/python benchmarks/lora_operations.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/frameworks.py --model $(MODEL)
+# Another environment may have TRL beside what this one has.
+BENCHMARK_PYTHON ?= $(BIN)/python
+benchmark: install ## Steps, operations and tokens a second beside PEFT, transformers' Trainer and TRL: docs/benchmarks.md
+	test -f $(MODEL)/config.json || $(BIN)/python examples/quickstart/prepare.py
+	-OMP_NUM_THREADS=1 $(BENCHMARK_PYTHON) -W ignore benchmarks/lora_step.py --output benchmarks/results/step.json
+	-$(BENCHMARK_PYTHON) -W ignore benchmarks/lora_operations.py --output benchmarks/results/operations.json
+	OMP_NUM_THREADS=1 $(BENCHMARK_PYTHON) -W ignore benchmarks/growth.py
+	OMP_NUM_THREADS=1 $(BENCHMARK_PYTHON) -W ignore benchmarks/frameworks.py --model $(MODEL)
+	$(BENCHMARK_PYTHON) benchmarks/page.py
 
 clean: ## Remove the environment and caches, not what was trained
 	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis

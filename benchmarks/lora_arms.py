@@ -9,6 +9,7 @@ import copy
 import platform
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,10 +60,17 @@ def base_model(size: dict[str, Any], dtype: str = "float32", device: str = "cpu"
 def adapted(base: nn.Module, fast: bool, dora: bool = False, rank: int = 16, **options: Any) -> PeftModel:
     """The model with LoRA on all linear layers, float32, on layers of this package or of PEFT."""
     torch.manual_seed(1)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", use_dora=dora, **options)
+    options = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear", "use_dora": dora} | options
+    config = LoraConfig(**options)
     model: PeftModel = get_peft_model(_sharing(base), config)  # type: ignore[assignment, arg-type]
     use_fast_lora_layers(model, enable=fast)
     return model
+
+
+def random_tokens(shape: str, device: str = "cpu") -> Tensor:
+    """The same for each shape, such as 8x64: rows and their length."""
+    rows, length = map(int, shape.split("x"))
+    return torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def _sharing(base: nn.Module) -> Any:
@@ -114,8 +122,9 @@ def make_arm(name: str, base: nn.Module, stack: ExitStack, **lora: Any) -> Arm:
         looked_at = None if "all tokens" in name else 128
         options: dict[str, Any] = {"importance": ImportanceOptions(warmup_steps=0), "step_scale": StepScaleOptions()}
         observer = ObserverOptions(max_tokens=looked_at)
+        options |= {"measure_every": 0, "allow_unmasked_gates": True}
         stack.enter_context(
-            nonlinearity_aware(arm.model, arm.optimizer, observer=observer, measure_every=0, **options)  # type: ignore[arg-type]
+            nonlinearity_aware(arm.model, arm.optimizer, observer=observer, **options)  # type: ignore[arg-type]
         )
     return arm
 
@@ -125,8 +134,16 @@ ARMS = ("floor", REFERENCE, "LoRA", "NA-LoRA, 128 tokens a site", "NA-LoRA, all 
 
 def where(device: str) -> dict[str, Any]:
     """On what it was measured."""
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def kernels_of(step: Callable[[], None]) -> dict[str, Any]:

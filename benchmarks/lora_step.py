@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lora_arms import ARMS, DTYPES, REFERENCE, SIZES, VOCABULARY, Arm, base_model, kernels_of, make_arm, where
+from lora_arms import ARMS, DTYPES, REFERENCE, SIZES, Arm, base_model, kernels_of, make_arm, random_tokens, where
 from torch import Tensor
 
 BOUNDS = {
@@ -88,9 +88,7 @@ def measure(size: str, dtype: str, shapes: list[str], options: argparse.Namespac
     with ExitStack() as stack:
         arms = {name: make_arm(name, base, stack) for name in options.arms}
         for shape in shapes:
-            count, length = map(int, shape.split("x"))
-            generator = torch.Generator().manual_seed(0)
-            tokens = torch.randint(0, VOCABULARY, (count, length), generator=generator).to(options.device)
+            tokens = random_tokens(shape, options.device)
             seconds = in_turn(arms, tokens, options.rounds, options.steps, options.limit)
             reference = seconds[REFERENCE]
             for name, each in seconds.items():
