@@ -11,8 +11,8 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from na_lora_lightning.data.batching import EpochSampler, ResumableDataLoader
-from na_lora_lightning.data.options import DataOptions
+from na_lora_lightning.data.batching import EpochSampler, ResumableDataLoader, refuse_other_plan
+from na_lora_lightning.data.options import DataOptions, require_known_columns
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.lightning_internals import processed_batches
 
@@ -43,12 +43,9 @@ class ResumableDataModule(LightningDataModule, ABC):
 
     def __init__(self, options: DataOptions) -> None:
         super().__init__()
-        unknown = sorted(set(options.columns or {}) - set(self.COLUMNS))
-        if unknown:
-            *first, last = (repr(name) for name in self.COLUMNS)
-            raise ConfigurationError(f"columns has the unknown key {unknown[0]!r}; use {', '.join(first)} and {last}.")
+        require_known_columns(options.columns, self.COLUMNS)
         self.options = options
-        self.sources: dict[str, str | None] = {split: getattr(options, split) for split in DEFAULT_SPLITS}
+        self.sources: dict[str, Any] = {split: getattr(options, split) for split in DEFAULT_SPLITS}
         self.columns = dict(options.columns or {})
         # Lightning's tuner sets it.
         self.batch_size = options.batch_size
@@ -58,11 +55,11 @@ class ResumableDataModule(LightningDataModule, ABC):
         self._plan_to_resume: dict[str, Any] = {}
 
     @abstractmethod
-    def _load(self, split: str, source: str) -> Any:
+    def _load(self, split: str, source: Any) -> Any:
         """Downloads, converts and reads a split."""
 
     @abstractmethod
-    def _prepare(self, split: str, source: str) -> Any:
+    def _prepare(self, split: str, source: Any) -> Any:
         """Makes of a split what is kept of it from ``setup`` on."""
 
     @abstractmethod
@@ -127,23 +124,28 @@ class ResumableDataModule(LightningDataModule, ABC):
             self._limit_val_batches = None
 
     @override
-    def train_dataloader(self) -> ResumableDataLoader:
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Returns the training batches."""
-        strategy = self.trainer.strategy if self.trainer is not None else None
         sampler = self._sampler(
-            batch_size=self.batch_size,
-            shuffle=self.options.shuffle,
-            seed=self.options.seed,
-            **(getattr(strategy, "distributed_sampler_kwargs", None) or {}),
+            batch_size=self.batch_size, shuffle=self.options.shuffle, seed=self.options.seed, **self._processes()
         )
-        if self._plan_to_resume:
-            sampler.refuse_other_plan(self._plan_to_resume)
-        self._plan, self._plan_to_resume = sampler.plan, {}
+        self._keep_plan(sampler.plan)
         return self._train_loader(
             **self._loader_options("train", self.batch_size),
             sampler=sampler,
             processed_batches=None if self.trainer is None else self._processed_batches,
         )
+
+    def _processes(self) -> dict[str, int]:
+        """How many processes share the records, and which one this is, where there are several."""
+        strategy = self.trainer.strategy if self.trainer is not None else None
+        return getattr(strategy, "distributed_sampler_kwargs", None) or {}
+
+    def _keep_plan(self, plan: dict[str, Any]) -> None:
+        """Keeps what the order of batches depends on, which has to be that of an interrupted run."""
+        if self._plan_to_resume:
+            refuse_other_plan(plan, self._plan_to_resume)
+        self._plan, self._plan_to_resume = plan, {}
 
     @override
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[DataLoader[dict[str, Any]]]:

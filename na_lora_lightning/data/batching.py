@@ -107,24 +107,6 @@ class EpochSampler(DistributedSampler[int]):
             "seed": self.seed,
         }
 
-    def refuse_other_plan(self, former: dict[str, Any]) -> None:
-        """Refuses to resume a run whose batches would not be those of the interrupted run.
-
-        Args:
-            former: The plan of the interrupted run.
-
-        Raises:
-            ConfigurationError: The plans differ.
-        """
-        changed = {name: value for name, value in self.plan.items() if former.get(name) != value}
-        if changed:
-            before = ", ".join(f"{name}={former.get(name)}" for name in changed)
-            now = ", ".join(f"{name}={value}" for name, value in changed.items())
-            raise ConfigurationError(
-                f"the checkpoint was saved with {before}, so training cannot be resumed from it with {now}; "
-                "restore the former data and settings, or start a new run from the trained weights."
-            )
-
     def __iter__(self) -> Iterator[int]:
         """Iterates over the records of this process, once without those of the first ``skipped_batches``."""
         order = self._order()
@@ -148,6 +130,26 @@ class EpochSampler(DistributedSampler[int]):
         middle = batches[1:-1]
         shuffled = [middle[place] for place in torch.randperm(len(middle), generator=generator).tolist()]
         return [index for batch in [*batches[:1], *shuffled, *batches[1:][-1:]] for index in batch]
+
+
+def refuse_other_plan(plan: dict[str, Any], former: dict[str, Any]) -> None:
+    """Refuses to resume a run whose batches would not be those of the interrupted run.
+
+    Args:
+        plan: What the order of batches depends on.
+        former: What it depended on in the interrupted run.
+
+    Raises:
+        ConfigurationError: The plans differ.
+    """
+    changed = {name: value for name, value in plan.items() if former.get(name) != value}
+    if changed:
+        before = ", ".join(f"{name}={former.get(name)}" for name in changed)
+        now = ", ".join(f"{name}={value}" for name, value in changed.items())
+        raise ConfigurationError(
+            f"the checkpoint was saved with {before}, so training cannot be resumed from it with {now}; "
+            "restore the former data and settings, or start a new run from the trained weights."
+        )
 
 
 class ResumableDataLoader(DataLoader[dict[str, Any]]):

@@ -5,7 +5,7 @@ They have the names of the arguments of the data modules, which explain them and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -22,10 +22,11 @@ class DataOptions:
         ConfigurationError: An option has a value that cannot work.
     """
 
-    train: str | None
-    validation: str | None
-    test: str | None
-    predict: str | None
+    # Names, or for texts lists of sources.
+    train: Any
+    validation: Any
+    test: Any
+    predict: Any
     dataset_config: str | None
     columns: dict[str, str] | None
     batch_size: int
@@ -85,3 +86,15 @@ def require_at_least(minimum: int, **options: int | None) -> None:
     for name, value in options.items():
         if value is not None and value < minimum:
             raise ConfigurationError(f"{name}={value} is too small; set it to {minimum} or more.")
+
+
+def require_known_columns(columns: Mapping[str, str] | None, known: Sequence[str]) -> None:
+    """Refuses names for columns that a data module does not read.
+
+    Raises:
+        ConfigurationError: There is one.
+    """
+    unknown = sorted(set(columns or {}) - set(known))
+    if unknown:
+        *first, last = (repr(name) for name in known)
+        raise ConfigurationError(f"columns has the unknown key {unknown[0]!r}; use {', '.join(first)} and {last}.")

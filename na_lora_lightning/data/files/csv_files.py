@@ -42,12 +42,14 @@ def read_csv(paths: list[Path], names: frozenset[str]) -> Table:
         with _opened(path, names) as table:
             columns |= {name: Value("string") for name in table.columns if name}
 
-    def rows() -> Rows:
-        for path in paths:
-            with _opened(path, names) as table:
-                yield from table.records()
+    return batches_of(csv_records(paths, names), Features(columns))
 
-    return batches_of(rows(), Features(columns))
+
+def csv_records(paths: list[Path], names: frozenset[str]) -> Rows:
+    """Reads the same files one record after another."""
+    for path in paths:
+        with _opened(path, names) as table:
+            yield from table.records()
 
 
 class _Table:

@@ -64,6 +64,11 @@ def read_json(paths: list[Path], names: frozenset[str]) -> Table:
     return batches_of(rows(), Features(features))
 
 
+def json_records(paths: list[Path], names: frozenset[str]) -> Iterator[dict[str, Any]]:
+    """Reads the same files one record after another, as they are."""
+    return _records(paths)
+
+
 def _kind_of(value: Any) -> str:
     if isinstance(value, str):
         is_text = value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)

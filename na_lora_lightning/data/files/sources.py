@@ -7,10 +7,18 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_dataset_builder, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetBuilder,
+    DatasetDict,
+    concatenate_datasets,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetsError
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
@@ -33,7 +41,7 @@ _KINDS = f"{', '.join([*_READERS][:-1])} or {[*_READERS][-1]} file"
 _SPLIT = re.compile(r"\w[\w.\-]*(\[[^\]]*\])?(\+.+)?")
 _FAILURES = (DatasetsError, pa.ArrowException, LookupError, OSError, RuntimeError, TypeError, ValueError)
 # What records are made of, by which a table is known to be one.
-_COLUMNS = frozenset(
+COLUMNS = frozenset(
     {"messages", "prompt", "completion", "tools", "system", "conversations", "text", "image", "images", "label"}
     | {"instruction", "input", "output", "history"}
 )
@@ -57,25 +65,43 @@ def load_records(
         DataError: The source does not exist, cannot be read, or has no records.
     """
     name, split = separate_split(source)
-    path = local_path(name)
-    names = _COLUMNS | set((columns or {}).values())
-    with _explained(source):
-        if _exists(path) and path.is_dir():
+    names = COLUMNS | set((columns or {}).values())
+    with explained(source):
+        kind, path = find_source(source, name)
+        if kind == "folder":
             # ``datasets`` would take a folder whose name begins with ``~`` for somebody's home.
             records = _load_folder(path.absolute(), split or default_split, names)
-        elif _reader_of(path) is not None and "://" not in name:
+        elif kind == "file":
             records = _load_file(path, split or "train", names)
-        elif _exists(path) or name.startswith(("/", "./", "../", "~")) or "://" in name:
-            reason = f"is not a {_KINDS}" if _exists(path) else "does not exist"
-            remedy = "correct the path"
-            if "://" in name:
-                reason, remedy = "is an address", "download it and give the path of the file"
-            raise DataError(f"the data {source!r} cannot be loaded because {name!r} {reason}; {remedy}.")
         else:
             records = load_dataset(path=name, name=config, split=split or default_split)
     if len(records) == 0:
         raise DataError(f"the data {source!r} has no records; give data with at least one record.")
     return _renamed(records, source, columns or {})
+
+
+def find_source(source: str, name: str) -> tuple[Literal["folder", "file", "hub"], Path]:
+    """What a name stands for, and its path.
+
+    Args:
+        source: The name of the data, for messages.
+        name: The name without that of a split.
+
+    Raises:
+        DataError: It stands for nothing that can be read.
+    """
+    path = local_path(name)
+    if _exists(path) and path.is_dir():
+        return "folder", path
+    if reader_of(path) is not None and "://" not in name:
+        return "file", path
+    if _exists(path) or name.startswith(("/", "./", "../", "~")) or "://" in name:
+        reason = f"is not a {_KINDS}" if _exists(path) else "does not exist"
+        remedy = "correct the path"
+        if "://" in name:
+            reason, remedy = "is an address", "download it and give the path of the file"
+        raise DataError(f"the data {source!r} cannot be loaded because {name!r} {reason}; {remedy}.")
+    return "hub", path
 
 
 def separate_split(source: str) -> tuple[str, str | None]:
@@ -111,17 +137,26 @@ def _exists(path: Path) -> bool:
 
 
 def _renamed(records: Dataset, source: str, columns: dict[str, str]) -> Dataset:
-    for name in columns.values():
-        if name not in records.column_names:
-            present = ", ".join(repr(column) for column in records.column_names)
-            raise DataError(
-                f"the data {source!r} has no column {name!r} (its columns are {present}); correct the option columns."
-            )
+    require_columns(records.column_names, source, columns)
     # A column that has a wanted name by chance would be in the way.
     in_the_way = (set(columns) & set(records.column_names)) - set(columns.values())
     return records.remove_columns(sorted(in_the_way)).rename_columns(
         {name: wanted for wanted, name in columns.items() if name != wanted}
     )
+
+
+def require_columns(present: list[str], source: str, columns: dict[str, str]) -> None:
+    """Refuses data without a column that is wanted.
+
+    Raises:
+        DataError: It lacks one.
+    """
+    for name in columns.values():
+        if name not in present:
+            shown = ", ".join(repr(column) for column in present)
+            raise DataError(
+                f"the data {source!r} has no column {name!r} (its columns are {shown}); correct the option columns."
+            )
 
 
 def _load_file(path: Path, split: str, names: frozenset[str]) -> Dataset:
@@ -133,19 +168,20 @@ def _load_file(path: Path, split: str, names: frozenset[str]) -> Dataset:
 
 
 def _read(paths: list[Path], names: frozenset[str]) -> Dataset:
-    reader = _reader_of(paths[0])
+    reader = reader_of(paths[0])
     assert reader is not None
     return read_table(paths, reader, names)
 
 
-def _reader_of(path: Path) -> Reader | None:
+def reader_of(path: Path) -> Reader | None:
+    """How a file is read; None if it is of no kind that is known."""
     kind = kind_of(path)
     # Parquet is compressed inside.
     return None if kind == ".parquet" != path.suffix.lower() else _READERS.get(kind)
 
 
 def _load_folder(path: Path, split: str, names: frozenset[str]) -> Dataset:
-    if not any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
+    if not _is_saved(path):
         return _load_files_of(path, split, names)
     # Tokenised records are cached beside the saved ones, unless the folder cannot be written to.
     saved = load_from_disk(dataset_path=str(path), keep_in_memory=not os.access(path, os.W_OK))
@@ -163,15 +199,28 @@ def _load_files_of(path: Path, split: str, names: frozenset[str]) -> Dataset:
     """Loads a folder of files, of which ``datasets`` tells the splits."""
     path = _readable_name(path)
     builder = load_dataset_builder(path=str(path))
-    files = {str(name): [Path(file) for file in listed] for name, listed in (builder.config.data_files or {}).items()}
+    files = _files_of(builder)
     listings = {name: [file for file in listed if file.name in _LISTINGS] for name, listed in files.items()}
     if isinstance(builder, ImageFolder) and all(listings.values()):
         return Splits(lambda name: _read_listings(listings[name], names), list(files)).select(split)
-    readers = {_reader_of(file) for listed in files.values() for file in listed}
+    readers = {reader_of(file) for listed in files.values() for file in listed}
     if None in readers or len(readers) != 1:
         # Images, and whatever else ``datasets`` knows.
         return load_dataset(path=str(path), split=split)
     return Splits(lambda name: _read(files[name], names), list(files)).select(split)
+
+
+def files_of_folder(path: Path) -> dict[str, list[Path]]:
+    """The files of each split of a folder, of which ``datasets`` tells the splits; none of a saved data set."""
+    return {} if _is_saved(path) else _files_of(load_dataset_builder(path=str(_readable_name(path.absolute()))))
+
+
+def _is_saved(path: Path) -> bool:
+    return any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json"))
+
+
+def _files_of(builder: DatasetBuilder) -> dict[str, list[Path]]:
+    return {str(name): [Path(file) for file in listed] for name, listed in (builder.config.data_files or {}).items()}
 
 
 def _read_listings(paths: list[Path], names: frozenset[str]) -> Dataset:
@@ -199,7 +248,7 @@ def _readable_name(path: Path) -> Path:
     """A folder that ``datasets`` reads as the one given, whose names it would take for patterns or not know."""
     files = [file for file in sorted(path.rglob("*")) if file.is_file()]
     renamed = [
-        file.with_suffix(file.suffix.lower()) if _reader_of(file) is not None else file
+        file.with_suffix(file.suffix.lower()) if reader_of(file) is not None else file
         for file in (file.relative_to(path) for file in files)
     ]
     if not _PATTERN_CHARACTERS.search(str(path.resolve())) and all(
@@ -216,7 +265,7 @@ def _readable_name(path: Path) -> Path:
 
 
 @contextmanager
-def _explained(source: str) -> Iterator[None]:
+def explained(source: str) -> Iterator[None]:
     """Turns the many failures of libraries into one kind."""
     try:
         yield

@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-from datasets import Dataset
 from transformers import DataCollatorWithFlattening, PreTrainedTokenizerBase
 
 from na_lora_lightning.data.batching import Collator
-from na_lora_lightning.data.options import TextOptions, require_at_least
+from na_lora_lightning.data.options import TextOptions
 from na_lora_lightning.data.text.encoding import RecordEncoder, TooLong
 from na_lora_lightning.data.text.formats import COLUMNS
-from na_lora_lightning.data.text.splits import encode_split
-from na_lora_lightning.data.text.supervised import SupervisedDataModule
+from na_lora_lightning.data.text.mixture import PART, StoppingStrategy
+from na_lora_lightning.data.text.sourced import SourcedDataModule
 from na_lora_lightning.data.text.tokenizer import choose_chat_template, load_tokenizer
 from na_lora_lightning.errors import ConfigurationError
 
 
-class InstructionDataModule(SupervisedDataModule):
+class InstructionDataModule(SourcedDataModule):
     """Prompts and completions, conversations, or texts for supervised fine-tuning of a causal language model.
 
     A record has the columns of one of these formats, by which it is recognised:
@@ -53,10 +52,19 @@ class InstructionDataModule(SupervisedDataModule):
 
     Args:
         tokenizer_name_or_path: The folder or hub name of the model's tokenizer.
-        train: The training data.
-        validation: The validation data.
+        train: The training data: a source, or a list of sources. A source in a list is a name, or a dictionary with its
+            ``path``, and where it has its own ``format``, ``columns`` and ``dataset_config``. With a ``weight`` for
+            each, records are drawn from them by these weights; without, all records of all of them are taken.
+        validation: The validation data, a source or a list of sources without weights, as are the next two.
         test: The test data.
         predict: The data to predict completions for.
+        validation_fraction: The share of the records of each source of the training data that is kept for validation in
+            place of other data, drawn at random by the seed.
+        stopping_strategy: Whether an epoch of sources with weights ends where the first has no more records, or where
+            all have been through, the others repeating theirs.
+        streaming: Whether training data are read and tokenised as they are needed: for data that are too large for the
+            disk, or to begin at once. Epochs then have no known length, so that ``trainer.max_steps`` is needed.
+        shuffle_buffer: The number of records that the next record of streamed data is drawn from.
         dataset_config: The configuration of hub data sets that have several.
         format: What records are; None stands for what their columns tell, which a line says.
         columns: The names that the data has for the columns of its format, for example
@@ -98,10 +106,14 @@ class InstructionDataModule(SupervisedDataModule):
     def __init__(
         self,
         tokenizer_name_or_path: str,
-        train: str | None = None,
-        validation: str | None = None,
-        test: str | None = None,
-        predict: str | None = None,
+        train: list[str | dict[str, Any]] | str | None = None,
+        validation: list[str | dict[str, Any]] | str | None = None,
+        test: list[str | dict[str, Any]] | str | None = None,
+        predict: list[str | dict[str, Any]] | str | None = None,
+        validation_fraction: float | None = None,
+        stopping_strategy: StoppingStrategy = "first_exhausted",
+        streaming: bool = False,
+        shuffle_buffer: int = 10_000,
         dataset_config: str | None = None,
         format: Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text"] | None = None,
         columns: dict[str, str] | None = None,
@@ -131,9 +143,14 @@ class InstructionDataModule(SupervisedDataModule):
             raise ConfigurationError(
                 f"packing leaves no padding, which pad_to_multiple_of={pad_to_multiple_of} asks for; leave one out."
             )
-        require_at_least(1, num_proc=num_proc)
-        super().__init__(TextOptions.among(locals()))
-        self.num_proc = num_proc
+        super().__init__(
+            TextOptions.among(locals()),
+            validation_fraction=validation_fraction,
+            stopping_strategy=stopping_strategy,
+            streaming=streaming,
+            shuffle_buffer=shuffle_buffer,
+            num_proc=num_proc,
+        )
         self.packing = packing
         self.save_hyperparameters(logger=False)
         self.tokenizer_name_or_path = tokenizer_name_or_path
@@ -157,17 +174,6 @@ class InstructionDataModule(SupervisedDataModule):
                 self._training_template = choose_chat_template(self._tokenizer, self.options.chat_template)
         return self._tokenizer
 
-    def _prepare(self, split: str, source: str) -> Dataset:
-        records = self._load(split, source)
-        return encode_split(
-            records,
-            self._record_encoder(),
-            source=source,
-            split=split,
-            form=self.options.format,
-            num_proc=self.num_proc,
-        )
-
     def _record_encoder(self) -> RecordEncoder:
         return RecordEncoder(
             self.tokenizer,
@@ -179,8 +185,12 @@ class InstructionDataModule(SupervisedDataModule):
             too_long=self.too_long,
         )
 
-    def _dataset(self, split: str) -> Dataset:
-        return self._prepared_split(split).remove_columns(["index", "tokens", "target_tokens", "truncated", "end_ids"])
+    def _dataset(self, split: str) -> Any:
+        if split == "train" and self._stream is not None:
+            return None
+        prepared = self._prepared_split(split)
+        unread = {"index", "tokens", "target_tokens", "truncated", "end_ids", PART}
+        return prepared.remove_columns([name for name in prepared.column_names if name in unread])
 
     def _collator(self, split: str) -> Callable[[list[Any]], Any]:
         if self.packing and split == "train":

@@ -65,10 +65,21 @@ def require_ids(encoded: Dataset, source: str, tokenizer: PreTrainedTokenizerBas
             found = _first_id_beyond(encoded, column, limits)
             if found is not None:
                 record, token = found
-                raise DataError(
-                    f"record {record + 1} of {source!r} has the token {tokenizer.convert_ids_to_tokens(token)!r} (id "
-                    f"{token}), and {beyond}; resize its embedding and save it first, or use the model's own tokenizer."
-                )
+                require_token(token, record, source, tokenizer, limits)
+
+
+def require_token(token: int, record: int, source: str, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> None:
+    """Checks that a model has an embedding for a token of a record.
+
+    Raises:
+        DataError: It has none.
+    """
+    if token >= limits.rows and token not in limits.placeholders:
+        raise DataError(
+            f"record {record + 1} of {source!r} has the token {tokenizer.convert_ids_to_tokens(token)!r} (id {token}), "
+            f"and the model has embeddings for the ids 0 to {limits.rows - 1}; resize its embedding and save it first, "
+            "or use the model's own tokenizer."
+        )
 
 
 def require_positions(

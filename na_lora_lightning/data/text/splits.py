@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset, LargeList, List
+import numpy as np
+from datasets import Dataset
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from na_lora_lightning.data.files.streams import without_filling
 from na_lora_lightning.data.text.encoding import RecordEncoder
 from na_lora_lightning.data.text.formats import Format, recognise
 from na_lora_lightning.errors import DataError
@@ -52,6 +54,7 @@ def encode_split(
     source: str,
     split: str,
     form: str | None = None,
+    numbers: Sequence[int] | None = None,
     num_proc: int | None = None,
 ) -> Dataset:
     """Encodes all records of a split, or takes them from the cache of ``datasets``.
@@ -63,6 +66,7 @@ def encode_split(
         form: The name of their format; None to tell by their columns.
         split: Which one it is. What generation is scored with is added but for ``train``, and a record without
             completion is an error but for ``predict``.
+        numbers: The places that the records have in the data; None where these are all of it.
         num_proc: The number of processes that share the records; None stands for this one alone.
 
     Raises:
@@ -81,6 +85,7 @@ def encode_split(
             "evaluation": evaluation,
             "needs_completion": needs_completion,
             "form": known,
+            "numbers": None if numbers is None else np.asarray(numbers),
         },
         remove_columns=records.column_names,
         features=encoder.features(evaluation=evaluation),
@@ -122,16 +127,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _encode(
-    record: Any, index: int, *, encoder: RecordEncoder, features: dict[str, Any], **options: Any
+    record: Any, index: int, *, encoder: RecordEncoder, features: dict[str, Any], numbers: Any, **options: Any
 ) -> dict[str, Any]:
-    own = {name: _without_filling(record[name], feature) for name, feature in features.items()}
-    return encoder(own, index, **options)
-
-
-def _without_filling(value: Any, feature: Any) -> Any:
-    """Removes the keys that only other records have, which a struct of Arrow fills with None."""
-    if isinstance(feature, dict) and isinstance(value, dict):
-        return {key: _without_filling(item, feature[key]) for key, item in value.items() if item is not None}
-    if isinstance(feature, (List, LargeList)) and isinstance(value, list):
-        return [_without_filling(item, feature.feature) for item in value]
-    return value
+    own = {name: without_filling(record[name], feature) for name, feature in features.items()}
+    return encoder(own, index if numbers is None else int(numbers[index]), **options)

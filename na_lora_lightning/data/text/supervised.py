@@ -33,7 +33,7 @@ class SupervisedDataModule(ResumableDataModule):
         """The tokenizer of the model, loaded on first use."""
 
     @abstractmethod
-    def _prepare(self, split: str, source: str) -> Dataset:
+    def _prepare(self, split: str, source: Any) -> Dataset:
         """Encodes a split; the column ``tokens`` has the number of tokens of each record."""
 
     @abstractmethod
@@ -71,23 +71,27 @@ class SupervisedDataModule(ResumableDataModule):
             ConfigurationError: An option asks for more than the model has.
             DataError: A record does.
         """
-        for split, encoded in self._prepared.items():
-            source = str(self.sources[split])
-            require_ids(encoded, source, self.tokenizer, limits)
-            if "input_ids" not in encoded.column_names:
-                # How many tokens an image takes shows when it is read.
-                require_bound(self.options.max_length, limits)
-                continue
-            require_positions(
-                encoded,
-                source,
-                limits,
-                pad_to_multiple_of=self.options.pad_to_multiple_of,
-                max_new_tokens=0 if split == "train" else max_new_tokens,
-            )
+        for split in self._prepared:
+            for source, encoded in self._parts_of(split):
+                require_ids(encoded, source, self.tokenizer, limits)
+                if "input_ids" not in encoded.column_names:
+                    # How many tokens an image takes shows when it is read.
+                    require_bound(self.options.max_length, limits)
+                    continue
+                require_positions(
+                    encoded,
+                    source,
+                    limits,
+                    pad_to_multiple_of=self.options.pad_to_multiple_of,
+                    max_new_tokens=0 if split == "train" else max_new_tokens,
+                )
+
+    def _parts_of(self, split: str) -> list[tuple[str, Dataset]]:
+        """The prepared records of each source of a split, and its name."""
+        return [(str(self.sources[split]), self._prepared[split])]
 
     @override
-    def _load(self, split: str, source: str) -> Dataset:
+    def _load(self, split: str, source: Any) -> Any:
         return load_records(
             source, default_split=DEFAULT_SPLITS[split], config=self.options.dataset_config, columns=self.columns
         )

@@ -1,0 +1,244 @@
+"""Training data that is read and tokenised as it is needed, in an order that is known beforehand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from datasets import Features, IterableDataset, Value, concatenate_datasets, interleave_datasets
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import DataLoader
+from torch.utils.data import IterableDataset as TorchIterableDataset
+
+from na_lora_lightning.data.files.streams import stream_records
+from na_lora_lightning.data.text.encoding import RecordEncoder
+from na_lora_lightning.data.text.extent import Limits, require_bound, require_token
+from na_lora_lightning.data.text.formats import recognise
+from na_lora_lightning.data.text.mixture import Source, StoppingStrategy, probabilities
+from na_lora_lightning.data.text.splits import LeftOutRecordsWarning, report_format
+from na_lora_lightning.errors import DataError
+
+# A record is its text in JSON: what ``datasets`` makes of the types of some records would not be those of others.
+_FEATURES = Features({"part": Value("int32"), "number": Value("int64"), "record": Value("string")})
+
+
+class RecordStream(TorchIterableDataset[Any]):
+    """The batches of an epoch, which depend on the data, the options and the epoch alone.
+
+    Records pass through a buffer from which they are drawn at random. Batches are formed across all processes, of which
+    each takes its share; where the last batch has too few for all of them, its records are repeated. Every process
+    reads all records, and tokenises those that it needs.
+
+    Args:
+        sources: The sources.
+        encoder: What records are encoded with.
+        collate: Makes a batch of encoded records.
+        buffer: The number of records that the next one is drawn from; 1 keeps their order.
+        seed: The seed of the order.
+        stopping_strategy: Whether drawing from sources with weights ends with the first that has no more records, or
+            with the last.
+
+    Raises:
+        DataError: A source cannot be read.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        encoder: RecordEncoder,
+        collate: Callable[[list[Any]], Any],
+        *,
+        buffer: int,
+        seed: int,
+        stopping_strategy: StoppingStrategy,
+    ) -> None:
+        self.sources = list(sources)
+        self.encoder = encoder
+        self.collate = collate
+        self.buffer = buffer
+        self.seed = seed
+        self.stopping_strategy = stopping_strategy
+        self.batch_size, self.num_replicas, self.rank = 1, 1, 0
+        self.limits: Limits | None = None
+        # Which batches come next, and how many those epochs had that are over.
+        self.epoch = 0
+        self.skipped_batches = 0
+        self.lengths: dict[int, int] = {}
+        self._readers = [
+            stream_records(each.path, default_split="train", config=each.dataset_config, columns=each.columns)
+            for each in sources
+        ]
+        self._forms = []
+        for source, read in zip(sources, self._readers, strict=True):
+            first = next(read(), None)
+            if first is None:
+                raise DataError(f"the data {source.path!r} has no records; give data with at least one record.")
+            self._forms.append(recognise(first, source.path, source.format, needs_completion=True))
+            report_format(self._forms[-1], first, source.path)
+
+    def share(self, batch_size: int, num_replicas: int = 1, rank: int = 0, **_: Any) -> None:
+        """Says what a batch is.
+
+        Args:
+            batch_size: The number of records in a batch of one process.
+            num_replicas: The number of processes that share the records.
+            rank: The index of this process among them.
+        """
+        self.batch_size, self.num_replicas, self.rank = batch_size, num_replicas, rank
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """Everything that decides the order, besides the data and the epoch."""
+        return {
+            "streaming": True,
+            "sources": ", ".join(
+                f"{each.path}" + (f" × {each.weight:g}" if each.weight else "") for each in self.sources
+            ),
+            "batch_size": self.batch_size,
+            "processes": self.num_replicas,
+            "shuffle_buffer": self.buffer,
+            "stopping_strategy": self.stopping_strategy,
+            "seed": self.seed,
+        }
+
+    def go_to(self, processed_batches: int) -> None:
+        """Goes to the batch after some that are done, those of former epochs included."""
+        self.epoch = 0
+        while processed_batches and processed_batches >= self.lengths.get(self.epoch, processed_batches + 1):
+            processed_batches -= self.lengths[self.epoch]
+            self.epoch += 1
+        self.skipped_batches = processed_batches
+
+    def require_model_takes(self, limits: Limits) -> None:
+        """Checks what is known before records are read, and the tokens of each when it is.
+
+        Raises:
+            ConfigurationError: Records may have more tokens than the model has positions.
+        """
+        require_bound(self.encoder.max_length, limits)
+        self.limits = limits
+
+    def __iter__(self) -> Iterator[Any]:
+        """Iterates over the batches of this process that are left of the epoch.
+
+        Raises:
+            DataError: A record cannot be used.
+        """
+        size = self.batch_size * self.num_replicas
+        items = iter(self._items())
+        for batch, group in enumerate(iter(lambda: list(islice(items, size)), [])):
+            if batch >= self.skipped_batches:
+                missing = -len(group) % self.num_replicas
+                all_get_some = (group * self.num_replicas)[: len(group) + missing]
+                yield self.collate([self._encoded(item) for item in all_get_some[self.rank :: self.num_replicas]])
+
+    def _items(self) -> Iterator[dict[str, Any]]:
+        """The records of an epoch in its order, encoded only where some are left out."""
+        if self.encoder.too_long != "leave_out":
+            return iter(self._ordered())
+        return self._fitting()
+
+    def _fitting(self) -> Iterator[dict[str, Any]]:
+        total = left_out = 0
+        for item in self._ordered():
+            total += 1
+            encoded = self._encoded(item)
+            left_out += encoded["truncated"]
+            if not encoded["truncated"]:
+                yield {"encoded": encoded}
+        if left_out:
+            rank_zero_warn(
+                f"{left_out} of {total} records of an epoch have more tokens than max_length={self.encoder.max_length} "
+                "and are left out; raise max_length or shorten them.",
+                category=LeftOutRecordsWarning,
+            )
+
+    def _encoded(self, item: dict[str, Any]) -> dict[str, Any]:
+        if "encoded" in item:
+            encoded: dict[str, Any] = item["encoded"]
+            return encoded
+        source = self.sources[item["part"]].path
+        encoded = self.encoder(
+            json.loads(item["record"]),
+            item["number"],
+            source=source,
+            evaluation=False,
+            needs_completion=True,
+            form=self._forms[item["part"]],
+        )
+        if self.limits is not None:
+            require_token(
+                max(encoded["input_ids"], default=0), item["number"], source, self.encoder.tokenizer, self.limits
+            )
+        return encoded
+
+    def _ordered(self) -> IterableDataset:
+        # The sum of seed and epoch would give neighbouring seeds the same orders, one epoch apart.
+        seeds = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1 + len(self.sources)).tolist()
+        parts = [
+            IterableDataset.from_generator(partial(_numbered, read, place), features=_FEATURES)
+            for place, read in enumerate(self._readers)
+        ]
+        shares = probabilities(self.sources)
+        if shares is None:
+            return self._shuffled(concatenate_datasets(parts) if len(parts) > 1 else parts[0], seeds[0])
+        parts = [self._shuffled(part, seed) for part, seed in zip(parts, seeds[1:], strict=True)]
+        return interleave_datasets(parts, probabilities=shares, seed=seeds[0], stopping_strategy=self.stopping_strategy)
+
+    def _shuffled(self, records: IterableDataset, seed: int) -> IterableDataset:
+        return records if self.buffer == 1 else records.shuffle(seed=seed, buffer_size=self.buffer)
+
+
+class StreamLoader(DataLoader[Any]):
+    """A loader of the batches of a stream that goes on where a resumed run was interrupted.
+
+    Each pass yields the batches that are left of an epoch of the data.
+
+    Args:
+        stream: The batches.
+        processed_batches: Tells how many batches the run has processed, in all epochs together. Without it, each pass
+            is the first epoch.
+        **keywords: The keyword arguments of ``DataLoader``.
+    """
+
+    def __init__(
+        self, stream: RecordStream, *, processed_batches: Callable[[], int] | None = None, **keywords: Any
+    ) -> None:
+        super().__init__(stream, batch_size=None, **keywords)
+        self.stream = stream
+        self._processed_batches = processed_batches
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Iterates over the batches that are left of the epoch that the run is in.
+
+        This is a generator, so nothing is read before the first batch is asked for: Lightning creates the iterator
+        before it is done with restoring its progress.
+        """
+        stream = self.stream
+        stream.go_to(0 if self._processed_batches is None else self._processed_batches())
+        while True:
+            count = 0
+            for batch in super().__iter__():
+                count += 1
+                yield batch
+            stream.lengths[stream.epoch] = stream.skipped_batches + count
+            if count or not stream.skipped_batches:
+                return
+            # All of the epoch was processed before the run was interrupted.
+            stream.epoch, stream.skipped_batches = stream.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns nothing, but tells Lightning that this loader can be resumed within an epoch."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Does nothing; see ``state_dict``."""
+
+
+def _numbered(read: Callable[[], Iterator[dict[str, Any]]], part: int) -> Iterator[dict[str, Any]]:
+    for number, record in enumerate(read()):
+        yield {"part": part, "number": number, "record": json.dumps(record)}
