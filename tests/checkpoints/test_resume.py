@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults.runs import SETTINGS, Remains, Workplace, differences, fit, last_run, remains
+from faults.runs import SETTINGS, Remains, Setting, Workplace, differences, fit, last_run, remains
 from faults.traps import TRAPS
 from lightning.pytorch import Trainer
 from lightning_models import ForeignModule, assert_equal_states, loader, lora_state, make_trainer
@@ -58,6 +58,25 @@ def test_a_killed_run_ends_as_if_it_never_was(
     # One run, in one folder.
     assert last_run(tmp_path / "run").name == "version_0"
     assert not list((tmp_path / "run").rglob("*.partial"))
+
+
+@pytest.mark.parametrize("setting", SETTINGS[-2:], ids=["stream", "mixture"])
+def test_a_killed_run_on_other_data_ends_as_if_it_never_was(
+    workplace: Workplace, tmp_path: Path, setting: Setting
+) -> None:
+    assert fit(workplace.arguments(tmp_path / "whole", setting), tmp_path / "log")[0] == 0
+    arguments = workplace.arguments(tmp_path / "run", setting, "--ckpt_path=last")
+    # In the middle of a checkpoint; in the first epoch, and after its end.
+    for place, number in [
+        ("half of a checkpoint is written", 2),
+        ("a training step begins", 6),
+        ("a training step begins", 6),
+    ]:
+        trap, _ = TRAPS[place]
+        status, _ = fit(arguments, tmp_path / "log", trap=lambda trap=trap, number=number: trap(number))
+        assert status == -signal.SIGKILL, (tmp_path / "log").read_text()
+    assert fit(arguments, tmp_path / "log")[0] == 0, (tmp_path / "log").read_text()
+    assert differences(remains(tmp_path / "whole"), remains(tmp_path / "run")) == []
 
 
 def test_what_differs_is_found(workplace: Workplace, whole: Remains, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ class Setting:
 
     Attributes:
         name: For reports.
-        options: Arguments of the command line beside the common ones.
+        options: Arguments of the command line beside the common ones; ``{records}`` stands for the data.
         logger: One of ``LOGGERS``.
     """
 
@@ -79,6 +79,29 @@ SETTINGS = (
             "--model.optimizer.lr=0.5",
             "--model.optimizer.momentum=0.9",
             "--trainer.log_every_n_steps=2",
+        ),
+    ),
+    Setting(
+        "streamed data of two sources by weight, records left out, checkpoint every step",
+        (
+            '--data.train=[{"path": "{records}", "weight": 2}, {"path": "{records}", "weight": 1}]',
+            "--data.streaming=true",
+            "--data.shuffle_buffer=5",
+            "--data.group_by_length=false",
+            "--data.max_length=7",
+            "--data.too_long=leave_out",
+            "--trainer.max_epochs=-1",
+            "--trainer.max_steps=16",
+            "--checkpoint.every_n_steps=1",
+        ),
+    ),
+    Setting(
+        "a mixture of two sources, a share kept for validation, checkpoint every 2 steps",
+        (
+            '--data.train=[{"path": "{records}", "weight": 2}, {"path": "{records}", "weight": 1}]',
+            "--data.validation=null",
+            "--data.validation_fraction=0.2",
+            "--checkpoint.every_n_steps=2",
         ),
     ),
 )
@@ -126,7 +149,8 @@ class Workplace:
         """The command line of a fit."""
         place = f"--trainer.default_root_dir={run}"
         logger = [option.format(run=run) for option in LOGGERS[setting.logger]]
-        return ["fit", "--config", str(self.config), place, *logger, *setting.options, *more]
+        options = [option.replace("{records}", str(self.folder / "records.jsonl")) for option in setting.options]
+        return ["fit", "--config", str(self.config), place, *logger, *options, *more]
 
 
 def forked(action: Callable[[], int], log: Path, kill_after: float | None = None) -> tuple[int, float]:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
-from datasets import Features, IterableDataset, Value, concatenate_datasets, interleave_datasets
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.utils.data import DataLoader
-from torch.utils.data import IterableDataset as TorchIterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from na_lora_lightning.data.files.streams import stream_records
 from na_lora_lightning.data.text.encoding import RecordEncoder
@@ -22,11 +19,11 @@ from na_lora_lightning.data.text.mixture import Source, StoppingStrategy, probab
 from na_lora_lightning.data.text.splits import LeftOutRecordsWarning, report_format
 from na_lora_lightning.errors import DataError
 
-# A record is its text in JSON: what ``datasets`` makes of the types of some records would not be those of others.
-_FEATURES = Features({"part": Value("int32"), "number": Value("int64"), "record": Value("string")})
+# A record, its place in its source, and that source's place among the others; or what it was encoded to.
+Item = dict[str, Any]
 
 
-class RecordStream(TorchIterableDataset[Any]):
+class RecordStream(IterableDataset[Any]):
     """The batches of an epoch, which depend on the data, the options and the epoch alone.
 
     Records pass through a buffer from which they are drawn at random. Batches are formed across all processes, of which
@@ -129,20 +126,20 @@ class RecordStream(TorchIterableDataset[Any]):
             DataError: A record cannot be used.
         """
         size = self.batch_size * self.num_replicas
-        items = iter(self._items())
+        items = self._items()
         for batch, group in enumerate(iter(lambda: list(islice(items, size)), [])):
             if batch >= self.skipped_batches:
                 missing = -len(group) % self.num_replicas
                 all_get_some = (group * self.num_replicas)[: len(group) + missing]
                 yield self.collate([self._encoded(item) for item in all_get_some[self.rank :: self.num_replicas]])
 
-    def _items(self) -> Iterator[dict[str, Any]]:
+    def _items(self) -> Iterator[Item]:
         """The records of an epoch in its order, encoded only where some are left out."""
         if self.encoder.too_long != "leave_out":
-            return iter(self._ordered())
+            return self._ordered()
         return self._fitting()
 
-    def _fitting(self) -> Iterator[dict[str, Any]]:
+    def _fitting(self) -> Iterator[Item]:
         total = left_out = 0
         for item in self._ordered():
             total += 1
@@ -157,18 +154,18 @@ class RecordStream(TorchIterableDataset[Any]):
                 category=LeftOutRecordsWarning,
             )
 
-    def _encoded(self, item: dict[str, Any]) -> dict[str, Any]:
+    def _encoded(self, item: Item) -> dict[str, Any]:
         if "encoded" in item:
             encoded: dict[str, Any] = item["encoded"]
             return encoded
-        source = self.sources[item["part"]].path
+        source = self.sources[item["source"]].path
         encoded = self.encoder(
-            json.loads(item["record"]),
+            item["record"],
             item["number"],
             source=source,
             evaluation=False,
             needs_completion=True,
-            form=self._forms[item["part"]],
+            form=self._forms[item["source"]],
         )
         if self.limits is not None:
             require_token(
@@ -176,21 +173,55 @@ class RecordStream(TorchIterableDataset[Any]):
             )
         return encoded
 
-    def _ordered(self) -> IterableDataset:
+    def _ordered(self) -> Iterator[Item]:
         # The sum of seed and epoch would give neighbouring seeds the same orders, one epoch apart.
-        seeds = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1 + len(self.sources)).tolist()
-        parts = [
-            IterableDataset.from_generator(partial(_numbered, read, place), features=_FEATURES)
-            for place, read in enumerate(self._readers)
-        ]
+        own, *seeds = np.random.SeedSequence((self.seed, self.epoch)).spawn(1 + len(self._readers))
+        generators = [np.random.default_rng(seed) for seed in seeds]
         shares = probabilities(self.sources)
         if shares is None:
-            return self._shuffled(concatenate_datasets(parts) if len(parts) > 1 else parts[0], seeds[0])
-        parts = [self._shuffled(part, seed) for part, seed in zip(parts, seeds[1:], strict=True)]
-        return interleave_datasets(parts, probabilities=shares, seed=seeds[0], stopping_strategy=self.stopping_strategy)
+            places = range(len(self._readers))
+            return self._shuffled(chain.from_iterable(map(self._numbered, places)), np.random.default_rng(own))
+        read = [
+            partial(lambda place, generator: self._shuffled(self._numbered(place), generator), place, generator)
+            for place, generator in enumerate(generators)
+        ]
+        return _drawn(read, shares, np.random.default_rng(own), self.stopping_strategy)
 
-    def _shuffled(self, records: IterableDataset, seed: int) -> IterableDataset:
-        return records if self.buffer == 1 else records.shuffle(seed=seed, buffer_size=self.buffer)
+    def _numbered(self, place: int) -> Iterator[Item]:
+        for number, record in enumerate(self._readers[place]()):
+            yield {"source": place, "number": number, "record": record}
+
+    def _shuffled(self, items: Iterator[Item], generator: np.random.Generator) -> Iterator[Item]:
+        """Each item that is read takes the place of one that is drawn from those before it."""
+        held: list[Item] = list(islice(items, self.buffer))
+        if self.buffer > 1:
+            generator.shuffle(held)
+        for item in items:
+            place = int(generator.integers(len(held)))
+            item, held[place] = held[place], item
+            yield item
+        yield from held
+
+
+def _drawn(
+    read: Sequence[Callable[[], Iterator[Item]]],
+    shares: Sequence[float],
+    generator: np.random.Generator,
+    stopping_strategy: StoppingStrategy,
+) -> Iterator[Item]:
+    """Draws from several readers, as ``datasets.interleave_datasets`` does, but in the same way in every process."""
+    readers = [each() for each in read]
+    are_left = set(range(len(read)))
+    while True:
+        place = int(generator.choice(len(read), p=shares))
+        item = next(readers[place], None)
+        if item is None:
+            are_left.discard(place)
+            if stopping_strategy == "first_exhausted" or not are_left:
+                return
+            readers[place] = read[place]()
+            item = next(readers[place])
+        yield item
 
 
 class StreamLoader(DataLoader[Any]):
@@ -237,8 +268,3 @@ class StreamLoader(DataLoader[Any]):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Does nothing; see ``state_dict``."""
-
-
-def _numbered(read: Callable[[], Iterator[dict[str, Any]]], part: int) -> Iterator[dict[str, Any]]:
-    for number, record in enumerate(read()):
-        yield {"part": part, "number": number, "record": json.dumps(record)}
