@@ -230,8 +230,8 @@ def make_schedule(arguments: ScheduleOptions, optimizer: Optimizer, total_steps:
     endless = total_steps == float("inf")
     if endless and (arguments.name not in ("constant", "constant_with_warmup") or arguments.warmup_steps is None):
         raise ConfigurationError(
-            f"the schedule {arguments.name!r} needs a fit with an end; set trainer.max_epochs or trainer.max_steps, or "
-            "use 'constant_with_warmup' with schedule.warmup_steps."
+            f"the schedule {arguments.name!r} needs a fit with an end; set trainer.max_steps, or "
+            "trainer.max_epochs where data are not streamed, or use 'constant_with_warmup' with schedule.warmup_steps."
         )
     warmup = arguments.warmup_steps
     if warmup is None:

@@ -87,6 +87,9 @@ class ResumedOptions:
             ConfigurationError: The checkpoint was saved where no step of as many batches begins.
         """
         total: float = trainer.estimated_stepping_batches
+        if total < 0:
+            # Of data without a length, epochs are no limit.
+            return float("inf")
         changed = any(
             self._saved.get(f"trainer.{name}", now) != now
             for name, now in _trainer_options(trainer).items()

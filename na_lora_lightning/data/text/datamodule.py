@@ -63,7 +63,8 @@ class InstructionDataModule(SourcedDataModule):
         stopping_strategy: Whether an epoch of sources with weights ends where the first has no more records, or where
             all have been through, the others repeating theirs.
         streaming: Whether training data are read and tokenised as they are needed: for data that are too large for the
-            disk, or to begin at once. Epochs then have no known length, so that ``trainer.max_steps`` is needed.
+            disk, or to begin at once. Epochs then have no known length, so that most schedules need
+            ``trainer.max_steps``. Needs ``group_by_length: false``.
         shuffle_buffer: The number of records that the next record of streamed data is drawn from.
         dataset_config: The configuration of hub data sets that have several.
         format: What records are; None stands for what their columns tell, which a line says.
