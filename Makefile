@@ -16,7 +16,7 @@ OLDEST_TESTS := tests/core --ignore tests/core/test_branches.py --ignore tests/c
 MODEL := .cache/quickstart/SmolLM2-135M-Instruct
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart gemma digits test test-oldest zoo faults soak fuzz-data fuzz-options study evidence docs check format benchmark clean
+.PHONY: help install quickstart gemma digits test test-oldest zoo faults soak fuzz-data fuzz-options study evidence wheel docs check format benchmark clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -84,6 +84,13 @@ evidence: $(VENV)/.study ## Write docs/evidence.md, docs/evidence_tables.md and 
 $(VENV)/.study: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[study]'
 	@touch $@
+
+wheel: $(VENV)/.installed ## Build the wheel, install it into an empty environment, and run the quick start's commands there
+	$(BIN)/python examples/quickstart/prepare.py
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv --clear build/wheel
+	build/wheel/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	examples/quickstart/installed.sh build/wheel/bin $(MODEL) .cache/quickstart/data
 
 docs: $(VENV)/.docs ## Build the documentation's site in build/site
 	$(BIN)/python -m sphinx -W --keep-going -b html docs build/site
