@@ -2,11 +2,13 @@
 
 ``expected_of_others.json`` has what this prints. To compute it again, with both installed beside this project's own
 requirements (``pip install --no-deps trl==1.16.0 llamafactory==0.9.5``): ``python tests/data/expected_of_others.py``.
+With ``templates`` behind it, the training templates of TRL are compared.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,8 +97,60 @@ def by_llamafactory(record: dict[str, Any]) -> dict[str, list[int]]:
     return {"input_ids": ids, "labels": labels}
 
 
+def compare_templates() -> None:
+    """Says for each training template of TRL whether our tokens and targets are its own."""
+    import trl
+    from datasets import Dataset, disable_progress_bars
+    from trl import SFTConfig, SFTTrainer
+
+    from na_lora_lightning.data.text.encoding import RecordEncoder
+    from na_lora_lightning.data.text.tokenizer import choose_chat_template
+    from na_lora_lightning.errors import NALoRAError
+
+    disable_progress_bars()
+    record = {"messages": [_USER, _ASSISTANT, *_AGAIN]}
+    parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in record["messages"]]
+    options: dict[str, Any] = {"max_length": 9999, "loss_on": "completion", "use_chat_template": None}
+    config = SFTConfig(output_dir="unused", assistant_only_loss=True, max_length=None, report_to=[], use_cpu=True)
+    for file in sorted((Path(trl.__file__).parent / "chat_templates").glob("*_training.jinja")):
+        own = file.with_name(file.name.replace("_training", "")).read_text(encoding="utf-8")
+        is_of_parts = any(name in file.name for name in ("idefics", "smolvlm", "llava"))
+        rendered = byte_tokenizer(own, bos_token="<s>").apply_chat_template(
+            parts if is_of_parts else record["messages"], tokenize=False
+        )
+        # All but those around reasoning, which are no special tokens.
+        special = list(dict.fromkeys(re.findall(r"<(?!think)[^<>\n/]+>|</s>", str(rendered))))
+        last = max(special, key=str(rendered).rfind)
+        tokenizer = byte_tokenizer(
+            own, bos_token="<s>", pad_token="<|pad|>", eos_token=last, additional_special_tokens=special
+        )
+        says = []
+        for training in (None, choose_chat_template(tokenizer, "training")):
+            encoder = RecordEncoder(tokenizer, system_prompt=None, training_template=training, **options)
+            try:
+                ours = encoder(record, 0, source="record", evaluation=False, needs_completion=True)
+                says.append("its own template is read")
+            except NALoRAError as error:
+                says.append(f"refused: {str(error)[:90]}")
+        try:
+            trainer: Any = SFTTrainer.__new__(SFTTrainer)
+            vars(trainer).update(_tokenizer=tokenizer, completion_only_loss=False, chat_template=training)
+            theirs = trainer._prepare_dataset(Dataset.from_list([record]), tokenizer, config, False, None, "train")[0]
+        except Exception as error:
+            print(f"{file.name}: {says[0]}; TRL fails on it ({error})")
+            continue
+        ids = theirs["input_ids"]
+        same = ids[: len(ours["input_ids"])] == ours["input_ids"]
+        pairs = zip(ours["labels"], theirs["labels"], strict=False)
+        only = [tokenizer.decode(max(pair)) for pair in pairs if pair[0] != pair[1]]
+        print(f"{file.name}: {says[0]}; with TRL's: {'the same tokens' if same else says[1]}, targets differ in {only}")
+
+
 def main() -> None:
-    """Prints the expected values as JSON."""
+    """Prints the expected values as JSON, or what comes of templates."""
+    if sys.argv[1:] == ["templates"]:
+        compare_templates()
+        return
     expected = {}
     for name, record in RECORDS.items():
         is_alpaca, is_shared = name.startswith("alpaca"), name == "sharegpt"

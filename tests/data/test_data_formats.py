@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from module_helpers import (  # noqa: F401
 from na_lora_lightning.data import InstructionDataModule
 from na_lora_lightning.data.files.sources import load_records
 from na_lora_lightning.data.text.encoding import RecordEncoder
-from na_lora_lightning.data.text.formats import FORMATS, recognise
+from na_lora_lightning.data.text.formats import _SPEAKERS, FORMATS, recognise
 from na_lora_lightning.errors import ConfigurationError, DataError
 
 EXPECTED = json.loads((Path(__file__).parent / "expected_of_others.json").read_text(encoding="utf-8"))
@@ -230,3 +231,26 @@ def test_compressed_files_are_read_as_others(name: str, tmp_path: Path) -> None:
     packed.write_bytes(plain.read_bytes())
     with pytest.raises(DataError, match=r"cannot be unpacked with gzip \(Not a gzipped file"):
         load_records(str(packed), default_split="train")
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```json\n(.*?)\n```\n\n```text\n(.*?)\n```", PAGE, re.DOTALL)
+
+
+@pytest.mark.parametrize(("record", "text"), EXAMPLES)
+def test_worked_examples_of_the_documentation(record: str, text: str) -> None:
+    encoder = encoder_of()
+    encoded = encode(json.loads(record), encoder)
+    shown, is_learned = "", False
+    for token, label in zip(encoded["input_ids"], encoded["labels"], strict=True):
+        if (label != -100) is not is_learned:
+            shown, is_learned = shown + "⟧⟦"[label != -100], label != -100
+        shown += str(encoder.tokenizer.decode(token))
+    assert shown + "⟧" * is_learned == text
+
+
+def test_the_documentation_has_every_format() -> None:
+    assert len(EXAMPLES) == 6
+    assert set(re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE)) == set(FORMATS)
+    assert all(f"`{column}`" in PAGE for known in FORMATS.values() for column in known.columns)
+    assert all(f"`{speaker}`" in PAGE for speaker in _SPEAKERS)

@@ -98,7 +98,11 @@ def test_sources_without_weights_are_taken_whole_each_in_its_format(tokenizer: s
     plain = source_of(tmp_path, "a", 3)
     asked = write_jsonl(tmp_path / "q.jsonl", [{"q": "b", "completion": "."}, {"q": "bb", "completion": "."}])
     texts = write_jsonl(tmp_path / "t.jsonl", [{"text": "t", "prompt": "p", "completion": "c"}])
-    sources = [plain, {"path": asked, "columns": {"prompt": "q"}}, {"path": f"{texts}:train[:1]", "format": "text"}]
+    sources = [
+        Path(plain),
+        {"path": asked, "columns": {"prompt": "q"}},
+        {"path": f"{texts}:train[:1]", "format": "text"},
+    ]
     module = set_up(tokenizer, sources)
     assert prompts_of(module) == ["a", "aa", "aaa", "b", "bb", ""]
     assert len(list(module.train_dataloader())) == 1

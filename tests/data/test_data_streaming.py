@@ -8,11 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from module_helpers import numbered_records, private_dataset_cache, saved_tokenizer, write_jsonl  # noqa: F401
 from test_data import RecordingModule, SaveAt, target_texts, trainer
 
 from na_lora_lightning.data import InstructionDataModule, LeftOutRecordsWarning
+from na_lora_lightning.data.files import sources, streams
 from na_lora_lightning.data.files.sources import load_records
 from na_lora_lightning.data.files.streams import stream_records
 from na_lora_lightning.errors import ConfigurationError, DataError
@@ -156,7 +157,7 @@ def test_resumed_run_sees_the_batches_that_are_left(
         trainer(**options).fit(RecordingModule(), datamodule=make(seed=1), ckpt_path=saving.checkpoints[places[0]])
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "csv", "csv.gz", "parquet", "folder", "saved", "name"])
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "csv", "csv.gz", "parquet", "folder", "saved", "hub"])
 def test_streamed_records_are_those_of_a_table(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{**row, "tools": {"a": number} if number % 2 else None} for number, row in enumerate(numbered_records(5))]
     plain = [{name: row[name] for name in ("prompt", "completion")} for row in rows]
@@ -174,9 +175,11 @@ def test_streamed_records_are_those_of_a_table(kind: str, tmp_path: Path, monkey
         write_jsonl(path / "train.jsonl", rows)
     if kind.endswith("gz"):
         path.write_bytes(gzip.compress(path.read_bytes()))
-    monkeypatch.chdir(tmp_path)
-    # A folder in place of a data set of the hub.
-    source = path.name if kind == "name" else str(path)
+    for module in (sources, streams):
+        # A folder in place of a data set of the hub.
+        monkeypatch.setattr(module, "load_dataset", lambda path, name, **options: load_dataset(str(folder), **options))
+    folder = path
+    source = "owner/name" if kind == "hub" else str(path)
     names = {"prompt": "completion", "completion": "prompt"}
     for columns in (None, names):
         table = load_records(source, default_split="train", columns=columns)

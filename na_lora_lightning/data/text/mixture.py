@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from os import PathLike
 from typing import Any, Literal
 
 import numpy as np
@@ -64,13 +65,14 @@ def read_sources(value: Any, split: str, options: TextOptions, known_columns: Se
         raise ConfigurationError(f"data.{split} is an empty list; name at least one source.")
     sources = []
     for entry in given:
-        keys = {"path": entry} if isinstance(entry, str) else entry
-        unknown = sorted(set(keys) - set(_KEYS)) if isinstance(keys, dict) else ["?"]
-        if unknown or not isinstance(keys.get("path"), str):
+        keys = dict(entry) if isinstance(entry, Mapping) else {"path": entry}
+        unknown = sorted(set(keys) - set(_KEYS))
+        if unknown or not isinstance(keys.get("path"), (str, PathLike)):
             problem = f"the unknown key {unknown[0]!r}" if unknown else "no path"
             raise ConfigurationError(
                 f"a source of data.{split} has {problem}; give a name, or {', '.join(_KEYS[:-1])} and {_KEYS[-1]}."
             )
+        keys["path"] = str(keys["path"])
         source = Source(**{**common, **{key: each for key, each in keys.items() if each is not None}})
         require_known_columns(source.columns, known_columns)
         if source.format is not None:
