@@ -30,6 +30,20 @@ HIDDEN = 16
 GATE_CHANNELS = 24
 LAYERS = 2
 
+# Configurations of the same size, whatever the family.
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": GATE_CHANNELS,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+
 LLAMA_TARGETS = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
 GPT2_TARGETS = ["c_attn", "c_fc", "mlp.c_proj"]
 
@@ -41,20 +55,7 @@ PLAIN_SCALE: dict[str, Any] = {"granularity": "activation", "normalize": False, 
 def tiny_llama(seed: int = 0, layers: int = LAYERS, activation: str = "silu") -> LlamaForCausalLM:
     """A two-layer Llama with 24 SiLU gate channels a layer."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=GATE_CHANNELS,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        hidden_act=activation,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(LlamaConfig(**SIZES | {"num_hidden_layers": layers, "hidden_act": activation}))
 
 
 def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
@@ -79,21 +80,7 @@ def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
 def tiny_mixtral(seed: int = 0) -> MixtralForCausalLM:
     """A two-layer Mixtral with 4 experts of 24 SiLU gate channels a layer, two for each token."""
     torch.manual_seed(seed)
-    config = MixtralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=GATE_CHANNELS,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
+    config = MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, initializer_range=0.3)
     return MixtralForCausalLM(config)
 
 

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from module_helpers import Batches, quiet_trainer, saved_model, some_batches
-from tiny_models import LLAMA_TARGETS, VOCABULARY, tiny_gpt2, tiny_llama, tiny_mixtral, with_lora
+from tiny_models import LLAMA_TARGETS, SIZES, VOCABULARY, tiny_gpt2, tiny_llama, tiny_mixtral, with_lora
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -39,18 +39,6 @@ from na_lora_lightning.modules.losses import token_sums
 # PEFT's word on merging LoRA of a tied head.
 pytestmark = pytest.mark.filterwarnings("ignore:Model .* `tie_word_embeddings=True`")
 
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 1,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
 # What each does to its logits, or what is special about its head.
 MODELS: dict[str, Any] = {
     "plain": tiny_llama,

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 from module_helpers import quiet_trainer, saved_model, tiny_tokenizer, write_records
+from tiny_models import SIZES as PLAIN_SIZES
 from tiny_models import VOCABULARY, with_lora
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorWithFlattening
@@ -27,19 +28,8 @@ from na_lora_lightning.models.packing import require_packable
 from na_lora_lightning.modules.losses import token_sums
 from na_lora_lightning.modules.throughput import ThroughputCallback
 
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "head_dim": 8,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 1,
-}
+# Token 0 is padding, as it is in `OLD`.
+SIZES = {**PLAIN_SIZES, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1}
 LAYERS_ = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
 OLD: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
 _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
