@@ -73,7 +73,7 @@ class Arm:
         line = self._process.stdout.readline()
         if not line:
             self._log.seek(0)
-            raise SystemExit(f"The arm {self.name} ended:\n{self._log.read()[-3000:]}")
+            raise RuntimeError(f"The arm {self.name} ended:\n{self._log.read()[-3000:]}")
         return json.loads(line)
 
 
@@ -83,8 +83,14 @@ def compare(workload: str, names: list[str], options: argparse.Namespace) -> lis
     arms: list[Arm] = []
     try:
         arms += [Arm(name, workload, options) for name in names]
-        for arm in arms:
-            arm.wait()
+        for arm in list(arms):
+            try:
+                arm.wait()
+            except RuntimeError as error:
+                if arm.name == REFERENCE:
+                    raise
+                print(error)
+                arms.remove(arm)
         for turn in range(rounds + 1):
             shift = turn % len(arms)
             for arm in arms[shift:] + arms[:shift]:
