@@ -290,3 +290,20 @@ def test_prediction_needs_no_completion(vlm: Vlm, tmp_path: Path) -> None:
     lengths = batch["prompt_attention_mask"].sum(dim=1)
     assert datamodule.tokenizer.decode(batch["prompt_input_ids"][1][-lengths[1] :]).endswith("\nopen ASSISTANT:")
     assert lengths[1] == batch["attention_mask"][1].sum()
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "llava"])
+def test_images_of_llava_stand_where_its_texts_have_them(kind: str) -> None:
+    encoder = encoder_of(kind)
+    turns = ["<image>\nFirst <image> second?", "One.", "And <image>", "Two."]
+    shared = [{"from": ("human", "gpt")[place % 2], "value": turn} for place, turn in enumerate(turns)]
+    asked = [IMAGE, text("\nFirst "), IMAGE, text(" second?")]
+    messages = conversation(asked, turns[1], [text("And "), IMAGE], turns[3])
+    encoded = encode(encoder, {"conversations": shared}, 3)
+    assert encoded == encode(encoder, {"messages": messages}, 3)
+    assert [answer.strip()[:4] for answer in answers_of(encoder, encoded)] == ["One.", "Two."]
+    with pytest.raises(DataError, match="has 1 image and 3 image parts in its messages; give one"):
+        encode(encoder, {"conversations": shared}, 1)
+    # Without a place of its own, an image comes first.
+    plain = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    assert encode(encoder, {"conversations": plain}) == encode(encoder, {"prompt": "a", "completion": "b"})

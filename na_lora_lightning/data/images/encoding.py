@@ -13,11 +13,12 @@ from typing import Any
 from datasets import Features, List, Value
 from typing_extensions import override
 
-from na_lora_lightning.data.images.records import count_images, read_vision_conversation, text_of
+from na_lora_lightning.data.images.records import count_images, read_vision_conversation, text_of, with_image_parts
 from na_lora_lightning.data.processors import image_token_of
 from na_lora_lightning.data.text.chat import ChatTemplate, Piece
 from na_lora_lightning.data.text.encoding import RecordEncoder
-from na_lora_lightning.data.text.formats import Record
+from na_lora_lightning.data.text.formats import Format, Record
+from na_lora_lightning.data.text.loss_keys import learned_spans
 from na_lora_lightning.data.text.records import Message
 from na_lora_lightning.errors import ConfigurationError, DataError
 
@@ -95,6 +96,13 @@ class VisionRecordEncoder(RecordEncoder):
         return Features({**_FEATURES, **(_EVALUATION_FEATURES if evaluation else {})})
 
     @override
+    def _read(self, record: Record, form: Format) -> Record:
+        read = super()._read(record, form)
+        if form.name == "sharegpt" and isinstance(read["messages"], list):
+            read["messages"] = [with_image_parts(turn) for turn in read["messages"]]
+        return read
+
+    @override
     def _content(self, text: str) -> Any:
         return [{"type": "text", "text": text}]
 
@@ -119,7 +127,7 @@ class VisionRecordEncoder(RecordEncoder):
                 f"has {len(ids)} tokens, with one for each image, more than max_length={self.max_length}; raise "
                 "max_length or shorten it."
             )
-        learned = answers if is_open else self._learned(answers, kept)
+        learned = answers if is_open else learned_spans(answers, kept, self.loss_on)
         encoded: dict[str, Any] = {
             "text": text,
             "text_ids": ids,

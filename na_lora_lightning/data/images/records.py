@@ -8,6 +8,8 @@ from na_lora_lightning.data.text.records import Message, read_conversation
 from na_lora_lightning.errors import DataError
 
 Part = dict[str, Any]
+# Where an image is in the texts of LLaVA.
+_PLACE = "<image>"
 
 
 def read_vision_conversation(record: dict[str, Any], images: int, *, needs_completion: bool) -> list[Message]:
@@ -44,6 +46,21 @@ def read_vision_conversation(record: dict[str, Any], images: int, *, needs_compl
         for index, turn in enumerate(conversation)
     ]
     return _with_images(turns, images)
+
+
+def with_image_parts(turn: Any) -> Any:
+    """A turn of ShareGPT, where LLaVA and those after it write ``<image>`` for an image, with a part in its place."""
+    content = turn.get("content") if isinstance(turn, dict) else None
+    if not isinstance(content, str) or _PLACE not in content:
+        return turn
+    first, *others = content.split(_PLACE)
+    parts = [first, *(piece for other in others for piece in (None, other))]
+    return {
+        **turn,
+        "content": [
+            {"type": "image"} if part is None else {"type": "text", "text": part} for part in parts if part != ""
+        ],
+    }
 
 
 def _text_part(content: str | None) -> list[Part]:

@@ -14,7 +14,7 @@ from na_lora_lightning.data.files.record_tables import code_revision
 from na_lora_lightning.data.text.answer_tokens import AnswerTokenizer, Span
 from na_lora_lightning.data.text.chat import ChatTemplate
 from na_lora_lightning.data.text.formats import Format, Record, recognise
-from na_lora_lightning.data.text.loss_keys import learned_turns
+from na_lora_lightning.data.text.loss_keys import learned_spans
 from na_lora_lightning.data.text.records import Message, read_conversation, read_tools
 from na_lora_lightning.data.text.tool_use import settle_tool_use
 from na_lora_lightning.errors import ConfigurationError, DataError
@@ -123,11 +123,15 @@ class RecordEncoder(AnswerTokenizer):
         """
         form = form or recognise(record, source, None, needs_completion=needs_completion)
         try:
-            record = form.read(dict(record), self.use_chat_template)
+            record = self._read(record, form)
             encoded = self._with_tools(read_tools(record))._encode(record, evaluation, needs_completion)
         except DataError as error:
             raise DataError(f"record {index + 1} of {source!r} {error}") from error.__cause__
         return {"index": index, **encoded}
+
+    def _read(self, record: Record, form: Format) -> Record:
+        """A record of some format as messages, prompt and completion, or text."""
+        return form.read(dict(record), self.use_chat_template)
 
     def _with_tools(self, tools: list[dict[str, Any]] | None) -> RecordEncoder:
         """The encoder for one record."""
@@ -180,7 +184,7 @@ class RecordEncoder(AnswerTokenizer):
             ids = self._end_of(prompt_ids)
             labels = [IGNORED_LABEL] * len(ids)
         else:
-            ids, labels = self._beginning_of(complete, self._learned(spans, messages))
+            ids, labels = self._beginning_of(complete, learned_spans(spans, messages, self.loss_on))
         encoded: dict[str, Any] = {
             "input_ids": ids,
             "labels": labels,
@@ -237,18 +241,6 @@ class RecordEncoder(AnswerTokenizer):
                 "too_long to 'truncate' or 'leave_out'."
             )
         return len(ids) > self.max_length and self.too_long == "leave_out"
-
-    def _learned(self, spans: list[Any], messages: list[Message]) -> list[Any]:
-        """The answers that no key leaves out of the loss."""
-        learned = learned_turns(messages, self.loss_on)
-        if all(learned):
-            return spans
-        if len(spans) != len(learned):
-            raise DataError(
-                f"has a turn that is left out of the loss, but {len(spans)} of its {len(learned)} answers are in what "
-                "the chat template makes of it; use a template that marks each answer."
-            )
-        return [span for span, is_learned in zip(spans, learned, strict=True) if is_learned]
 
     def end_token_ids(self) -> list[int]:
         """The tokens that end an answer of which nothing is known.

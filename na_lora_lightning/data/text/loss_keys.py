@@ -70,6 +70,30 @@ def learned_turns(messages: Sequence[dict[str, Any]], loss_on: Literal["completi
     return learned
 
 
+def learned_spans(
+    spans: list[Any], messages: Sequence[dict[str, Any]], loss_on: Literal["completion", "all"]
+) -> list[Any]:
+    """The answers that no key leaves out of the loss.
+
+    Args:
+        spans: Where the answers are.
+        messages: The turns.
+        loss_on: What the loss is on.
+
+    Raises:
+        DataError: One is to be left out, and which it is cannot be told. The message lacks its subject.
+    """
+    learned = learned_turns(messages, loss_on)
+    if all(learned):
+        return spans
+    if len(spans) != len(learned):
+        raise DataError(
+            f"has a turn that is left out of the loss, but {len(spans)} of its {len(learned)} answers are in what the "
+            "chat template makes of it; use a template that marks each answer."
+        )
+    return [span for span, is_learned in zip(spans, learned, strict=True) if is_learned]
+
+
 def _meaning(value: Any) -> bool | None:
     """Whether a value says yes or no; None where it says something else."""
     if isinstance(value, str):
