@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
@@ -118,8 +120,44 @@ def config_files(arguments: Sequence[str]) -> list[str]:
     return files
 
 
+_VARIABLES = "NA_LORA"
+
+
+def parser_settings() -> dict[str, Any]:
+    """How parsers are made: errors are rewritten, and an abbreviation is a misspelling more often than not.
+
+    Options are taken from the environment where it has any, which would make help twice as long.
+    """
+    takes_environment = any(name.startswith(f"{_VARIABLES}_") for name in os.environ)
+    environment = {"default_env": True, "env_prefix": _VARIABLES} if takes_environment else {}
+    return {"exit_on_error": False, "allow_abbrev": False, **environment}
+
+
+def variable(command: str, option: str) -> str:
+    """The environment variable of an option: ``NA_LORA_FIT__TRAINER__MAX_STEPS`` of ``trainer.max_steps``."""
+    return f"{_VARIABLES}_{command}__{option.replace('.', '__')}".upper()
+
+
+def require_known_variables(command: str, options: Iterable[str]) -> None:
+    """Refuses environment variables that look like options of a command and are none.
+
+    Raises:
+        ConfigurationError: There is one.
+    """
+    known = {variable(command, option) for option in options}
+    given = [name for name in os.environ if name.startswith(variable(command, "")) and name not in known]
+    if given:
+        nearest = get_close_matches(given[0], known, n=1)
+        raise ConfigurationError(
+            f"the environment variable {given[0]} is no option of 'na-lora {command}'; "
+            + (f"did you mean {nearest[0]}?" if nearest else "unset it.")
+        )
+
+
 def names_option(arguments: Sequence[str], option: str) -> bool:
-    """Whether an option such as ``model.revision`` has a value, on the command line or in a configuration file."""
+    """Whether an option such as ``model.revision`` has a value, here, in a configuration file or the environment."""
+    if variable(arguments[0], option) in os.environ:
+        return True
     if any(argument.partition("=")[0] == f"--{option}" for argument in arguments):
         return True
     for file in config_files(arguments):

@@ -19,6 +19,8 @@ from na_lora_lightning.errors import ConfigurationError
 EPOCHS = 3
 """Of a fit that is not told when to end."""
 
+# What one of the mechanisms takes over from the other, and the switch.
+_SHARED = ("observer", "allow_unmasked_gates", "example_inputs", "view", "enabled")
 # As many processes are let alone on any machine.
 _PROCESSES = 8
 _KNOWN = ("lightning.", "na_lora_lightning.")
@@ -87,22 +89,29 @@ def require_possible(options: Mapping[str, Any], fits: bool) -> None:
             )
 
 
-def refuse_twice(listed: Iterable[Callback], kinds: Mapping[str, type[Callback]]) -> None:
-    """Refuses callbacks that every fit has already.
+def replaced_groups(
+    listed: Iterable[Callback], kinds: Mapping[str, type[Callback]], config: Mapping[str, Any], defaults: Any
+) -> set[str]:
+    """The groups of options in whose place the trainer's options have a callback.
 
     Args:
         listed: Those of the trainer's options.
         kinds: Those of every fit, by their group of options.
+        config: The options of a command.
+        defaults: All of them as they are where none is given.
 
     Raises:
-        ConfigurationError: One is among them.
+        ConfigurationError: Options are given in both places.
     """
-    for name, kind in kinds.items():
-        if any(isinstance(callback, kind) for callback in listed):
+    found = {name for name, kind in kinds.items() if any(isinstance(callback, kind) for callback in listed)}
+    for name in sorted(found):
+        given = vars(config[name])
+        if any(value != defaults[name][key] for key, value in given.items() if key not in _SHARED):
             raise ConfigurationError(
-                f"{kind.__name__} is in trainer.callbacks and would act twice; set its options under {name!r} and "
-                "leave it out there."
+                f"{kinds[name].__name__} is in trainer.callbacks, and the group {name!r} has options of it too; leave "
+                "one of the two out."
             )
+    return found
 
 
 def require_usable_callbacks(callbacks: Sequence[Callback]) -> None:

@@ -37,13 +37,15 @@ from na_lora_lightning.cli.arguments import (
     config_files,
     expand_switches,
     names_data_class,
+    parser_settings,
     require_init_args,
+    require_known_variables,
     share_settings,
     with_switches,
 )
 from na_lora_lightning.cli.errors import errors_of_lightning, explain
 from na_lora_lightning.cli.trainer_options import (
-    refuse_twice,
+    replaced_groups,
     require_metrics,
     require_possible,
     require_usable_callbacks,
@@ -76,8 +78,6 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": -1,
 }
 
-# Errors are rewritten, and an abbreviation is a misspelling more often than not.
-_PARSER = {"exit_on_error": False, "allow_abbrev": False}
 _CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")
 
 
@@ -88,12 +88,11 @@ class TrainingParser(PlainParser, LightningArgumentParser):
 class NALoRACLI(LightningCLI):
     """A ``LightningCLI`` for one subcommand, with the two mechanisms as option groups of their own.
 
-    ``gate_importance``, ``step_scale``, ``fit_summary`` and ``checkpoint`` are callbacks of every fit, whatever
-    ``trainer.callbacks`` says, unless their ``enabled`` is false; a checkpoint callback that is listed there takes the
-    place of ``checkpoint``. With ``--ckpt_path last`` the last run goes on in its own folder. The data module is
-    ``InstructionDataModule``, or the class that ``--data`` or ``data.class_path`` names; its tokenizer or processor is
-    the model's. Options always come from the configuration, also with ``--ckpt_path``; a checkpoint of another model or
-    LoRA is refused.
+    ``gate_importance``, ``step_scale``, ``fit_summary`` and ``checkpoint`` are callbacks of every fit, unless their
+    ``enabled`` is false or one of them, or another checkpoint callback, is in ``trainer.callbacks``. With
+    ``--ckpt_path last`` the last run goes on in its own folder. The data module is ``InstructionDataModule``, or the
+    class that ``--data`` or ``data.class_path`` names; its tokenizer or processor is the model's. Options always come
+    from the configuration, also with ``--ckpt_path``; a checkpoint of another model or LoRA is refused.
 
     Args:
         subcommand: ``fit``, ``validate``, ``test`` or ``predict``.
@@ -119,11 +118,11 @@ class NALoRACLI(LightningCLI):
             parser_class=TrainingParser,
             parser_kwargs={
                 "prog": "na-lora",
-                **_PARSER,
+                **parser_settings(),
                 subcommand: {
                     "description": DESCRIPTIONS[subcommand],
                     "usage": f"na-lora {subcommand} [--config FILE] [--OPTION VALUE ...]",
-                    **_PARSER,
+                    **parser_settings(),
                 },
             },
             args=list(arguments),
@@ -163,11 +162,12 @@ class NALoRACLI(LightningCLI):
             ConfigurationError: The arguments or a configuration file are wrong.
         """
         parser_of_command = parsers_of_commands(self)[self._requested]
+        keys = {action.dest for action in parser_of_command._actions if not action.dest.endswith(".help")}
         try:
             # Lightning's own method does this too, and warns of arguments that are not those of the process.
+            require_known_variables(self._requested, keys)
             self.config = parser.parse_args(with_switches(args, CALLBACKS))
         except ArgumentError as error:
-            keys = {action.dest for action in parser_of_command._actions if not action.dest.endswith(".help")}
             raise ConfigurationError(explain(str(error), keys, CALLBACKS, config_files(args))) from error
         expand_switches(self.config[self._requested], parser_of_command.get_defaults(), CALLBACKS)
         share_settings(self.config[self._requested], parser_of_command.get_defaults(), _MECHANISMS)
@@ -213,7 +213,8 @@ class NALoRACLI(LightningCLI):
         options = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         listed = options.get("callbacks") or []
         listed = listed if isinstance(listed, list) else [listed]
-        refuse_twice(listed, CALLBACKS)
+        defaults = parsers_of_commands(self)[self._requested].get_defaults()
+        replaced = replaced_groups(listed, CALLBACKS, self._full_config[self._requested], defaults)
         if self._requested == "fit":
             options = with_end(options)
             require_usable_callbacks(listed)
@@ -221,13 +222,14 @@ class NALoRACLI(LightningCLI):
         self._run = RunFolder()
         added: list[Callback] = [self._run]
         if self._requested == "fit":
-            enabled = [name for name in CALLBACKS if self._get(self.config, name)["enabled"]]
+            switched_on = [name for name in CALLBACKS if self._get(self.config, name)["enabled"]]
+            enabled = [name for name in switched_on if name not in replaced]
             if options.get("enable_checkpointing") is False or any(_saves_by_itself(c) for c in listed):
                 enabled = [name for name in enabled if name != "checkpoint"]
-            elif "checkpoint" not in enabled:
+            elif "checkpoint" not in {*enabled, *replaced}:
                 options["enable_checkpointing"] = False
             added += [self._get(self.config_init, name) for name in enabled]
-            if not set(enabled) & set(_MECHANISMS):
+            if not {*enabled, *replaced} & set(_MECHANISMS):
                 say("NA-LoRA: gate_importance and step_scale are switched off, so this is plain LoRA.")
             if options.get("logger") is not False and not any(isinstance(c, LearningRateMonitor) for c in listed):
                 added.append(LearningRateMonitor(logging_interval="step"))

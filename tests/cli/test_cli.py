@@ -246,9 +246,40 @@ def test_what_both_mechanisms_observe_is_set_once(workplace: Workplace, group: s
 def test_a_mechanism_is_not_added_twice(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
     callback = {"class_path": "na_lora_lightning.GateImportanceCallback"}
     config = workplace.config(trainer={**workplace.options["trainer"], "callbacks": [callback]})
-    assert "GateImportanceCallback is in trainer.callbacks and would act twice" in error_of(
-        capsys, ["fit", "--config", config]
+    assert "GateImportanceCallback is in trainer.callbacks, and the group 'gate_importance' has options of it" in (
+        error_of(capsys, ["fit", "--config", config])
     )
+
+
+def test_a_mechanism_among_the_trainers_callbacks_takes_the_place_of_its_group(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    callback = {"class_path": "na_lora_lightning.GateImportanceCallback", "init_args": {"keep_fraction": 0.25}}
+    trainer = {**workplace.options["trainer"], "callbacks": [callback]}
+    switch = "--step_scale.observer.exclude_prompt=true"
+    callbacks = callbacks_of(workplace, monkeypatch, switch, trainer=trainer, gate_importance={})
+    (found,) = [entry for entry in callbacks if isinstance(entry, GateImportanceCallback)]
+    assert found.options.keep_fraction == 0.25
+    assert any(isinstance(entry, StepScaleCallback) for entry in callbacks)
+
+
+def test_options_come_from_the_environment(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NA_LORA_FIT__TRAINER__MAX_EPOCHS", "7")
+    monkeypatch.setenv("NA_LORA_FIT__MODEL__LORA__DROPOUT", "0.5")
+    monkeypatch.setenv("NA_LORA_FIT__MODEL__LORA__R", "5")
+    assert workplace.run("fit", "--trainer.min_epochs=1", "--print_config") == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    # Files and the command line win.
+    assert (printed["trainer"]["max_epochs"], printed["model"]["lora"]["r"]) == (1, 2)
+    assert printed["model"]["lora"]["dropout"] == 0.5
+    monkeypatch.setenv("NA_LORA_FIT__MODEL__LORA__DROPUT", "0.5")
+    error = error_of(capsys, ["fit", "--config", workplace.config()])
+    assert error.startswith(
+        "the environment variable NA_LORA_FIT__MODEL__LORA__DROPUT is no option of 'na-lora fit'; did"
+    )
+    assert error.strip().endswith("did you mean NA_LORA_FIT__MODEL__LORA__DROPOUT?")
 
 
 def test_plain_lora_is_announced(workplace: Workplace, caplog: pytest.LogCaptureFixture) -> None:
