@@ -23,6 +23,7 @@ from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy import event
 
 from na_lora_lightning.compare.plan import Cell, Plan
 from na_lora_lightning.errors import ConfigurationError, NALoRAError, one_line
@@ -81,14 +82,14 @@ def open_storage(url: str, heartbeat: int = _HEARTBEAT_SECONDS, grace: int = _GR
             options = {"connect_args": {"timeout": _LOCK_SECONDS}} if url.startswith("sqlite") else {}
             if url.startswith("sqlite:///"):
                 Path(url[len("sqlite:///") :]).parent.mkdir(parents=True, exist_ok=True)
-            return _patiently(
-                lambda: RDBStorage(
-                    url,
-                    engine_kwargs=options,
-                    heartbeat_interval=heartbeat,
-                    grace_period=grace,
-                )
+            storage = _patiently(
+                lambda: RDBStorage(url, engine_kwargs=options, heartbeat_interval=heartbeat, grace_period=grace)
             )
+            if url.startswith("sqlite"):
+                # Several workers wait less for one another, and nothing for the disk.
+                event.listen(storage.engine, "connect", _write_ahead)
+                storage.engine.dispose()
+            return storage
     except Exception as error:
         # Of the database's own package, SQLAlchemy or Optuna.
         raise ConfigurationError(
@@ -96,7 +97,12 @@ def open_storage(url: str, heartbeat: int = _HEARTBEAT_SECONDS, grace: int = _GR
         ) from error
 
 
-def _patiently(make: Callable[[], BaseStorage]) -> BaseStorage:
+def _write_ahead(connection: Any, record: Any) -> None:
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=NORMAL")
+
+
+def _patiently(make: Callable[[], RDBStorage]) -> RDBStorage:
     # Workers that start at once make the same tables.
     for attempt in range(5):
         try:
@@ -235,7 +241,8 @@ class Comparison:
         """
         end = None if seconds is None else time.monotonic() + seconds
         while end is None or time.monotonic() < end:
-            self._queue(self._missing())
+            if not self.trials(TrialState.WAITING):
+                self._queue(self._missing())
             if self.trials(TrialState.WAITING):
                 with _without_news():
                     self.study.optimize(
@@ -250,7 +257,7 @@ class Comparison:
                 with _without_news():
                     optuna.storages.fail_stale_trials(self.study)
                 time.sleep(2.0)
-            elif not self._missing():
+            else:
                 return True
         return not self._missing() and not self.trials(TrialState.WAITING, TrialState.RUNNING)
 
@@ -277,7 +284,7 @@ class Comparison:
         if is_done or any(other.number < trial.number and other.state in alive for other in others):
             # Two workers that started at once queued it.
             raise optuna.TrialPruned("another worker has it")
-        if self._is_hopeless(cell, self.scored()):
+        if self.plan.prune is not None and self._is_hopeless(cell, self.scored()):
             raise optuna.TrialPruned("its rate is far from the best one")
         name = f"{cell.task} {cell.arm} rate {cell.rate:g} seed {cell.seed}"
         try:
