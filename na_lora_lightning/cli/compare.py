@@ -130,6 +130,10 @@ def main(arguments: list[str]) -> int:
         if options.workers == 0:
             return 0
     counts = ", ".join(f"{number} {state}" for state, number in comparison.count().items() if number)
+    for (task, arm), reason in comparison.failures().items():
+        if not comparison.scored():
+            raise ConfigurationError(f"nothing could be trained, {arm!r} on {task!r} for one: {reason}.")
+        print(f"Failed {arm} on {task}: {reason}")
     print(f"Cells {counts or 'none yet'}")
     for path in write_page(comparison, options.output, options.margin):
         print(f"{path.suffix[1:].upper():<5} {path}")

@@ -26,7 +26,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy import event
 
 from na_lora_lightning.compare.plan import Cell, Plan
-from na_lora_lightning.errors import ConfigurationError, NALoRAError, one_line
+from na_lora_lightning.errors import ConfigurationError, one_line
 
 Result = dict[str, Any]
 
@@ -139,7 +139,6 @@ class Comparison:
         self.study = study
         self.plan = plan
         self._notices_the_dead = not isinstance(storage, JournalStorage)
-        self._refusal: NALoRAError | None = None
 
     @classmethod
     def begin(cls, storage: BaseStorage, name: str, plan: Plan) -> Comparison:
@@ -223,6 +222,18 @@ class Comparison:
         pruned = {cell_of(trial) for trial in self.trials(TrialState.PRUNED)} - seen
         return {**counts, "left out": len(pruned)}
 
+    def failures(self) -> dict[tuple[str, str], str]:
+        """What went wrong with the arms, by task and arm, none of whose cells could be trained in three tries."""
+        errors: dict[tuple[str, str], list[str]] = {}
+        trained = set()
+        for trial in self.trials():
+            key = (trial.user_attrs["task"], trial.user_attrs["arm"])
+            if trial.state == TrialState.COMPLETE:
+                trained.add(key)
+            elif trial.state == TrialState.FAIL and "error" in trial.user_attrs:
+                errors.setdefault(key, []).append(trial.user_attrs["error"])
+        return {key: each[-1] for key, each in errors.items() if len(each) >= _MOST_TRIES and key not in trained}
+
     # ---- work ----
 
     def work(self, score: Callable[[Cell], Result], seconds: float | None = None, say: Any = print) -> bool:
@@ -235,9 +246,6 @@ class Comparison:
 
         Returns:
             Whether all cells are done.
-
-        Raises:
-            NALoRAError: A cell cannot be trained as it is defined.
         """
         end = None if seconds is None else time.monotonic() + seconds
         while end is None or time.monotonic() < end:
@@ -248,8 +256,6 @@ class Comparison:
                     self.study.optimize(
                         lambda trial: self._objective(trial, score, say), n_trials=1, catch=(Exception,)
                     )
-                if self._refusal is not None:
-                    raise self._refusal
             elif self.trials(TrialState.RUNNING):
                 # Of other workers; their cells come back here if they die.
                 if not self._notices_the_dead:
@@ -284,6 +290,8 @@ class Comparison:
         if is_done or any(other.number < trial.number and other.state in alive for other in others):
             # Two workers that started at once queued it.
             raise optuna.TrialPruned("another worker has it")
+        if (cell.task, cell.arm) in self.failures():
+            raise optuna.TrialPruned("its arm fails")
         if self.plan.prune is not None and self._is_hopeless(cell, self.scored()):
             raise optuna.TrialPruned("its rate is far from the best one")
         name = f"{cell.task} {cell.arm} rate {cell.rate:g} seed {cell.seed}"
@@ -292,9 +300,6 @@ class Comparison:
         except Exception as error:
             trial.set_user_attr("error", one_line(error))
             say(f"{name}: failed ({one_line(error)})")
-            if isinstance(error, NALoRAError):
-                # What is wrong with a cell is wrong with all of its arm.
-                self._refusal = error
             raise
         trial.set_user_attr("result", result)
         say(f"{name}: validation {result['validation']:.4f}, test {result['test']:.4f}, {result['seconds']:.1f} s")
@@ -327,6 +332,8 @@ class Comparison:
                 own = [entry for entry in scored if (entry.cell.task, entry.cell.arm) == (task, arm)]
                 rates = extensions(own, self.plan, is_over=(task, arm) not in under_way)
                 wanted += [Cell(task, arm, rate, seed) for rate in rates for seed in range(self.plan.seeds)]
+        failing = self.failures()
+        wanted = [cell for cell in wanted if (cell.task, cell.arm) not in failing]
         missing = (cell for cell in wanted if cell not in alive and errors[cell] < _MOST_TRIES)
         return [cell for cell in missing if not self._is_hopeless(cell, scored)]
 

@@ -233,11 +233,22 @@ def test_a_cell_that_fails_is_tried_again_and_then_left(tmp_path: Path) -> None:
     assert len(tries) == 3
     assert comparison.count() == {"done": 5, "running": 0, "waiting": 0, "failed": 1, "left out": 0}
 
-    def refuse(cell: Cell) -> dict[str, Any]:
-        raise DataError("record 3 is empty")
 
-    with pytest.raises(DataError, match="record 3"):
-        begun(tmp_path, plan(seeds=2, rates=(0.1, 0.2))).work(refuse, say=silent)
+def test_an_arm_that_cannot_be_trained_does_not_keep_the_others(tmp_path: Path) -> None:
+    comparison = begun(tmp_path, plan())
+    tries: list[Cell] = []
+
+    def score(cell: Cell) -> dict[str, Any]:
+        if cell.arm == "worse":
+            tries.append(cell)
+            raise DataError("record 3 is empty")
+        return made_up(cell)
+
+    assert comparison.work(score, say=silent)
+    assert comparison.failures() == {("one", "worse"): "record 3 is empty"}
+    assert len(tries) == 3
+    assert {entry.cell.arm for entry in comparison.scored()} == {"lora", "better"}
+    assert len(comparison.scored()) == 8
 
 
 def test_another_comparison_is_not_joined(tmp_path: Path) -> None:
