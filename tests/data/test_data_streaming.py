@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from datasets import Dataset, load_dataset
 from module_helpers import numbered_records, private_dataset_cache, saved_tokenizer, write_jsonl  # noqa: F401
 from test_data import RecordingModule, SaveAt, target_texts, trainer
 
-from na_lora_lightning.data import InstructionDataModule, LeftOutRecordsWarning
+from na_lora_lightning.data import InstructionDataModule, LeftOutRecordsWarning, TruncationWarning
 from na_lora_lightning.data.files import sources, streams
 from na_lora_lightning.data.files.sources import load_records
 from na_lora_lightning.data.files.streams import stream_records
@@ -89,18 +90,36 @@ def test_mixtures_are_drawn_by_weight(tokenizer: str, tmp_path: Path) -> None:
 
 def test_long_records_are_left_out(tokenizer: str, data: str) -> None:
     module = streamed(tokenizer, data, max_length=24, too_long="leave_out")
-    with pytest.warns(
-        LeftOutRecordsWarning, match=r"^\d of 11 records of an epoch have more tokens than max_length=24 a"
-    ):
+    with pytest.warns(LeftOutRecordsWarning) as caught:
         kept = answers_of(module)
+    first, last = (str(warning.message) for warning in caught)
+    many = "more tokens than max_length=24 and"
+    assert re.match(rf"record \d+ of '{data}', and maybe others, has {many} is left out; raise max_length or sh", first)
+    assert re.match(rf"\d of 11 records that were tokenised in an epoch have {many} were left out; raise", last)
     plain = streamed(tokenizer, data, max_length=24, too_long="leave_out", streaming=False)
     with pytest.warns(LeftOutRecordsWarning):
         plain.setup("fit")
     assert sorted(numbers(kept)) == [int(row["index"]) for row in plain._prepared["train"]]
     assert 1 < len(numbers(kept)) < 11
     assert [len(batch) for batch in kept[:-1]] == [2] * (len(kept) - 1)
+    long = 11 - len(numbers(kept))
+    assert last.startswith(f"{long} of")
+    none = r"^all 11 records have more tokens than max_length=3, so that none is left; raise"
+    with pytest.warns(LeftOutRecordsWarning), pytest.raises(DataError, match=none):
+        answers_of(streamed(tokenizer, data, max_length=3, too_long="leave_out"))
     with pytest.raises(DataError, match=r"^record \d+ of '.*data\.jsonl' has 2\d tokens, more than max_length=24"):
         answers_of(streamed(tokenizer, data, max_length=24, too_long="error"))
+
+
+def test_long_records_are_cut(tokenizer: str, tmp_path: Path) -> None:
+    # 20 tokens around a prompt of one.
+    long = {"prompt": "a", "completion": "bcdefghi"}
+    module = streamed(
+        tokenizer, write_jsonl(tmp_path / "cut.jsonl", [long, {**long, "completion": "b"}, long]), max_length=24
+    )
+    with pytest.warns(TruncationWarning) as caught:
+        assert sorted(answer for batch in answers_of(module) for answer in batch) == ["b", "bcde", "bcde"]
+    assert re.match(r"2 of 3 records that .* more tokens than max_length=24 and were cut; ", str(caught[-1].message))
 
 
 def test_processes_share_the_records(tokenizer: str, data: str) -> None:
@@ -121,7 +140,7 @@ def test_processes_share_the_records(tokenizer: str, data: str) -> None:
     assert (len(both), set(both)) == (12, set(range(11)))
 
 
-@pytest.mark.filterwarnings("ignore:.* records of .* have more tokens")
+@pytest.mark.filterwarnings("ignore:.*more tokens than max_length=26 and")
 @pytest.mark.parametrize("kind", ["plain", "mixture", "left out"])
 @pytest.mark.parametrize(
     ("hook", "options"),

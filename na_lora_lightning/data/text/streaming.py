@@ -16,7 +16,7 @@ from na_lora_lightning.data.text.encoding import RecordEncoder
 from na_lora_lightning.data.text.extent import Limits, require_bound, require_token
 from na_lora_lightning.data.text.formats import recognise
 from na_lora_lightning.data.text.mixture import Source, StoppingStrategy, probabilities
-from na_lora_lightning.data.text.splits import LeftOutRecordsWarning, report_format
+from na_lora_lightning.data.text.splits import LeftOutRecordsWarning, TruncationWarning, report_format
 from na_lora_lightning.errors import DataError
 
 # A record, its place in its source, and that source's place among the others; or what it was encoded to.
@@ -65,6 +65,8 @@ class RecordStream(IterableDataset[Any]):
         self.epoch = 0
         self.skipped_batches = 0
         self.lengths: dict[int, int] = {}
+        self._tokenised = self._long = 0
+        self._has_warned = False
         self._readers = [
             stream_records(each.path, default_split="train", config=each.dataset_config, columns=each.columns)
             for each in sources
@@ -125,67 +127,74 @@ class RecordStream(IterableDataset[Any]):
         Raises:
             DataError: A record cannot be used.
         """
+        self._tokenised = self._long = 0
         size = self.batch_size * self.num_replicas
-        items = self._items()
+        items = self._ordered() if self.encoder.too_long != "leave_out" else self._fitting()
         for batch, group in enumerate(iter(lambda: list(islice(items, size)), [])):
             if batch >= self.skipped_batches:
                 missing = -len(group) % self.num_replicas
                 all_get_some = (group * self.num_replicas)[: len(group) + missing]
                 yield self.collate([self._encoded(item) for item in all_get_some[self.rank :: self.num_replicas]])
-
-    def _items(self) -> Iterator[Item]:
-        """The records of an epoch in its order, encoded only where some are left out."""
-        if self.encoder.too_long != "leave_out":
-            return self._ordered()
-        return self._fitting()
+        if self._long:
+            self._warn(f"{self._long} of {self._tokenised} records that were tokenised in an epoch have", "were")
 
     def _fitting(self) -> Iterator[Item]:
-        total = left_out = 0
+        """The records that are not too long, encoded, which is how that is known."""
         for item in self._ordered():
-            total += 1
             encoded = self._encoded(item)
-            left_out += encoded["truncated"]
             if not encoded["truncated"]:
                 yield {"encoded": encoded}
-        if left_out:
-            rank_zero_warn(
-                f"{left_out} of {total} records of an epoch have more tokens than max_length={self.encoder.max_length} "
-                "and are left out; raise max_length or shorten them.",
-                category=LeftOutRecordsWarning,
+        if self._long == self._tokenised:
+            raise DataError(
+                f"all {self._long} records have more tokens than max_length={self.encoder.max_length}, so that none is "
+                "left; raise max_length or shorten them."
             )
 
     def _encoded(self, item: Item) -> dict[str, Any]:
         if "encoded" in item:
             encoded: dict[str, Any] = item["encoded"]
             return encoded
-        source = self.sources[item["source"]].path
+        source, number = self.sources[item["source"]].path, item["number"]
         encoded = self.encoder(
             item["record"],
-            item["number"],
+            number,
             source=source,
             evaluation=False,
             needs_completion=True,
             form=self._forms[item["source"]],
         )
         if self.limits is not None:
-            require_token(
-                max(encoded["input_ids"], default=0), item["number"], source, self.encoder.tokenizer, self.limits
-            )
+            require_token(max(encoded["input_ids"], default=0), number, source, self.encoder.tokenizer, self.limits)
+        self._tokenised += 1
+        self._long += encoded["truncated"]
+        if encoded["truncated"] and not self._has_warned:
+            self._has_warned = True
+            self._warn(f"record {number + 1} of {source!r}, and maybe others, has", "is")
         return encoded
+
+    def _warn(self, subject: str, verb: str) -> None:
+        """Says at once that there are records that are too long, and after each epoch how many."""
+        cut = self.encoder.too_long == "truncate"
+        what = f"{verb} {'cut' if cut else 'left out'}"
+        rank_zero_warn(
+            f"{subject} more tokens than max_length={self.encoder.max_length} and {what}; raise max_length or "
+            "shorten them.",
+            category=TruncationWarning if cut else LeftOutRecordsWarning,
+        )
 
     def _ordered(self) -> Iterator[Item]:
         # The sum of seed and epoch would give neighbouring seeds the same orders, one epoch apart.
-        own, *seeds = np.random.SeedSequence((self.seed, self.epoch)).spawn(1 + len(self._readers))
-        generators = [np.random.default_rng(seed) for seed in seeds]
+        own, *others = map(
+            np.random.default_rng, np.random.SeedSequence((self.seed, self.epoch)).spawn(1 + len(self._readers))
+        )
         shares = probabilities(self.sources)
         if shares is None:
-            places = range(len(self._readers))
-            return self._shuffled(chain.from_iterable(map(self._numbered, places)), np.random.default_rng(own))
-        read = [
-            partial(lambda place, generator: self._shuffled(self._numbered(place), generator), place, generator)
-            for place, generator in enumerate(generators)
-        ]
-        return _drawn(read, shares, np.random.default_rng(own), self.stopping_strategy)
+            return self._shuffled(chain.from_iterable(map(self._numbered, range(len(self._readers)))), own)
+        read = [partial(self._shuffled_part, place, generator) for place, generator in enumerate(others)]
+        return _drawn(read, shares, own, self.stopping_strategy)
+
+    def _shuffled_part(self, place: int, generator: np.random.Generator) -> Iterator[Item]:
+        return self._shuffled(self._numbered(place), generator)
 
     def _numbered(self, place: int) -> Iterator[Item]:
         for number, record in enumerate(self._readers[place]()):
