@@ -109,8 +109,9 @@ def _lines(
     if max((len(line[0]) for line in lines), default=0) < 2:
         return None
     with _plain_text():
-        figure = Figure(figsize=(6.4, 3.0))
-        axis = figure.add_axes((0.1, 0.16, 0.87, 0.78))
+        # With as much room to the left as its numbers need.
+        figure = Figure(figsize=(6.4, 3.0), layout="constrained")
+        axis = figure.add_subplot()
         for steps, values, style, colour, label in lines:
             at, means = _thinned(np.asarray(steps, dtype=float), np.asarray(values, dtype=float), most)
             axis.plot(
