@@ -126,16 +126,23 @@ SHARDED_OPTIONS += ["--trainer.strategy.tensor_parallel_size", "1"]
 SHARDED_OPTIONS += ["--trainer.strategy.save_distributed_checkpoint", "false"]
 
 
-@pytest.mark.parametrize("strategy", [["ddp"], SHARDED_OPTIONS], ids=["ddp", "sharded"])
+STREAM = ["--data.streaming", "true", "--data.group_by_length", "false", "--data.shuffle_buffer", "3"]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "more"),
+    [(["ddp"], []), (SHARDED_OPTIONS, []), (["ddp"], STREAM)],
+    ids=["ddp", "sharded", "streamed"],
+)
 def test_the_command_line_in_two_processes_equals_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: list[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: list[str], more: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     base, records = saved_model(tmp_path / "base"), write_records(tmp_path / "records.jsonl", 8)
     # Eight records a step in either case, so their order does not matter.
-    one = [*arguments(base, records, tmp_path / "one"), "--trainer.devices", "1", "--data.batch_size", "4"]
+    one = [*arguments(base, records, tmp_path / "one"), "--trainer.devices", "1", "--data.batch_size", "4", *more]
     assert main(one) == 0
-    two = [*arguments(base, records, tmp_path / "two"), "--trainer.devices", "2", "--data.batch_size", "2"]
+    two = [*arguments(base, records, tmp_path / "two"), "--trainer.devices", "2", "--data.batch_size", "2", *more]
     run_in_processes(run_command, [*two, "--trainer.strategy", *strategy])
     alone, together = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     assert alone.keys() == together.keys()

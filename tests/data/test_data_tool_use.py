@@ -201,6 +201,12 @@ def test_turn_that_is_left_out_of_the_loss_is_read_all_the_same(keys: dict[str, 
     for place, rest in ((1, "d"), (3, "b")):
         asked = [{**turn, **(keys if number == place else {})} for number, turn in enumerate(turns)]
         assert encode({"messages": asked}) == (text, rest + END_OF_TURN)
+        # Nor is it what generation is scored with.
+        encoder = RecordEncoder(
+            byte_tokenizer(), max_length=99, loss_on="completion", use_chat_template=None, system_prompt=None
+        )
+        encoded = encoder({"messages": asked}, 0, source="x", evaluation=True, needs_completion=True)
+        assert (encoded["prompt"], encoded["reference"]) == ("ac"[place == 1], rest)
     with pytest.raises(
         DataError, match=r"^record 3 of 'data\.jsonl' has no answer to learn, as keys leave all of them"
     ):

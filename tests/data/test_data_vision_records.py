@@ -307,3 +307,14 @@ def test_images_of_llava_stand_where_its_texts_have_them(kind: str) -> None:
     # Without a place of its own, an image comes first.
     plain = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     assert encode(encoder, {"conversations": plain}) == encode(encoder, {"prompt": "a", "completion": "b"})
+
+
+def test_turns_left_out_of_the_loss_are_no_references() -> None:
+    encoder = encoder_of("qwen2_vl")
+    turns = conversation("a", "b", "c", "d")
+    plain = encode(encoder, {"messages": turns})
+    for place, prompt, rest in ((3, "a", "b"), (1, "c", "d")):
+        left = [{**turn, "train": number != place} if number % 2 else turn for number, turn in enumerate(turns)]
+        encoded = encode(encoder, {"messages": left})
+        assert answers_of(encoder, encoded) == [f"{rest}<|im_end|>"]
+        assert (encoded["text"], encoded["prompt"], encoded["reference"]) == (plain["text"], prompt, rest)

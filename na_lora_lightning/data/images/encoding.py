@@ -18,7 +18,7 @@ from na_lora_lightning.data.processors import image_token_of
 from na_lora_lightning.data.text.chat import ChatTemplate, Piece
 from na_lora_lightning.data.text.encoding import RecordEncoder
 from na_lora_lightning.data.text.formats import Format, Record
-from na_lora_lightning.data.text.loss_keys import learned_spans
+from na_lora_lightning.data.text.loss_keys import last_answer, learned_spans
 from na_lora_lightning.data.text.records import Message
 from na_lora_lightning.errors import ConfigurationError, DataError
 
@@ -112,8 +112,8 @@ class VisionRecordEncoder(RecordEncoder):
         messages = self._conversation(record, messages)
         roles = [message["role"] for message in messages]
         is_open = not needs_completion and roles[-1] != "assistant"
-        context = messages if is_open else messages[: len(roles) - 1 - roles[::-1].index("assistant")]
-        kept = messages[: len(context) + (not is_open)]
+        context = messages if is_open else messages[: last_answer(messages, self.loss_on)]
+        kept = messages if is_open else messages[: len(roles) - roles[::-1].index("assistant")]
         text, ids, answers = self._encode_text(self._pieces(kept, is_open))
         used = count_images(kept)
         if text.count(self.image_token) != used:
@@ -127,7 +127,7 @@ class VisionRecordEncoder(RecordEncoder):
                 f"has {len(ids)} tokens, with one for each image, more than max_length={self.max_length}; raise "
                 "max_length or shorten it."
             )
-        learned = answers if is_open else learned_spans(answers, kept, self.loss_on)
+        learned = answers if is_open else learned_spans(answers, kept, self.loss_on) or answers
         encoded: dict[str, Any] = {
             "text": text,
             "text_ids": ids,
@@ -142,7 +142,7 @@ class VisionRecordEncoder(RecordEncoder):
         }
         if evaluation:
             encoded["prompt"] = text_of(context[-1]["content"])
-            encoded["reference"] = "" if is_open else self._reference(ids[slice(*answers[-1][:2])])
+            encoded["reference"] = "" if is_open else self._reference(ids[slice(*learned[-1][:2])])
         return encoded
 
     @override

@@ -14,7 +14,7 @@ from na_lora_lightning.data.files.record_tables import code_revision
 from na_lora_lightning.data.text.answer_tokens import AnswerTokenizer, Span
 from na_lora_lightning.data.text.chat import ChatTemplate
 from na_lora_lightning.data.text.formats import Format, Record, recognise
-from na_lora_lightning.data.text.loss_keys import learned_spans
+from na_lora_lightning.data.text.loss_keys import last_answer, learned_spans
 from na_lora_lightning.data.text.records import Message, read_conversation, read_tools
 from na_lora_lightning.data.text.tool_use import settle_tool_use
 from na_lora_lightning.errors import ConfigurationError, DataError
@@ -172,7 +172,7 @@ class RecordEncoder(AnswerTokenizer):
         messages = self._conversation(record, messages)
         roles = [message["role"] for message in messages]
         is_open = not needs_completion and roles[-1] != "assistant"
-        context = messages if is_open else messages[: len(roles) - 1 - roles[::-1].index("assistant")]
+        context = messages if is_open else messages[: last_answer(messages, self.loss_on)]
         if not (self.use_chat_template or self.leading_ids or context[0]["content"]):
             raise DataError("has an empty prompt; give it a prompt or remove the record.")
         prompt_ids = self._prompt_ids(context) if evaluation or is_open else []
@@ -184,7 +184,8 @@ class RecordEncoder(AnswerTokenizer):
             ids = self._end_of(prompt_ids)
             labels = [IGNORED_LABEL] * len(ids)
         else:
-            ids, labels = self._beginning_of(complete, learned_spans(spans, messages, self.loss_on))
+            spans = learned_spans(spans, messages, self.loss_on) or spans
+            ids, labels = self._beginning_of(complete, spans)
         encoded: dict[str, Any] = {
             "input_ids": ids,
             "labels": labels,

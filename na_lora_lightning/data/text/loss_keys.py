@@ -70,6 +70,18 @@ def learned_turns(messages: Sequence[dict[str, Any]], loss_on: Literal["completi
     return learned
 
 
+def last_answer(messages: Sequence[dict[str, Any]], loss_on: Literal["completion", "all"]) -> int:
+    """The place of the last turn of the assistant that is learned; where none is, of the last one.
+
+    Args:
+        messages: The turns, one of the assistant at least.
+        loss_on: What the loss is on.
+    """
+    answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    learned = learned_turns(messages, loss_on)
+    return max((place for place, is_learned in zip(answers, learned, strict=True) if is_learned), default=answers[-1])
+
+
 def learned_spans(
     spans: list[Any], messages: Sequence[dict[str, Any]], loss_on: Literal["completion", "all"]
 ) -> list[Any]:
