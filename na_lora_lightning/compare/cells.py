@@ -106,6 +106,8 @@ class CellScorer:
         device = fit.trainer.strategy.root_device
         is_cuda = device.type == "cuda"
         if is_cuda:
+            # It has no peak to reset before it has begun.
+            torch.cuda.init()
             torch.cuda.reset_peak_memory_stats(device)
         clock = time.perf_counter if is_cuda else time.process_time
         begun = clock()

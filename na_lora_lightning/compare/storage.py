@@ -19,14 +19,14 @@ from typing import Any
 
 import optuna
 from optuna.distributions import FloatDistribution, IntDistribution
-from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning
+from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy import event
 
 from na_lora_lightning.compare.plan import Cell, Plan
-from na_lora_lightning.errors import ConfigurationError, one_line
+from na_lora_lightning.errors import ConfigurationError, NALoRAError, one_line
 
 Result = dict[str, Any]
 
@@ -35,6 +35,8 @@ _SEED = IntDistribution(0, 1_000_000)
 _HEARTBEAT_SECONDS, _GRACE_SECONDS = 15, 90
 # Of a cell that fails; one whose worker is killed is no failure.
 _MOST_TRIES = 3
+# Before the first is scored, for reasons that are none of its arm.
+_MOST_FAILURES = 4
 _LOCK_SECONDS = 120
 _JOURNAL = "journal://"
 
@@ -139,6 +141,9 @@ class Comparison:
         self.study = study
         self.plan = plan
         self._notices_the_dead = not isinstance(storage, JournalStorage)
+        # Cells that failed when this was started before are tried again, as what was wrong may be mended.
+        self._first_trial = len(study.get_trials(deepcopy=False))
+        self._failures: int | None = 0
 
     @classmethod
     def begin(cls, storage: BaseStorage, name: str, plan: Plan) -> Comparison:
@@ -230,9 +235,12 @@ class Comparison:
             key = (trial.user_attrs["task"], trial.user_attrs["arm"])
             if trial.state == TrialState.COMPLETE:
                 trained.add(key)
-            elif trial.state == TrialState.FAIL and "error" in trial.user_attrs:
+            elif self._has_failed(trial):
                 errors.setdefault(key, []).append(trial.user_attrs["error"])
         return {key: each[-1] for key, each in errors.items() if len(each) >= _MOST_TRIES and key not in trained}
+
+    def _has_failed(self, trial: FrozenTrial) -> bool:
+        return trial.state == TrialState.FAIL and trial.number >= self._first_trial and "error" in trial.user_attrs
 
     # ---- work ----
 
@@ -246,15 +254,29 @@ class Comparison:
 
         Returns:
             Whether all cells are done.
+
+        Raises:
+            ConfigurationError: Every cell fails.
         """
         end = None if seconds is None else time.monotonic() + seconds
         while end is None or time.monotonic() < end:
             if not self.trials(TrialState.WAITING):
                 self._queue(self._missing())
             if self.trials(TrialState.WAITING):
-                with _without_news():
-                    self.study.optimize(
-                        lambda trial: self._objective(trial, score, say), n_trials=1, catch=(Exception,)
+                try:
+                    with _without_news():
+                        self.study.optimize(
+                            lambda trial: self._objective(trial, score, say), n_trials=1, catch=(Exception,)
+                        )
+                except (UpdateFinishedTrialError, ValueError):
+                    # Two workers were given the same trial, as databases without locks of rows allow, and the other
+                    # one was first.
+                    continue
+                if self._failures == _MOST_FAILURES:
+                    last = self.trials(TrialState.FAIL)[-1].user_attrs.get("error", "")
+                    raise ConfigurationError(
+                        f"{_MOST_FAILURES} cells have failed and none was scored ({last.rstrip('.')}); correct that "
+                        "and give the same command again."
                     )
             elif self.trials(TrialState.RUNNING):
                 # Of other workers; their cells come back here if they die.
@@ -300,7 +322,10 @@ class Comparison:
         except Exception as error:
             trial.set_user_attr("error", one_line(error))
             say(f"{name}: failed ({one_line(error)})")
+            if self._failures is not None and not isinstance(error, NALoRAError):
+                self._failures += 1
             raise
+        self._failures = None
         trial.set_user_attr("result", result)
         say(f"{name}: validation {result['validation']:.4f}, test {result['test']:.4f}, {result['seconds']:.1f} s")
         return float(result["validation"])
@@ -323,7 +348,7 @@ class Comparison:
                 under_way.add((cell.task, cell.arm))
             if trial.state in (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE):
                 alive.add(cell)
-            elif trial.state == TrialState.FAIL and "error" in trial.user_attrs:
+            elif self._has_failed(trial):
                 errors[cell] += 1
         scored = self.scored()
         wanted = self.plan.cells()

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from lightning.pytorch import seed_everything
 from module_helpers import saved_model, write_records
+from optuna.trial import TrialState
 
 from na_lora_lightning.cli.compare import make_fit
 from na_lora_lightning.cli.main import main
@@ -249,6 +250,33 @@ def test_an_arm_that_cannot_be_trained_does_not_keep_the_others(tmp_path: Path) 
     assert len(tries) == 3
     assert {entry.cell.arm for entry in comparison.scored()} == {"lora", "better"}
     assert len(comparison.scored()) == 8
+
+
+def test_a_worker_that_can_score_nothing_stops_and_its_cells_come_back(tmp_path: Path) -> None:
+    def fail(cell: Cell) -> dict[str, Any]:
+        raise RuntimeError("no such device")
+
+    with pytest.raises(ConfigurationError, match=r"4 cells .* \(no such device\); correct that"):
+        begun(tmp_path, plan()).work(fail, say=silent)
+    comparison = begun(tmp_path, plan())
+    assert comparison.work(made_up, say=silent)
+    assert comparison.count() == {"done": 12, "running": 0, "waiting": 0, "failed": 0, "left out": 0}
+
+
+def test_a_trial_that_two_workers_were_given_ends_neither(tmp_path: Path) -> None:
+    comparison = begun(tmp_path, plan())
+    scored: list[Cell] = []
+
+    def score(cell: Cell) -> dict[str, Any]:
+        if len(scored) == 2:
+            (running,) = comparison.study.get_trials(states=[TrialState.RUNNING])
+            comparison.study.tell(running.number, state=TrialState.FAIL)
+        scored.append(cell)
+        return made_up(cell)
+
+    assert comparison.work(score, say=silent)
+    assert (len(scored), len(set(scored))) == (13, 12)
+    assert comparison.count()["done"] == 12
 
 
 def test_another_comparison_is_not_joined(tmp_path: Path) -> None:

@@ -58,7 +58,8 @@ def constructed() -> dict[str, nn.Module]:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     found[name] = kind(*attempt)
-            except (TypeError, ValueError, RuntimeError, AssertionError):
+            except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError):
+                # On a machine with a GPU, DataParallel takes whatever it is given for a module.
                 continue
             break
     return found
