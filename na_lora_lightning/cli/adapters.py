@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from na_lora_lightning.checkpoints.adapter_folder import find_base
-from na_lora_lightning.cli.arguments import names_option
+from na_lora_lightning.cli.arguments import names_class, names_option
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.models.saved_adapter import adapter_folder, read_adapter_config
 
@@ -57,9 +57,11 @@ def with_adapter(arguments: Sequence[str]) -> list[str]:
             f"both the adapter {place!r} and a checkpoint are given, and one model has one adapter; give --adapter or "
             "--ckpt_path."
         )
-    options = [f"--model.adapter.start={folder}"]
+    model = "model.init_args" if names_class(given, "model") else "model"
+    options = [f"--{model}.adapter.start={folder}"]
     if not names_option(given, "model.model_name_or_path"):
         base, revision = base_of_adapter(folder)
-        options.append(f"--model.model_name_or_path={base}")
-        options += [] if revision is None else [f"--model.revision={revision}"]
-    return [given[0], *options, *given[1:]]
+        options.append(f"--{model}.model_name_or_path={base}")
+        options += [] if revision is None else [f"--{model}.revision={revision}"]
+    # After the files, which may name the model's class.
+    return [*given, *options]

@@ -23,32 +23,32 @@ from na_lora_lightning.modules.optimization import takes_model
 _SWITCH_WORDS = ("true", "false")
 
 
-def names_data_class(arguments: Sequence[str]) -> bool:
-    """Whether a class of data modules is asked for, on the command line or in a configuration file."""
-    if any(argument.partition("=")[0] in ("--data", "--data.class_path") for argument in arguments):
+def names_class(arguments: Sequence[str], group: str) -> bool:
+    """Whether a class is asked for, of the model or of the data, on the command line or in a configuration file."""
+    if any(argument.partition("=")[0] in (f"--{group}", f"--{group}.class_path") for argument in arguments):
         return True
-    return any("class_path" in data for data in data_of_files(arguments).values())
+    return any("class_path" in options for options in group_of_files(arguments, group).values())
 
 
-def require_init_args(arguments: Sequence[str]) -> None:
-    """Refuses options of a data module beside its class."""
-    for file, data in data_of_files(arguments).items():
-        stray = next((name for name in data if name not in ("class_path", "init_args")), None)
+def require_init_args(arguments: Sequence[str], group: str) -> None:
+    """Refuses options of a class beside its name."""
+    for file, options in group_of_files(arguments, group).items():
+        stray = next((name for name in options if name not in ("class_path", "init_args")), None)
         if stray is not None:
             raise ConfigurationError(
-                f"the option 'data.{stray}' of {file!r} is beside the class of the data and not among its arguments; "
-                "write it under data.init_args, after data.class_path."
+                f"the option '{group}.{stray}' of {file!r} is beside the class of the {group} and not among its "
+                f"arguments; write it under {group}.init_args, after {group}.class_path."
             )
 
 
-def data_of_files(arguments: Sequence[str]) -> dict[str, Mapping[str, Any]]:
-    """The options of the data in each configuration file that has any."""
+def group_of_files(arguments: Sequence[str], group: str) -> dict[str, Mapping[str, Any]]:
+    """The options of the model or the data in each configuration file that has any."""
     found: dict[str, Mapping[str, Any]] = {}
     for file in config_files(arguments):
         content = read_yaml(file)
-        data = content.get("data") if isinstance(content, Mapping) else None
-        if isinstance(data, (str, Mapping)):
-            found[file] = {"class_path": data} if isinstance(data, str) else data
+        options = content.get(group) if isinstance(content, Mapping) else None
+        if isinstance(options, (str, Mapping)):
+            found[file] = {"class_path": options} if isinstance(options, str) else options
     return found
 
 
@@ -160,13 +160,13 @@ def names_option(arguments: Sequence[str], option: str) -> bool:
         return True
     if any(argument.partition("=")[0] == f"--{option}" for argument in arguments):
         return True
-    for file in config_files(arguments):
-        value = read_yaml(file)
-        for name in option.split("."):
-            value = value.get(name) if isinstance(value, Mapping) else None
-        if value is not None:
-            return True
-    return False
+    group, _, name = option.partition(".")
+    if not name:
+        return any(
+            isinstance(read_yaml(file), Mapping) and option in read_yaml(file) for file in config_files(arguments)
+        )
+    options = group_of_files(arguments, group).values()
+    return any(name in given or name in (given.get("init_args") or {}) for given in options)
 
 
 _OPTION = "--model.optimizer"
@@ -213,13 +213,10 @@ def _named(arguments: Sequence[str]) -> set[str]:
     found: set[Any] = set()
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         option, equals, value = argument.partition("=")
-        if option in (_OPTION, f"{_OPTION}.class_path"):
+        if option.replace(".init_args.optimizer", ".optimizer", 1) in (_OPTION, f"{_OPTION}.class_path"):
             found.add(_path_of(read_yaml(value if equals else following) or (value if equals else following)))
-    for file in config_files(arguments):
-        content = read_yaml(file)
-        model = content.get("model") if isinstance(content, Mapping) else None
-        if isinstance(model, Mapping):
-            found.add(_path_of(model.get("optimizer")))
+    for model in group_of_files(arguments, "model").values():
+        found |= {_path_of(options.get("optimizer")) for options in (model, model.get("init_args") or {})}
     return {path for path in found if isinstance(path, str) and "." in path}
 
 

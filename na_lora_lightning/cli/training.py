@@ -36,7 +36,7 @@ from na_lora_lightning.cli.arguments import (
     PlainParser,
     config_files,
     expand_switches,
-    names_data_class,
+    names_class,
     parser_settings,
     require_init_args,
     require_known_variables,
@@ -58,6 +58,7 @@ from na_lora_lightning.lightning_internals import parsers_of_commands, require_c
 from na_lora_lightning.models.source import BaseModelSource, require_model
 from na_lora_lightning.modules.fit_summary import FitSummaryCallback
 from na_lora_lightning.modules.language import NALoRALightningModule
+from na_lora_lightning.modules.training import AdapterTrainingModule
 
 # Callbacks of every fit, each with its own group of options beside a switch.
 CALLBACKS: dict[str, type[Callback]] = {
@@ -104,13 +105,14 @@ class NALoRACLI(LightningCLI):
         self.subcommand = self._requested = subcommand
         self._full_config: Namespace | None = None
         require_cli(LightningCLI)
-        own_data = names_data_class(arguments)
-        if own_data:
-            require_init_args(arguments)
+        own = [group for group in ("model", "data") if names_class(arguments, group)]
+        for group in own:
+            require_init_args(arguments, group)
         super().__init__(
-            NALoRALightningModule,
-            LightningDataModule if own_data else InstructionDataModule,
-            subclass_mode_data=own_data,
+            AdapterTrainingModule if "model" in own else NALoRALightningModule,
+            LightningDataModule if "data" in own else InstructionDataModule,
+            subclass_mode_model="model" in own,
+            subclass_mode_data="data" in own,
             save_config_callback=RunConfigCallback,
             save_config_kwargs={"overwrite": True},
             trainer_defaults=dict(TRAINER_DEFAULTS),
@@ -149,10 +151,11 @@ class NALoRACLI(LightningCLI):
         if self.subclass_mode_data:
             # A class is not handed what it has no use for.
             group, readers = "data.init_args", ["tokenizer", "processor"]
+        model = "model.init_args" if self.subclass_mode_model else "model"
         for reader in readers:
-            parser.link_arguments("model.model_name_or_path", f"{group}.{reader}_name_or_path")
-            parser.link_arguments("model.revision", f"{group}.{reader}_revision")
-        parser.link_arguments("model.trust_remote_code", f"{group}.trust_remote_code")
+            parser.link_arguments(f"{model}.model_name_or_path", f"{group}.{reader}_name_or_path")
+            parser.link_arguments(f"{model}.revision", f"{group}.{reader}_revision")
+        parser.link_arguments(f"{model}.trust_remote_code", f"{group}.trust_remote_code")
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -192,6 +195,7 @@ class NALoRACLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Fails on a model that cannot be had before data is prepared."""
         model = self._get(self.config, "model")
+        model = model.init_args if self.subclass_mode_model else model
         require_model(BaseModelSource(model.model_name_or_path, revision=model.revision))
 
     @override

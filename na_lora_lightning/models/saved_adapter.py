@@ -105,13 +105,19 @@ def lora_of_adapter(folder: Path, given: LoRAOptions) -> LoRAOptions:
                 "PEFT, or merge it and train a new one."
             )
     options = {name: _or_default(name, value, defaults) for name, value in options.items()}
+    if isinstance(options.get("target_modules"), list):
+        # PEFT also writes names that exclude_modules leaves nothing of.
+        adapted = _tensor_names(folder)
+        named = [name for name in options["target_modules"] if any(f".{name}." in tensor for tensor in adapted)]
+        options["target_modules"] = named or options["target_modules"]
     if options.get("init_lora_weights") in _ONLY_BEFORE:
         options["init_lora_weights"] = True
     of_adapter = LoRAOptions(**options)
     changed = {
         field.name: getattr(given, field.name)
         for field in fields(LoRAOptions)
-        if getattr(given, field.name) != getattr(defaults, field.name)
+        # What is in no part of the model that was adapted is named in the adapter's own exclude_modules.
+        if field.name != "parts" and getattr(given, field.name) != getattr(defaults, field.name)
     }
     return replace(of_adapter, **changed)
 
@@ -149,6 +155,13 @@ def with_adapter(model: PreTrainedModel, folder: Path, base: str) -> PeftModel:
             "that it was trained on."
         ) from error
     return adapted
+
+
+def _tensor_names(folder: Path) -> set[str]:
+    from safetensors import safe_open
+
+    with safe_open(folder / _WEIGHTS, framework="pt") as file:
+        return set(file.keys())
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:
@@ -192,10 +205,8 @@ def require_every_tensor(model: PeftModel, folder: Path) -> None:
         ValueError: One is in the file or the model alone; PEFT takes a part for the whole.
     """
     from peft import get_peft_model_state_dict
-    from safetensors import safe_open
 
-    with safe_open(folder / _WEIGHTS, framework="pt") as file:
-        saved = set(file.keys())
+    saved = _tensor_names(folder)
     current = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     # Beside an adapter PEFT may store embeddings, which are weights of the base model.
     other = (current - saved) | (saved - current - set(model.state_dict()))

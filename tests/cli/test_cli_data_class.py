@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from dual_encoder_helpers import saved_dual_encoder, write_shapes
 from module_helpers import private_dataset_cache  # noqa: F401
 from vision_helpers import vlm_folders, write_vision_records  # noqa: F401
 
@@ -167,3 +168,40 @@ def test_broken_image_stops_training_in_one_sentence(
     message = error_of(capsys, ["fit", "--config", config(tmp_path, options, data=data)])
     assert message.startswith("record 4 of '")
     assert message.endswith("or set skip_broken_images to true to leave such records out.")
+
+
+def test_a_dual_encoder_learns_classes_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    shapes = write_shapes(tmp_path / "shapes", 2)
+    options: dict[str, Any] = {
+        "model": {
+            "class_path": "na_lora_lightning.DualEncoderLightningModule",
+            "init_args": {
+                "model_name_or_path": saved_dual_encoder(tmp_path / "clip"),
+                "lora": {"r": 2, "alpha": 4},
+                "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.125}},
+            },
+        },
+        "data": {
+            "class_path": "na_lora_lightning.LabelledImageDataModule",
+            "init_args": {"train": shapes, "validation": shapes, "batch_size": 4, "num_workers": 0},
+        },
+        "trainer": {"accelerator": "cpu", "max_epochs": 1, "default_root_dir": str(tmp_path / "run")},
+    }
+    options["trainer"]["log_every_n_steps"] = 1
+    assert main(["fit", "--config", config(tmp_path, options), "--trainer.enable_progress_bar=false"]) == 0
+    (checkpoint,) = tmp_path.glob("run/**/*.ckpt")
+    saved = torch.load(checkpoint, weights_only=True)
+    assert saved["hyper_parameters"]["optimizer"]["init_args"]["lr"] == 0.125
+    assert saved["hyper_parameters"]["lora"]["r"] == 2
+    (run,) = tmp_path.glob("run/**/version_0")
+    capsys.readouterr()
+    # The adapter names the base, and the file the class.
+    del options["model"]["init_args"]["model_name_or_path"]
+    assert main(["validate", "--config", config(tmp_path, options), "--adapter", str(run)]) == 0
+    assert "validation/accuracy" in capsys.readouterr().out
+    options["model"] = {"class_path": "torch.nn.Linear", "init_args": {"in_features": 1}}
+    assert "torch.nn.Linear" in error_of(capsys, ["fit", "--config", config(tmp_path, options)])
