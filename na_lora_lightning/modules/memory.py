@@ -150,6 +150,7 @@ def measure_step(
         logits: As :func:`estimate_memory` takes it.
         device: As :func:`estimate_memory` takes it.
     """
+    batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     _give_places(model, FakeTensorMode(allow_non_fake_inputs=True), device)
     batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -190,6 +191,10 @@ def measure_step(
     return MemoryEstimate(ledger.peak, **parts, activations=max(0, ledger.peak - sum(parts.values())))
 
 
+# Which older versions of torch lack.
+_GROUPED_PRODUCT: Any = getattr(getattr(torch.ops.aten, "_grouped_mm", None), "default", None)
+
+
 class _Ledger(TorchDispatchMode):
     """Counts the bytes that tensors without numbers would hold."""
 
@@ -225,7 +230,7 @@ class _Ledger(TorchDispatchMode):
         if function is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             # Checks of values that nobody knows pass.
             return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
-        if function is torch.ops.aten._grouped_mm.default and args[0].dtype == torch.float32:
+        if function is _GROUPED_PRODUCT and args[0].dtype == torch.float32:
             # On shapes alone torch refuses what its kernels take.
             half = (arg.bfloat16() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args)
             result = function(*half, **(kwargs or {})).float()
