@@ -13,10 +13,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from na_lora_lightning.compare.grid import ScoredCell
 from na_lora_lightning.compare.plan import Plan
 from na_lora_lightning.compare.results import Table, common_tables, headline, missing, tuned_table
 from na_lora_lightning.compare.statistics import Estimate
-from na_lora_lightning.compare.storage import Comparison, ScoredCell
+from na_lora_lightning.compare.storage import Comparison
 from na_lora_lightning.errors import ConfigurationError
 
 _COLUMNS = (

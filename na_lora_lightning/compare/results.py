@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from na_lora_lightning.compare.grid import ScoredCell, best_rate, mean_validation
 from na_lora_lightning.compare.plan import Plan
 from na_lora_lightning.compare.statistics import Estimate, estimate, holm, record_interval
-from na_lora_lightning.compare.storage import ScoredCell, best_rate, mean_validation
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,9 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy import event
 
+from na_lora_lightning.compare.grid import Result, ScoredCell, extensions, is_hopeless
 from na_lora_lightning.compare.plan import Cell, Plan
 from na_lora_lightning.errors import ConfigurationError, NALoRAError, one_line
-
-Result = dict[str, Any]
 
 _RATE = FloatDistribution(1e-12, 1e6, log=True)
 _SEED = IntDistribution(0, 1_000_000)
@@ -39,21 +37,6 @@ _MOST_TRIES = 3
 _MOST_FAILURES = 4
 _LOCK_SECONDS = 120
 _JOURNAL = "journal://"
-
-
-@dataclass(frozen=True)
-class ScoredCell:
-    """A cell with what was measured.
-
-    Attributes:
-        cell: Which.
-        validation: Validation loss, nats per target token; infinite where training diverged.
-        result: All numbers, as :mod:`~na_lora_lightning.compare.cells` makes them.
-    """
-
-    cell: Cell
-    validation: float
-    result: Result
 
 
 @contextmanager
@@ -314,7 +297,7 @@ class Comparison:
             raise optuna.TrialPruned("another worker has it")
         if (cell.task, cell.arm) in self.failures():
             raise optuna.TrialPruned("its arm fails")
-        if self.plan.prune is not None and self._is_hopeless(cell, self.scored()):
+        if is_hopeless(cell, self.scored(), self.plan):
             raise optuna.TrialPruned("its rate is far from the best one")
         name = f"{cell.task} {cell.arm} rate {cell.rate:g} seed {cell.seed}"
         try:
@@ -360,18 +343,7 @@ class Comparison:
         failing = self.failures()
         wanted = [cell for cell in wanted if (cell.task, cell.arm) not in failing]
         missing = (cell for cell in wanted if cell not in alive and errors[cell] < _MOST_TRIES)
-        return [cell for cell in missing if not self._is_hopeless(cell, scored)]
-
-    def _is_hopeless(self, cell: Cell, scored: Sequence[ScoredCell]) -> bool:
-        """Whether its rate is left out, for what it came to at the first seed."""
-        if self.plan.prune is None or cell.seed == 0:
-            return False
-        own = {
-            entry.cell.rate: entry.validation
-            for entry in scored
-            if (entry.cell.task, entry.cell.arm, entry.cell.seed) == (cell.task, cell.arm, 0)
-        }
-        return cell.rate in own and own[cell.rate] > min(own.values()) * (1 + self.plan.prune / 100)
+        return [cell for cell in missing if not is_hopeless(cell, scored, self.plan)]
 
 
 def cell_of(trial: FrozenTrial) -> Cell:
@@ -379,51 +351,6 @@ def cell_of(trial: FrozenTrial) -> Cell:
     queued = trial.system_attrs.get("fixed_params", {})
     rate, seed = (trial.params.get(name, queued.get(name)) for name in ("rate", "seed"))
     return Cell(trial.user_attrs["task"], trial.user_attrs["arm"], float(rate), int(seed))
-
-
-def mean_validation(scored: Iterable[ScoredCell]) -> dict[float, float]:
-    """Mean validation loss by rate, of the rates that have as many seeds as the one with the most."""
-    by_rate: dict[float, list[float]] = {}
-    for entry in scored:
-        by_rate.setdefault(entry.cell.rate, []).append(entry.validation)
-    most = max(map(len, by_rate.values()), default=0)
-    return {rate: sum(each) / len(each) for rate, each in sorted(by_rate.items()) if len(each) == most}
-
-
-def best_rate(means: dict[float, float]) -> float:
-    """The rate of the lowest mean validation loss, the lower one of equals."""
-    return min(means, key=lambda rate: (means[rate], rate))
-
-
-def extensions(scored: Sequence[ScoredCell], plan: Plan, is_over: bool = True) -> list[float]:
-    """Rates beyond those of the plan for one arm on one task: the next of the series where the last is the best.
-
-    Args:
-        scored: Its cells.
-        plan: What is compared.
-        is_over: Whether none of its cells is waiting or running, so that its best rate can be told.
-
-    Returns:
-        The rates, those that were added before among them.
-    """
-    rates = sorted({entry.cell.rate for entry in scored} | set(plan.rates))
-    found = [rate for rate in rates if rate not in plan.rates]
-    means = mean_validation(scored)
-    if not is_over or len(rates) < 2 or not means:
-        return found
-    best = best_rate(means)
-    below = sum(rate < plan.rates[0] for rate in found)
-    above = sum(rate > plan.rates[-1] for rate in found)
-    if best == rates[0] and below < plan.extend:
-        found.append(_rounded(rates[0] ** 2 / rates[1]))
-    if best == rates[-1] and above < plan.extend:
-        found.append(_rounded(rates[-1] ** 2 / rates[-2]))
-    return found
-
-
-def _rounded(rate: float) -> float:
-    # So that all arms of a series share it.
-    return float(f"{rate:.2g}")
 
 
 def _joined(former: Plan, plan: Plan) -> Plan:
