@@ -105,8 +105,9 @@ def explanation() -> str:
         "| curve | what it measures | when it is high |",
         "|---|---|---|",
     ]
+    # Names in a code's letters are broken anywhere.
     lines += [
-        f"| `{overview_tag(curve.group)}` | {_bars(curve.meaning)} | {_bars(curve.when_high)} |"
+        f"| {overview_tag(curve.group)} | {_bars(curve.meaning)} | {_bars(curve.when_high)} |"
         for curve in CURVES.values()
     ]
     return "\n".join(lines)
