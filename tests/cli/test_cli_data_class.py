@@ -205,3 +205,24 @@ def test_a_dual_encoder_learns_classes_from_the_command_line(
     assert "validation/accuracy" in capsys.readouterr().out
     options["model"] = {"class_path": "torch.nn.Linear", "init_args": {"in_features": 1}}
     assert "torch.nn.Linear" in error_of(capsys, ["fit", "--config", config(tmp_path, options)])
+
+
+@pytest.mark.parametrize("kind", ["idefics3", "qwen2_vl"])
+def test_an_adapter_of_two_parts_is_found_again(
+    vlm: Vlm, tmp_path: Path, options: dict[str, Any], capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    options["model"] |= {"model_name_or_path": vlm(kind), "lora": {"r": 2, "alpha": 4, "parts": ["language", "vision"]}}
+    options["model"]["evaluation"] = {}
+    path = config(tmp_path, options, data={"class_path": VISION, "init_args": sources(tmp_path)})
+    assert main(["fit", "--config", path]) == 0
+    (run,) = tmp_path.glob("run/**/version_0")
+    (checkpoint,) = run.glob("checkpoints/*.ckpt")
+    losses = []
+    for arguments in (["--ckpt_path", str(checkpoint)], ["--adapter", str(run)]):
+        if arguments[0] == "--adapter":
+            del options["model"]["lora"]
+            path = config(tmp_path, options, data={"class_path": VISION, "init_args": sources(tmp_path)})
+        capsys.readouterr()
+        assert main(["validate", "--config", path, *arguments]) == 0
+        losses.append([line for line in capsys.readouterr().out.splitlines() if "validation/loss" in line])
+    assert losses[0] == losses[1] != []
