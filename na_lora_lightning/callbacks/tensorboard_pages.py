@@ -98,23 +98,17 @@ def _layout(metrics: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
 
 def explanation() -> str:
     """What each curve means, as Markdown."""
+    # No table: TensorBoard makes its first column so narrow that names are broken anywhere.
     lines = [
         "Each curve `gates/…` is a mean over all layers, weighted by channels; by activation where there are several. "
         "Layers are in pictures (IMAGES), in `na-lora report`, and with `view.layer_curves` in curves of their own.",
         "",
-        "| curve | what it measures | when it is high |",
-        "|---|---|---|",
     ]
-    # Names in a code's letters are broken anywhere.
     lines += [
-        f"| {overview_tag(curve.group)} | {_bars(curve.meaning)} | {_bars(curve.when_high)} |"
+        f"- **{overview_tag(curve.group)}**: {curve.meaning} *When it is high:* {curve.when_high}"
         for curve in CURVES.values()
     ]
     return "\n".join(lines)
-
-
-def _bars(text: str) -> str:
-    return text.replace("|", "&#124;")
 
 
 def _cell(text: Any) -> str:

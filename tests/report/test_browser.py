@@ -123,7 +123,7 @@ def test_the_pages_of_tensorboard(tmp_path: Path) -> None:
         "scalars": ("train", "gates"),
         "custom_scalars": ("Training", "Gates, over all layers"),
         "images": ("gates/responsiveness_by_layer",),
-        "text": ("samples", "what it measures"),
+        "text": ("samples", "When it is high"),
         "hparams": ("validation/exact_match", "lr"),
     }
 
