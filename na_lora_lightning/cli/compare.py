@@ -69,6 +69,7 @@ def options_parser() -> _Parser:
         metavar="PERCENT",
     )
     add("--other-text", "text on which forgetting is measured (default: a short one that ships)", metavar="FILE")
+    add("--last-layers", "train the last K blocks alone, on inputs that are computed once", type=int, metavar="K")
     add(
         "--output",
         "folder of the page and the trials (default: %(default)s)",
@@ -124,7 +125,7 @@ def main(arguments: list[str]) -> int:
         if options.workers > 1:
             _in_processes(arguments, options)
         else:
-            scorer = CellScorer(comparison.plan, make_fit)
+            scorer = CellScorer(comparison.plan, make_fit, Path(options.output).expanduser() / "inputs")
             with _quietly():
                 comparison.work(scorer.score, options.minutes and 60 * options.minutes, _say)
         if options.workers == 0:
@@ -160,6 +161,7 @@ def _plan(options: Namespace, changes: Sequence[str]) -> Plan:
         extend=options.extend,
         prune=options.prune,
         other_text=options.other_text,
+        last_layers=options.last_layers,
     )
 
 

@@ -8,12 +8,14 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 
 from na_lora_lightning.callbacks.gate_callback import gate_callbacks
+from na_lora_lightning.compare.last_layers import BlockInputs
 from na_lora_lightning.compare.measuring import OtherText, RecordLosses, record_losses
 from na_lora_lightning.compare.plan import Cell, Options, Plan
 from na_lora_lightning.errors import ConfigurationError, NonFiniteError
@@ -43,9 +45,15 @@ class Fit:
 
 
 class BaseModels:
-    """The base model of a worker, read once; each fit gets modules of its own around the same weights."""
+    """The base model of a worker, read once; each fit gets modules of its own around the same weights.
 
-    def __init__(self) -> None:
+    Args:
+        last_layers: The number of blocks that train, where these are the last ones alone.
+        cache: Folder for what these blocks are given.
+    """
+
+    def __init__(self, last_layers: int | None, cache: Path) -> None:
+        self._last_layers, self._cache = last_layers, cache
         self._key: tuple[BaseModelSource, str] | None = None
         self._model: PreTrainedModel | None = None
 
@@ -55,10 +63,18 @@ class BaseModels:
             self._model = load_base_model(source, device).requires_grad_(False)
             self._key = (source, device.type)
         shared = {id(tensor): tensor for tensor in (*self._model.parameters(), *self._model.buffers())}
-        return copy.deepcopy(self._model, shared)
+        model: PreTrainedModel = copy.deepcopy(self._model, shared)
+        if self._last_layers is not None:
+            name = f"{source}:{next(model.parameters()).dtype}"
+            BlockInputs(self._cache, self._last_layers, name).attach(model)
+        return model
 
     def load_apart(self, source: BaseModelSource, device: torch.device) -> PreTrainedModel:
         """The same with weights of its own, for LoRA whose start changes them."""
+        if self._last_layers is not None:
+            raise ConfigurationError(
+                "LoRA that starts by changing weights does not go with --last-layers; leave it out."
+            )
         return copy.deepcopy(self.load(source, device))
 
 
@@ -68,12 +84,13 @@ class CellScorer:
     Args:
         plan: What is compared.
         make_fit: Makes trainer, module and data of a configuration of ``na-lora fit``.
+        cache: Folder for the inputs of the last blocks, where they alone train.
     """
 
-    def __init__(self, plan: Plan, make_fit: Callable[[Options], Fit]) -> None:
+    def __init__(self, plan: Plan, make_fit: Callable[[Options], Fit], cache: Path) -> None:
         self._plan = plan
         self._make_fit = make_fit
-        self._bases = BaseModels()
+        self._bases = BaseModels(plan.last_layers, cache)
         self._other_text: OtherText | None = None
 
     def score(self, cell: Cell) -> dict[str, Any]:

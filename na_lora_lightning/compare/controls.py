@@ -55,7 +55,7 @@ class GateStepCallback(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the gates, and follows the optimizers."""
-        self.gates = discover_gates(find_peft_model(pl_module)).require()
+        self.gates = discover_gates(find_peft_model(pl_module)).require(allow_unmasked_gates=True)
         self.steps = 0
         self._rows = [
             (entry.parameter, site.rows, index) for index, site in enumerate(self.gates) for entry in site.parameters()

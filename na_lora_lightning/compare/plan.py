@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from na_lora_lightning.errors import ConfigurationError
+from na_lora_lightning.models.source import BaseModelSource, load_config
 
 Options = dict[str, Any]
 
@@ -100,6 +101,8 @@ class Plan:
         prune: Per cent of validation loss above its arm's best at the first seed from which a rate is left out at the
             other seeds; None leaves out none.
         other_text: File with the text on which forgetting is measured; None stands for one that ships.
+        last_layers: Train the last so many blocks alone, on inputs that are computed once; None trains what the
+            configuration says.
     """
 
     base: Options
@@ -110,6 +113,7 @@ class Plan:
     extend: int = 2
     prune: float | None = None
     other_text: str | None = None
+    last_layers: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.arms) < 2:
@@ -145,6 +149,13 @@ class Plan:
         changes["data.init_args.seed" if "class_path" in data else "data.seed"] = cell.seed
         if config.get("gate_importance") is not False:
             changes["gate_importance.variant.seed"] = cell.seed
+        if self.last_layers is not None:
+            layers = load_config(BaseModelSource(config["model"]["model_name_or_path"])).get_text_config()
+            last = range(layers.num_hidden_layers)[-self.last_layers :]
+            changes["model.lora.layers_to_transform"] = list(last)
+            for mechanism in ("gate_importance", "step_scale"):
+                if config.get(mechanism) is not False:
+                    changes[f"{mechanism}.allow_unmasked_gates"] = True
         return merged(config, changes)
 
     def described(self) -> dict[str, Any]:
@@ -163,6 +174,7 @@ class Plan:
         parts: dict[str, Any] = {"the configuration": {**base, "trainer": trainer}}
         parts |= {f"the task {name!r}": options for name, options in self.tasks.items()}
         parts |= {f"the arm {name!r}": options for name, options in self.arms.items()}
+        parts["--last-layers"] = self.last_layers
         parts |= {f"the file {file!r}": _bytes_of(file) for file in self._files()}
         return {name: hashlib.sha256(_canonical(part)).hexdigest()[:16] for name, part in parts.items()}
 

@@ -17,12 +17,14 @@ import yaml
 from lightning.pytorch import seed_everything
 from module_helpers import saved_model, write_records
 from optuna.trial import TrialState
+from safetensors.torch import load_file, save_file
 
 from na_lora_lightning.cli.compare import make_fit
 from na_lora_lightning.cli.main import main
+from na_lora_lightning.compare.cells import CellScorer
 from na_lora_lightning.compare.grid import extensions
 from na_lora_lightning.compare.page import as_csv, as_html, as_markdown
-from na_lora_lightning.compare.plan import ARMS, Cell, Plan, merged, nested, read_named
+from na_lora_lightning.compare.plan import ARMS, Cell, Plan, merged, nested, read_configs, read_named
 from na_lora_lightning.compare.results import common_tables, headline, tuned_table
 from na_lora_lightning.compare.storage import Comparison, open_storage
 from na_lora_lightning.errors import ConfigurationError, DataError
@@ -370,6 +372,38 @@ def test_a_comparison_from_the_command_line(workplace: Path, capsys: pytest.Capt
     assert mean == pytest.approx(whole, rel=1e-5)
     assert scored.result["other_kl"] > 0
     assert 0 < scored.result["gates"]["gate_mask_density"] < 1
+
+
+# The parser's own, which the command line silences.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_last_blocks_train_on_kept_inputs_as_without_them(workplace: Path, tmp_path: Path) -> None:
+    base = read_configs([str(workplace / "config.yaml")])
+    given = Plan(base, {"task": {}}, {"lora": ARMS["lora"], "na_lora": {}}, (0.03,), seeds=1, last_layers=1)
+    scorer = CellScorer(given, make_fit, tmp_path)
+    for arm in given.arms:
+        cell = Cell("task", arm, 0.03, 0)
+        first, again = scorer.score(cell), scorer.score(cell)
+        fit = make_fit(merged(given.config(cell), {"trainer.limit_val_batches": 1.0}))
+        fit.trainer.fit(fit.module, datamodule=fit.datamodule)
+        whole = float(fit.trainer.callback_metrics["validation/loss"])
+        for result in (first, again):
+            sums, tokens = sum(result["test_sums"]), sum(result["test_tokens"])
+            every = sum((batch["labels"][:, 1:] != -100).sum().item() for batch in fit.datamodule.val_dataloader())
+            mean = (result["validation"] * (every - tokens) + sums) / every
+            assert mean == pytest.approx(whole, rel=1e-5)
+    # A file for each record and each passage of other text.
+    kept = len(list(tmp_path.rglob("*.safetensors")))
+    assert kept >= 12
+    scorer.score(Cell("task", "lora", 0.03, 1))
+    assert len(list(tmp_path.rglob("*.safetensors"))) == kept
+    # They are what the last block is given.
+    before = scorer.score(Cell("task", "lora", 0.03, 0))["validation"]
+    for file in tmp_path.rglob("*.safetensors"):
+        save_file({"inputs": -load_file(file)["inputs"]}, file)
+    assert abs(scorer.score(Cell("task", "lora", 0.03, 0))["validation"] - before) > 1e-4
+    deep = Plan(base, {"task": {}}, given.arms, (0.03,), seeds=1, last_layers=2)
+    with pytest.raises(ConfigurationError, match="has 2 blocks, so that the inputs of the last 2 cannot be kept"):
+        CellScorer(deep, make_fit, tmp_path).score(Cell("task", "lora", 0.03, 0))
 
 
 @pytest.mark.parametrize(
