@@ -26,7 +26,8 @@ class Ancestors:
         passed: Names of the node types passed.
         stops: Nodes at which the walk stopped.
         custom: Whether a function that somebody wrote with a backward pass of its own was passed.
-        masked: Whether a product with a mask was passed, which may have been made of what it is multiplied with.
+        masks: Number of elements of masks that were multiplied with, each of which may have been made of the values
+            that it is multiplied with.
         nodes: The nodes passed.
     """
 
@@ -34,7 +35,7 @@ class Ancestors:
     passed: set[str] = field(default_factory=set)
     stops: list[Any] = field(default_factory=list)
     custom: bool = False
-    masked: bool = False
+    masks: set[int] = field(default_factory=set)
     nodes: set[Any] = field(default_factory=set)
 
 
@@ -66,7 +67,7 @@ def ancestors(node: Any, stop_at: Container[Any] = ()) -> Ancestors:
         met.passed.add(type(current).__name__)
         met.nodes.add(current)
         met.custom |= _is_custom(current)
-        met.masked |= type(current).__name__ == "MulBackward0" and _is_with_mask(current)
+        met.masks |= _masks_of(current) if type(current).__name__ == "MulBackward0" else set()
         pending.extend(parent for parent, _ in current.next_functions if parent is not None)
     return met
 
@@ -77,16 +78,17 @@ def _is_custom(node: Any) -> bool:
     return function is not None and not function.__module__.startswith(("torch.", "na_lora_lightning."))
 
 
-def _is_with_mask(product: Any) -> bool:
-    """Whether autograd multiplies by two values, as in ``(z > 0) * z``, by one for each element."""
-    masks = [value for value in (product._saved_self, product._saved_other) if value is not None]
-    if len(masks) != 1 or masks[0].is_meta or 1 in (masks[0].ndim, *masks[0].shape[-2:]):
-        return False
-    (mask,) = masks
-    if mask.dtype is torch.bool:
-        return True
-    least, most = mask.aminmax()
-    return bool((least < most) & ((mask == least) | (mask == most)).all())
+def _masks_of(product: Any) -> set[int]:
+    """Number of elements of what autograd multiplies by where these are two values, as in ``(z > 0) * z``."""
+    factors = [value for value in (product._saved_self, product._saved_other) if value is not None]
+    if len(factors) != 1 or factors[0].is_meta or factors[0].is_complex() or factors[0].numel() < 2:
+        return set()
+    (factor,) = factors
+    if factor.dtype is not torch.bool:
+        least, most = factor.aminmax()
+        if not bool((least < most) & ((factor == least) | (factor == most)).all()):
+            return set()
+    return {factor.numel()}
 
 
 @dataclass(frozen=True)

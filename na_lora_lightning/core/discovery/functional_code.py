@@ -66,6 +66,9 @@ class Code:
         shared = [calls[0] for calls in together if all(call is calls[0] for call in calls)]
         self._depth = len(shared) - 1
         self._owner: ModuleCall = shared[-1]
+        # A cache of keys and values has grown in the first call, and would in each further one.
+        grown = {name for name, value in self._owner.kwargs.items() if hasattr(value, "get_seq_length")}
+        self._kwargs = {name: None if name in grown else value for name, value in self._owner.kwargs.items()}
         self._is_random = False
 
     def key(self) -> tuple[Any, ...]:
@@ -170,7 +173,7 @@ class Code:
                     stack.callback(module.register_forward_hook(put).remove)
                 stack.callback(target.register_forward_pre_hook(take, with_kwargs=True).remove)
                 with suppress(_ReachedError):
-                    self._owner.module(*self._owner.args, **self._owner.kwargs)
+                    self._owner.module(*self._owner.args, **self._kwargs)
             return taken[0].float()
 
         return answer

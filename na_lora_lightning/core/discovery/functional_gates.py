@@ -51,7 +51,7 @@ def functional_gates(blocks: Blocks) -> GateMap:
         producers = blocks.linear_calls(met.leaves)
         names = tuple(producer.name for producer in producers)
         calls = tuple(producers)
-        if not producers or not _bends(met) or (calls in found and found[calls].sites):
+        if not producers or not _bends(met, consumer) or (calls in found and found[calls].sites):
             continue
         reason = blocks.why_not_feed_forward(producers, consumer)
         if reason is not None:
@@ -90,8 +90,12 @@ def _leading_nowhere(blocks: Blocks) -> list[LeftOut]:
     return list(dict.fromkeys(left_out))
 
 
-def _bends(met: Ancestors) -> bool:
-    return met.custom or met.masked or any(name.startswith((*_GATES, *_PERHAPS)) for name in met.passed)
+def _bends(met: Ancestors, consumer: LinearCall) -> bool:
+    return (
+        met.custom
+        or consumer.source.numel() in met.masks
+        or any(name.startswith((*_GATES, *_PERHAPS)) for name in met.passed)
+    )
 
 
 def _gate_of(

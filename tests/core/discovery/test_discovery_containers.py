@@ -455,3 +455,29 @@ def test_a_network_that_checkpoints_itself_trains_as_one_that_does_not(reentrant
     assert int((weights[-1] == 0).sum()) == INNER // 2
     for one, other in zip((*adapters, *weights), (x for part in trained(in_a_list) for x in part), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_cache_that_a_call_has_filled_is_not_given_again() -> None:
+    class Cache:
+        def __init__(self) -> None:
+            self.seen = torch.zeros(1, 0, INNER)
+
+        def get_seq_length(self) -> int:
+            return self.seen.shape[1]
+
+        def update(self, z: Tensor) -> Tensor:
+            self.seen = torch.cat([self.seen, z], dim=1)
+            return self.seen
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = pair()
+
+        def forward(self, x: Tensor, past: Cache | None = None) -> Tensor:
+            z = self.layers[0](x)
+            seen = z if past is None else past.update(z)
+            return self.layers[1](z * seen.sigmoid())
+
+    _, gates = find(Written(lambda s, x: s.block(x, past=Cache()), block=Block()))
+    assert [site.name for site in gates.require()] == ["block.layers.silu"]
