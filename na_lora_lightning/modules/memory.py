@@ -152,7 +152,6 @@ def measure_step(
     """
     batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     _give_places(model, FakeTensorMode(allow_non_fake_inputs=True), device)
-    batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     vocabulary = vocabulary_size(root_of(model))
     if vocabulary is not None:
