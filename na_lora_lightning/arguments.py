@@ -157,21 +157,46 @@ class ScheduleOptions:
     """The learning rate over the optimizer steps of a fit.
 
     Args:
-        name: The shape, as ``transformers.get_scheduler`` names it.
-        warmup_fraction: Fraction of all optimizer steps over which the learning rate rises from 0, in [0, 1).
+        name: The shape, as ``transformers.get_scheduler`` names it, or the import path of a scheduler of torch or
+            transformers, a class or a function of the optimizer, such as ``torch.optim.lr_scheduler.OneCycleLR``.
+        warmup_fraction: Fraction of all optimizer steps over which the learning rate rises from 0, in [0, 1). Classes
+            of torch have options of their own for that.
         warmup_steps: The same as a number of steps; takes the place of ``warmup_fraction``.
-        options: What the shape takes beyond that, such as ``{"min_lr_rate": 0.1}`` for ``cosine_with_min_lr``.
+        options: What the shape takes beyond that, such as ``{"min_lr_rate": 0.1}`` for ``cosine_with_min_lr``, or the
+            arguments of what is imported. ``total_steps``, ``num_training_steps`` and ``num_warmup_steps`` are those of
+            the fit unless they are given.
+        interval: Whether the scheduler counts optimizer steps (``"step"``) or epochs (``"epoch"``).
+        monitor: The metric that ``ReduceLROnPlateau`` waits for, such as ``validation/loss``.
 
     Raises:
         ConfigurationError: A value is out of range.
     """
 
-    name: ScheduleName = "cosine"
+    name: ScheduleName | str = "cosine"
     warmup_fraction: float = 0.03
     warmup_steps: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    interval: Literal["step", "epoch"] = "step"
+    monitor: str | None = None
 
     def __post_init__(self) -> None:
+        if not self.is_imported and self.name not in get_args(ScheduleName):
+            raise ConfigurationError(
+                f"schedule.name={self.name!r} is unknown; use one of {', '.join(map(repr, get_args(ScheduleName)))}, "
+                "or the import path of a scheduler, such as torch.optim.lr_scheduler.OneCycleLR."
+            )
+        if self.interval not in ("step", "epoch"):
+            raise ConfigurationError(f"schedule.interval={self.interval!r} is unknown; use 'step' or 'epoch'.")
+        if not self.is_imported and self.monitor is not None:
+            raise ConfigurationError(
+                f"schedule.monitor is {self.monitor!r}, and the schedule {self.name!r} looks at no metric; leave it "
+                "out, or name torch.optim.lr_scheduler.ReduceLROnPlateau."
+            )
+        if not self.is_imported and self.interval != "step":
+            raise ConfigurationError(
+                f"schedule.interval={self.interval!r} does not work with the schedule {self.name!r}, which goes by "
+                "optimizer steps; leave it out, or name a scheduler by its import path."
+            )
         if not 0 <= self.warmup_fraction < 1:
             raise ConfigurationError(
                 f"schedule.warmup_fraction is {self.warmup_fraction}, and it is a fraction; set it in [0, 1)."
@@ -180,6 +205,11 @@ class ScheduleOptions:
             raise ConfigurationError(
                 f"schedule.warmup_steps is {self.warmup_steps}, and it counts steps; set it to 0 or more."
             )
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether the name is an import path."""
+        return "." in self.name
 
 
 @dataclass(frozen=True)

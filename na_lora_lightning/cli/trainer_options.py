@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import (
 )
 
 from na_lora_lightning.errors import ConfigurationError
+from na_lora_lightning.modules.schedules import validates
 
 EPOCHS = 3
 """Of a fit that is not told when to end."""
@@ -145,13 +146,13 @@ def require_metrics(trainer: Trainer, module: LightningModule, data: LightningDa
         return
     names: set[str] = module.metric_names()  # type: ignore[operator]
     sources = getattr(data, "sources", None)
-    validates = trainer.limit_val_batches != 0 and not (isinstance(sources, dict) and sources.get("validation") is None)
+    has_validation = validates(trainer, data)
     for callback in callbacks:
         monitor = getattr(callback, "monitor", None)
         if not isinstance(callback, (EarlyStopping, ModelCheckpoint)) or not isinstance(monitor, str):
             continue
         name = f"{type(callback).__name__} monitors {monitor!r}"
-        if monitor.startswith("validation/") and monitor in names and not validates:
+        if monitor.startswith("validation/") and monitor in names and not has_validation:
             raise ConfigurationError(
                 f"{name}, and there is no validation to measure it in; give data.validation, or monitor 'train/loss'."
             )
@@ -159,7 +160,7 @@ def require_metrics(trainer: Trainer, module: LightningModule, data: LightningDa
             raise ConfigurationError(f"{name}, which this fit does not log; monitor one of {', '.join(sorted(names))}.")
     every = trainer.check_val_every_n_epoch
     epochs = trainer.max_epochs
-    if validates and sources is not None and every is not None and epochs not in (None, -1) and every > epochs:
+    if has_validation and sources is not None and every is not None and epochs not in (None, -1) and every > epochs:
         raise ConfigurationError(
             f"trainer.check_val_every_n_epoch is {every} and the fit has {epochs} epochs, so it would never validate; "
             "lower it, or leave data.validation out."

@@ -1,22 +1,17 @@
-"""The optimizer of a fit and its learning-rate schedule."""
+"""The optimizer of a fit."""
 
 from __future__ import annotations
 
 import inspect
-import math
-import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, get_type_hints
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-from na_lora_lightning.arguments import ScheduleOptions
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.modules.resumed_optimizer import class_path
 
@@ -177,25 +172,6 @@ def make_optimizer(factory: OptimizerFactory, module: nn.Module, model: nn.Modul
     return optimizer
 
 
-def set_rate(optimizer: Optimizer, rate: float, schedule: LRScheduler | None = None) -> None:
-    """Gives the first group of an optimizer a rate, and the others theirs in proportion.
-
-    Args:
-        optimizer: Before its first step.
-        rate: What the schedule multiplies.
-        schedule: Its schedule, if there is one already.
-    """
-    groups = optimizer.param_groups
-    former = [group.get("initial_lr", group["lr"]) for group in groups] if schedule is None else schedule.base_lrs
-    rates = [rate * value / former[0] if former[0] else rate for value in former]
-    shapes = getattr(schedule, "lr_lambdas", None) or [lambda step: 1.0] * len(groups)
-    for group, value, shape in zip(groups, rates, shapes, strict=True):
-        group["initial_lr"] = value
-        group["lr"] = value * shape(0 if schedule is None else schedule.last_epoch)
-    if schedule is not None:
-        schedule.base_lrs = rates
-
-
 def _require_step(optimizer: Optimizer, device: torch.device) -> None:
     """Has a twin of an optimizer step a small parameter, as some notice only then what they cannot do."""
     kind = type(optimizer)
@@ -209,61 +185,3 @@ def _require_step(optimizer: Optimizer, device: torch.device) -> None:
         raise ConfigurationError(
             f"the optimizer {kind.__name__} cannot step here ({error}); correct model.optimizer, or name another one."
         ) from error
-
-
-def make_schedule(arguments: ScheduleOptions, optimizer: Optimizer, total_steps: float) -> LRScheduler:
-    """Makes the learning-rate schedule, to be stepped after every optimizer step.
-
-    Args:
-        arguments: Its shape and warm-up.
-        optimizer: Whose learning rates it sets, relative to those that they have now.
-        total_steps: Optimizer steps of the whole fit; infinite if the trainer has no limit.
-
-    Returns:
-        The schedule.
-
-    Raises:
-        ConfigurationError: The shape needs an end and there is none, or its options do not fit.
-    """
-    from transformers import get_scheduler
-
-    endless = total_steps == float("inf")
-    if endless and (arguments.name not in ("constant", "constant_with_warmup") or arguments.warmup_steps is None):
-        raise ConfigurationError(
-            f"the schedule {arguments.name!r} needs a fit with an end; set trainer.max_steps, or "
-            "trainer.max_epochs where data are not streamed, or use 'constant_with_warmup' with schedule.warmup_steps."
-        )
-    warmup = arguments.warmup_steps
-    if warmup is None:
-        warmup = round(arguments.warmup_fraction * total_steps)
-    if not endless and warmup >= total_steps > 1:
-        rank_zero_warn(
-            f"the learning rate warms up over {warmup} of {int(total_steps)} optimizer steps, so training never "
-            "reaches it; lower schedule.warmup_steps."
-        )
-    try:
-        schedule = get_scheduler(
-            arguments.name,
-            optimizer,
-            num_warmup_steps=warmup,
-            num_training_steps=None if endless else int(total_steps),
-            scheduler_specific_kwargs=dict(arguments.options),
-        )
-        _try_out(schedule, warmup, total_steps)
-        return schedule
-    except (TypeError, ValueError, ArithmeticError) as error:
-        needed = re.findall(r"'(\w+)'", str(error)) if "missing" in str(error) else []
-        remedy = f"set {' and '.join(needed)} in schedule.options" if needed else "correct schedule.options"
-        raise ConfigurationError(f"the schedule {arguments.name!r} cannot be made ({error}); {remedy}.") from error
-
-
-def _try_out(schedule: LRScheduler, warmup: int, total_steps: float) -> None:
-    """Asks a schedule for the rates of each of its parts, whose options it may look at much later.
-
-    Raises:
-        ValueError: A rate is not a number.
-    """
-    for shape in getattr(schedule, "lr_lambdas", ()):
-        for step in {0, warmup, warmup + 1, *([] if total_steps == float("inf") else [int(total_steps) - 1])}:
-            if not math.isfinite(float(shape(step))):
-                raise ValueError(f"its rate at step {step} is not finite")

@@ -81,8 +81,10 @@ def adopt_groups(
     for number, (group, fresh) in enumerate(zip(saved["param_groups"], optimizer.param_groups, strict=True)):
         former = _options(group)
         if recorded is not None:
-            # Some optimizers count in their groups; the learning rate is where the schedule began.
-            former = {**former, **{name: value for name, value in recorded[number].items() if name != "lr"}}
+            # Some optimizers count in their groups. A rate that has no schedule's beginning beside it was changed on
+            # the way, as ReduceLROnPlateau does.
+            moved = () if "initial_lr" not in group else ("lr",)
+            former = {**former, **{name: value for name, value in recorded[number].items() if name not in moved}}
         for name, now in _options(fresh).items():
             known = name in accepted if recorded is None else name in recorded[number]
             if not (known or name == "lr") or name not in former or former[name] == now:
@@ -123,6 +125,37 @@ def adopt_rates(saved: dict[str, Any], schedule_state: dict[str, Any], schedule:
     schedule_state["base_lrs"] = bases
     schedule_state["_last_lr"] = [group["lr"] for group in groups]
     return float(former), float(groups[0]["lr"])
+
+
+def describe_schedule(schedule: LRScheduler) -> dict[str, Any]:
+    """The class of a schedule and its plain values before the first step; nothing of one that is a factor by step."""
+    if isinstance(schedule, LambdaLR):
+        return {}
+    kind = type(schedule)
+    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", **_options(schedule.state_dict())}
+
+
+def require_same_schedules(former: Sequence[Mapping[str, Any]] | None, now: Sequence[Mapping[str, Any]]) -> None:
+    """Checks that schedules whose state holds their options, which restoring puts back, have the ones of before.
+
+    Args:
+        former: What :func:`describe_schedule` said of the checkpoint's; None where it says nothing.
+        now: What it says of this run's.
+
+    Raises:
+        ConfigurationError: They differ.
+    """
+    for then, entry in zip(former or (), now, strict=False):
+        changed = [name for name in sorted({*then, *entry}) if then.get(name) != entry.get(name)]
+        if changed:
+            name = "class_path" if "class_path" in changed else changed[0]
+            described = [
+                values.get(name, "a named one" if name == "class_path" else "none") for values in (then, entry)
+            ]
+            raise ConfigurationError(
+                f"the checkpoint's schedule has {name}={described[0]} and this run's {described[1]}, and it cannot "
+                f"change on the way; set schedule, optimizer and length of the fit as they were, or {_START}."
+            )
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,9 @@ from na_lora_lightning.modules.resumed_optimizer import (
     adopt_groups,
     adopt_rates,
     describe_groups,
+    describe_schedule,
     require_same_optimizer,
+    require_same_schedules,
 )
 
 OPTIONS_KEY = "na_lora_lightning_options"
@@ -122,6 +124,7 @@ class ResumedOptions:
             "seed_everything": self._seed,
             "callbacks": describe_callbacks(trainer),
             "optimizers": [describe_groups(optimizer) for optimizer in trainer.optimizers],
+            "schedules": [describe_schedule(entry.scheduler) for entry in trainer.lr_scheduler_configs],
         }
 
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
@@ -135,11 +138,12 @@ class ResumedOptions:
         checkpoint, self._checkpoint = self._checkpoint, None
         if checkpoint is None:
             return
+        require_same_schedules(self._saved.get("schedules"), self._now["schedules"])
         former = {**_FORMERLY, **dict(_module_options(checkpoint.get("hyper_parameters", {}))), **self._saved}
         changes = [
             f"{name} {_shown(former[name])} → {_shown(now)}"
             for name, now in self._now.items()
-            if name not in ("callbacks", "optimizers")
+            if name not in ("callbacks", "optimizers", "schedules")
             and name in former
             and former[name] != now
             # Without a seed the random numbers go on.

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from typing_extensions import override
 
 from na_lora_lightning.arguments import AdapterOptions, LoRAOptions, LossOptions, ScheduleOptions, as_group
@@ -36,10 +38,9 @@ from na_lora_lightning.modules.optimization import (
     OptimizerFactory,
     describe_optimizer,
     make_optimizer,
-    make_schedule,
     optimizer_factory,
-    set_rate,
 )
+from na_lora_lightning.modules.schedules import make_schedule, require_metric, set_rate
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -216,8 +217,21 @@ class AdapterTrainingModule(AdapterModule, ABC):
                 f"trainer.min_steps is {self.trainer.min_steps} and the fit ends after {steps:.0f} optimizer steps; "
                 "raise trainer.max_epochs, or set trainer.max_steps."
             )
-        schedule = make_schedule(self.schedule, optimizer, steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        epochs = self.trainer.max_epochs
+        schedule = make_schedule(self.schedule, optimizer, steps, None if epochs == -1 else epochs)
+        require_metric(self.schedule, self.trainer, self.metric_names())
+        # Lightning's own steps of a plateau come after checkpoints, and are left out where a resumed epoch ends.
+        config: Any = {"scheduler": schedule, "interval": self.schedule.interval, "reduce_on_plateau": False}
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    @override
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Steps the schedule; one that waits for a metric of validation is stepped where that is measured."""
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            super().lr_scheduler_step(scheduler, metric)
+        elif self.schedule.monitor == "train/loss":
+            loss = self.trainer.callback_metrics["train/loss"]
+            scheduler.step(float(self._mean_over_processes(loss) if self.trainer.world_size > 1 else loss))
 
     # ---- evaluation ----
 
@@ -270,3 +284,7 @@ class AdapterTrainingModule(AdapterModule, ABC):
     def _log_metrics(self, stage: str) -> None:
         for name, value in self._evaluated().items():
             self.log(f"{stage}/{name}", value, sync_dist=True)
+            looks = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
+            if looks and self.schedule.monitor == f"{stage}/{name}":
+                plateau: Any = self.trainer.lr_scheduler_configs[0].scheduler
+                plateau.step(float(value))

@@ -321,7 +321,7 @@ def test_plain_lora_is_announced(workplace: Workplace, caplog: pytest.LogCapture
             ["--trainer.val_check_interval", "99"],
             "the trainer cannot fit: `val_check_interval` (99) must",
         ),
-        (["--model.schedule.name", "sine"], "'model.schedule.name' is 'sine', and must be one of 'linear', 'cosine'"),
+        (["--model.schedule.name", "sine"], "schedule.name='sine' is unknown; use one of 'linear', 'cosine'"),
         (["--gate_importance.keep_fraction", "2"], "keep_fraction is 2"),
         (["--gate_importance.enabled", "perhaps"], "must be true or false"),
         (["--gate_importance", "perhaps"], "to switch it off, set gate_importance.enabled to false"),
