@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from na_lora_lightning.errors import ConfigurationError
 
-_REPRODUCIBLE_INITIALISATIONS = ("gaussian", "pissa", "olora", "orthogonal")
+_REPRODUCIBLE_INITIALISATIONS = ("gaussian", "pissa", "olora", "orthogonal", "eva")
 
 Group = TypeVar("Group")
 
@@ -40,8 +40,9 @@ class LoRAOptions:
         bias: Which biases train: ``"none"``, ``"all"``, or those of the adapted layers (``"lora_only"``).
         use_rslora: Scale by ``alpha / sqrt(r)`` (rank-stabilised LoRA).
         use_dora: Train each weight's magnitude beside its direction (DoRA).
-        init_lora_weights: True starts from no change; ``"gaussian"``, ``"orthogonal"``, ``"pissa"`` and ``"olora"``
-            as in PEFT. False starts from a random change, which is for debugging alone.
+        init_lora_weights: True starts from no change; ``"gaussian"``, ``"orthogonal"``, ``"pissa"``, ``"olora"`` and
+            ``"eva"`` as in PEFT; the last looks at training data when a fit begins. False starts from a random change,
+            which is for debugging alone.
         layers: ``"fast"`` computes a layer and what LoRA adds to it in one function, with the same numbers to rounding,
             where :func:`~na_lora_lightning.use_fast_lora_layers` can; ``"peft"`` leaves all to PEFT.
 
@@ -85,11 +86,16 @@ class LoRAOptions:
             raise ConfigurationError(f"lora.layers={self.layers!r} is unknown; use 'fast' or 'peft'.")
         initialisation = self.init_lora_weights
         if isinstance(initialisation, str) and initialisation not in _REPRODUCIBLE_INITIALISATIONS:
-            # The others need data or a random decomposition, so the base weights that they leave behind could not be
-            # made again when the adapter is loaded.
+            # The others need other data or a random decomposition, so the base weights that they leave behind could not
+            # be made again when the adapter is loaded.
             raise ConfigurationError(
                 f"lora.init_lora_weights={initialisation!r} is not supported; use true, "
                 f"{', '.join(repr(name) for name in _REPRODUCIBLE_INITIALISATIONS)}."
+            )
+        if initialisation == "eva" and self.rank_pattern:
+            raise ConfigurationError(
+                "lora.rank_pattern does not go with init_lora_weights='eva', which gives layers of the same input the "
+                "same rank; leave one of the two out."
             )
 
     @property

@@ -100,6 +100,11 @@ def add_lora_to_encoders(model: PreTrainedModel, lora: LoRAOptions, source: Base
     """
     if lora.target_parameters:
         raise ConfigurationError("lora.target_parameters is for experts, and dual encoders have none; leave it out.")
+    if lora.init_lora_weights == "eva":
+        raise ConfigurationError(
+            "lora.init_lora_weights='eva' looks at tokens of a language model, and this model has two encoders; use "
+            "'orthogonal' or true."
+        )
     return add_lora(model, lora, source)
 
 

@@ -41,7 +41,7 @@ def add_lora(model: PreTrainedModel, lora: LoRAOptions, source: BaseModelSource)
     Raises:
         ConfigurationError: The options do not fit the model.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import EvaConfig, LoraConfig, get_peft_model
 
     from na_lora_lightning.models.fast_lora import use_fast_lora_layers
 
@@ -66,6 +66,8 @@ def add_lora(model: PreTrainedModel, lora: LoRAOptions, source: BaseModelSource)
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         init_lora_weights=lora.init_lora_weights,  # type: ignore[arg-type]
+        # All ranks stay as they are given.
+        eva_config=EvaConfig(rho=1.0, use_label_mask=False) if lora.init_lora_weights == "eva" else None,
     )
     try:
         with _seeded_by_seed_everything(), warnings.catch_warnings():
@@ -75,6 +77,8 @@ def add_lora(model: PreTrainedModel, lora: LoRAOptions, source: BaseModelSource)
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
             # Refused here, where names can be suggested.
             warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+            # Its directions come later, when there is data.
+            warnings.filterwarnings("ignore", message="lora with eva initialization used with low_cpu_mem_usage")
             # Merging gives adapted layers weights of their own.
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True` and a tied layer")
             peft_model: PeftModel = get_peft_model(model, config)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from typing_extensions import override
 
@@ -26,6 +27,7 @@ from na_lora_lightning.data.answers import stop_at
 from na_lora_lightning.data.text.supervised import SupervisedDataModule
 from na_lora_lightning.errors import ConfigurationError, one_line
 from na_lora_lightning.lightning_internals import attached_trainer
+from na_lora_lightning.models.eva import begin_with_eva
 from na_lora_lightning.models.limits import ModelLimits
 from na_lora_lightning.models.loading import compile_blocks, enable_gradient_checkpointing, load_base_model
 from na_lora_lightning.models.lora import add_lora
@@ -40,6 +42,7 @@ from na_lora_lightning.modules.throughput import ThroughputCallback
 from na_lora_lightning.modules.training import AdapterTrainingModule, NoTargetTokensWarning
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["NALoRALightningModule", "NoTargetTokensWarning"]
@@ -142,6 +145,7 @@ class NALoRALightningModule(AdapterTrainingModule):
         self.evaluator = Evaluator(self.evaluation)
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._example_batch: Mapping[str, Any] | None = None
+        self._has_begun = False
         # The tokens that the targets of the data end in.
         self.end_token_ids: list[int] = []
         self._limits: ModelLimits | None = None
@@ -183,6 +187,7 @@ class NALoRALightningModule(AdapterTrainingModule):
             if self.gradient_checkpointing:
                 enable_gradient_checkpointing(base, offload=self.gradient_checkpointing == "offload")
             self.model = self._start_adapter(add_lora(base, self.lora, self.source))
+            self._begin_with_data(self.model)
             self._end_answers_at(())
             if attached_trainer(self) is not None:
                 shard_model(self.model, self.trainer)
@@ -190,9 +195,28 @@ class NALoRALightningModule(AdapterTrainingModule):
                 compile_blocks(self.model.get_base_model())
         else:
             self._require_data_fits()
+            self._begin_with_data(self.model)
         if self._example_batch is not None:
             # Also where an evaluation before training has loaded the model.
             self.example_inputs = {**model_inputs(self.model, self._example_batch), "use_cache": False}
+
+    def _begin_with_data(self, model: PeftModel) -> None:
+        """Looks at training data before the first step of a fit, for an initialisation that depends on them."""
+        trainer = attached_trainer(self)
+        fits = trainer is not None and trainer.state.fn == "fit" and not trainer.ckpt_path
+        if trainer is None or not fits or self.lora.init_lora_weights != "eva" or self._start or self._has_begun:
+            return
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        if datamodule is None or trainer.world_size > 1:
+            raise ConfigurationError(
+                "lora.init_lora_weights='eva' looks at the training data of a data module in one process; give the fit "
+                "a data module and one device, or use 'orthogonal'."
+            )
+        with isolate_rng():
+            inputs = (model_inputs(model, batch) for batch in datamodule.train_dataloader())
+            count = begin_with_eva(model, inputs)
+        self._has_begun = True
+        rank_zero_info(f"LoRA begins with what its layers are given in {count} batches of the training data (EVA).")
 
     def _end_answers_at(self, token_ids: Iterable[int]) -> None:
         """Has the model stop where targets end wherever it generates; adapters and merged models take it from there."""
