@@ -35,6 +35,8 @@ class LoRAOptions:
         target_parameters: Names of parameters that are not the weight of a layer, or ``"all-experts"`` for all experts
             that the model keeps stacked in parameters. They take neither dropout nor DoRA.
         modules_to_save: Names of modules to train in full and save with the adapter.
+        trainable_token_indices: Ids of tokens whose embeddings are trained and saved with the adapter, such as those
+            of special tokens that the model has never seen.
         rank_pattern: Rank by layer name or regular expression, where it is not ``r``.
         alpha_pattern: ``alpha`` by layer name or regular expression, where it is not ``alpha``.
         bias: Which biases train: ``"none"``, ``"all"``, or those of the adapted layers (``"lora_only"``).
@@ -59,6 +61,7 @@ class LoRAOptions:
     layers_to_transform: list[int] | None = None
     target_parameters: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     bias: Literal["none", "all", "lora_only"] = "none"

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -60,6 +60,7 @@ def add_lora(model: PreTrainedModel, lora: LoRAOptions, source: BaseModelSource)
         layers_to_transform=lora.layers_to_transform,
         target_parameters=targets.target_parameters,
         modules_to_save=lora.modules_to_save,
+        trainable_token_indices=_tokens_of_model(model, lora.trainable_token_indices),
         rank_pattern=dict(lora.rank_pattern),
         alpha_pattern=dict(lora.alpha_pattern),
         bias=lora.bias,
@@ -142,6 +143,21 @@ def _require_usable_initialisation(lora: LoRAOptions, model: PeftModel, source: 
             f"lora.init_lora_weights='olora' does not work for the Conv1D layers of {source.name_or_path!r}; use "
             "'pissa' or true."
         )
+
+
+def _tokens_of_model(model: PreTrainedModel, indices: list[int] | None) -> list[int] | None:
+    """Ids of tokens, in order and each once, all of which the model has."""
+    if not indices:
+        return None
+    embeddings: Any = model.get_input_embeddings()
+    count = len(embeddings.weight)
+    wrong = next((index for index in indices if not 0 <= index < count), None)
+    if wrong is not None:
+        raise ConfigurationError(
+            f"lora.trainable_token_indices names {wrong}, and the model has embeddings of the tokens 0 to {count - 1}; "
+            "leave it out."
+        )
+    return sorted(set(indices))
 
 
 @contextmanager

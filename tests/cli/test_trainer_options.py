@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from module_helpers import Fit
 
@@ -214,3 +215,23 @@ def test_a_batch_size_is_found_from_the_command_line(fit: Fit) -> None:
     assert fit(*finder, "--trainer.max_epochs=1", "--data.batch_size=7") == 0
     # Of 16 records in batches of two, and not of seven.
     assert fit.steps == 8
+
+
+def test_a_fit_stops_where_the_rule_of_early_stopping_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # No loss falls by a thousand: the first of four steps each is the best, and two more end the fit.
+    rule = callback("EarlyStopping", monitor="validation/loss", patience=2, min_delta=1000)
+    rule += ["--model.schedule.name=constant", "--model.schedule.warmup_steps=0"]
+    (tmp_path / "whole").mkdir()
+    whole = Fit(tmp_path / "whole", capsys)
+    assert whole(*rule, "--trainer.max_epochs=9") == 0
+    assert whole.steps == 12
+    (tmp_path / "halves").mkdir()
+    halves = Fit(tmp_path / "halves", capsys)
+    assert halves(*rule, "--trainer.max_epochs=2") == 0
+    assert halves.steps == 8
+    assert halves(*rule, "--trainer.max_epochs=9", "--ckpt_path=last") == 0
+    assert halves.steps == 12
+    weights = halves.checkpoint["state_dict"]
+    assert all(torch.equal(value, weights[name]) for name, value in whole.checkpoint["state_dict"].items())
+    (state,) = [value for name, value in halves.checkpoint["callbacks"].items() if name.startswith("EarlyStopping")]
+    assert (state["wait_count"], state["stopped_epoch"]) == (2, 2)

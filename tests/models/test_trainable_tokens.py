@@ -1,0 +1,73 @@
+"""Embeddings of chosen tokens: those rows alone are trained, saved, read again and merged."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from module_helpers import Batches, logits, quiet_trainer, saved_model, some_batches, tied_llama
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from na_lora_lightning import GateImportanceCallback, StepScaleCallback
+from na_lora_lightning.arguments import AdapterOptions, LoRAOptions
+from na_lora_lightning.cli.merge import MergeOptions, merge_adapter
+from na_lora_lightning.errors import ConfigurationError
+from na_lora_lightning.modules.language import NALoRALightningModule
+
+TOKENS = [5, 3]
+
+
+def trained(base: str, folder: Path, **lora: Any) -> NALoRALightningModule:
+    seed_everything(0, verbose=False)
+    module = NALoRALightningModule(
+        base,
+        lora=LoRAOptions(r=2, alpha=4, trainable_token_indices=TOKENS, **lora),
+        optimizer=partial(torch.optim.AdamW, lr=5e-2, weight_decay=0.1),
+    )
+    callbacks = [
+        GateImportanceCallback(warmup_steps=0, refresh_every=1),
+        StepScaleCallback(),
+        ModelCheckpoint(folder / "checkpoints", save_last=True),
+    ]
+    quiet_trainer(folder, enable_checkpointing=True, callbacks=callbacks).fit(module, Batches(some_batches(3)))
+    return module
+
+
+@pytest.mark.parametrize("make", [saved_model, tied_llama, partial(saved_model, kind="gpt2")])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_embeddings_of_chosen_tokens_are_trained_saved_and_merged(tmp_path: Path, make: Any) -> None:
+    base = make(tmp_path / "base")
+    module = trained(base, tmp_path)
+    expected = logits(module.peft_model)
+    merge_adapter(MergeOptions(tmp_path / "adapter", tmp_path / "merged"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-5)
+    before = AutoModelForCausalLM.from_pretrained(base).get_input_embeddings().weight
+    changed = (merged.get_input_embeddings().weight != before).any(dim=1)
+    assert changed.nonzero().flatten().tolist() == sorted(TOKENS)
+    # By PEFT, from the checkpoint, and as the start of another fit.
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    torch.testing.assert_close(logits(plain), expected, rtol=0, atol=1e-5)
+    merge_adapter(MergeOptions(tmp_path / "checkpoints" / "last.ckpt", tmp_path / "other"))
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "other")
+    torch.testing.assert_close(logits(other), expected, rtol=0, atol=1e-5)
+    further = NALoRALightningModule(base, adapter=AdapterOptions(start=str(tmp_path / "adapter")))
+    further.configure_model()
+    torch.testing.assert_close(logits(further.peft_model), expected, rtol=0, atol=1e-5)
+    assert further.lora.trainable_token_indices == sorted(TOKENS)
+
+
+def test_tokens_that_a_model_lacks_are_refused(tmp_path: Path) -> None:
+    base = saved_model(tmp_path / "base")
+    count = AutoModelForCausalLM.from_pretrained(base).config.vocab_size
+    for index in (count, -1):
+        module = NALoRALightningModule(base, lora=LoRAOptions(trainable_token_indices=[1, index]))
+        with pytest.raises(ConfigurationError, match=f"names {index}, and the model has .* 0 to {count - 1}; leave"):
+            module.configure_model()
