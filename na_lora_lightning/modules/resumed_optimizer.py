@@ -131,8 +131,11 @@ def describe_schedule(schedule: LRScheduler) -> dict[str, Any]:
     """The class of a schedule and its plain values before the first step; nothing of one that is a factor by step."""
     if isinstance(schedule, LambdaLR):
         return {}
-    kind = type(schedule)
-    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", **_options(schedule.state_dict())}
+    kind, state = type(schedule), schedule.state_dict()
+    plain = _options(state)
+    # Phases and milestones are held in containers; what has an address in its name is a function.
+    held = {name: repr(value) for name, value in state.items() if name not in plain and " at 0x" not in repr(value)}
+    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", **plain, **held}
 
 
 def require_same_schedules(former: Sequence[Mapping[str, Any]] | None, now: Sequence[Mapping[str, Any]]) -> None:
@@ -148,7 +151,7 @@ def require_same_schedules(former: Sequence[Mapping[str, Any]] | None, now: Sequ
     for then, entry in zip(former or (), now, strict=False):
         changed = [name for name in sorted({*then, *entry}) if then.get(name) != entry.get(name)]
         if changed:
-            name = "class_path" if "class_path" in changed else changed[0]
+            name = "class_path" if "class_path" in changed else max(changed, key=lambda name: name[0] != "_")
             described = [
                 values.get(name, "a named one" if name == "class_path" else "none") for values in (then, entry)
             ]

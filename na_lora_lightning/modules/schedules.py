@@ -58,6 +58,8 @@ def make_schedule(
             )
         _try_out(schedule, warmup or 0, total_steps)
         return schedule
+    except ConfigurationError:
+        raise
     except (TypeError, ValueError, ArithmeticError, AttributeError, KeyError) as error:
         needed = re.findall(r"'(\w+)'", str(error)) if "missing" in str(error) else []
         remedy = f"set {' and '.join(needed)} in schedule.options" if needed else "correct schedule.options"

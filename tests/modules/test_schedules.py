@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from na_lora_lightning.checkpoints.callbacks import RunCheckpoint
 from na_lora_lightning.data import InstructionDataModule
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.modules.language import NALoRALightningModule
+from na_lora_lightning.modules.resumed_optimizer import describe_schedule, require_same_schedules
 from na_lora_lightning.modules.schedules import make_schedule, set_rate
 
 RATE = 1e-2
@@ -157,8 +159,8 @@ PLATEAU = f"{TORCH}ReduceLROnPlateau"
         ({"name": f"{TORCH}OneCycleLR"}, "cannot be made .*; set max_lr in schedule.options"),
         ({"name": f"{TORCH}StepLR", "options": {"size": 1}}, "cannot be made .*unexpected.*; correct schedule.options"),
         ({"name": f"{TORCH}StepLR", "options": {"step_size": 1}, "warmup_steps": 3}, "knows no warm-up"),
-        ({"name": f"{TORCH}SequentialLR"}, "is made of functions or other schedulers"),
-        ({"name": f"{TORCH}LambdaLR"}, "is made of functions or other schedulers"),
+        ({"name": f"{TORCH}SequentialLR"}, r"^the schedule [^(]* is made of functions or other schedulers"),
+        ({"name": f"{TORCH}LambdaLR"}, r"^the schedule [^(]* is made of functions or other schedulers"),
         ({"name": PLATEAU}, "set schedule.monitor, such as validation/loss"),
         ({"name": f"{TORCH}StepLR", "options": {"step_size": 1}, "monitor": "train/loss"}, "looks at no metric"),
         ({"monitor": "train/loss"}, "looks at no metric"),
@@ -184,7 +186,7 @@ def test_a_schedule_without_an_end_is_refused() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=RATE)
     for name in (f"{TORCH}OneCycleLR", "transformers.get_linear_schedule_with_warmup"):
         options = {"max_lr": 1.0} if "OneCycle" in name else {}
-        with pytest.raises(ConfigurationError, match="needs a fit with an end"):
+        with pytest.raises(ConfigurationError, match=r"^the schedule [^(]* needs a fit with an end"):
             make_schedule(ScheduleOptions(name, options=options), optimizer, float("inf"))
     make_schedule(ScheduleOptions(f"{TORCH}StepLR", options={"step_size": 1}), optimizer, float("inf"))
 
@@ -194,12 +196,37 @@ def test_what_a_state_holds_cannot_change_on_the_way(run: Run) -> None:
     run.fit(one_cycle)
     for schedule, changed, options in (
         (one_cycle, "total_steps=10 and this run's 15", {"max_epochs": 3}),
+        (replace(one_cycle, options={"max_lr": 0.05, "pct_start": 0.4}), "_schedule_phases=.*", {}),
         (steps, r"class_path=torch\.optim\.lr_scheduler\.OneCycleLR and this run's torch", {}),
         (ScheduleOptions("constant"), "class_path=.* and this run's a named one", {}),
     ):
         with pytest.raises(ConfigurationError, match=f"the checkpoint's schedule has {changed}.* cannot change"):
             run.fit(schedule, step=7, **options)
     assert max(run.fit(one_cycle, step=7).seen) == STEPS - 1
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("MultiStepLR", [{"milestones": [2, 4]}, {"milestones": [2, 5]}]),
+        ("CyclicLR", [{"base_lr": 0.01, "max_lr": 0.1}, {"base_lr": 0.01, "max_lr": 0.1, "mode": "triangular2"}]),
+        ("CosineAnnealingWarmRestarts", [{"T_0": 3}, {"T_0": 4}]),
+        ("PolynomialLR", [{}, {"power": 2.0}]),
+        ("ReduceLROnPlateau", [{}, {"patience": 2}]),
+    ],
+)
+def test_states_are_plain_and_tell_options_apart(tmp_path: Path, name: str, options: list[dict[str, Any]]) -> None:
+    described = []
+    monitor = "train/loss" if "Plateau" in name else None
+    for values in (options[0], options[0], options[1]):
+        optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=RATE)
+        schedule = make_schedule(ScheduleOptions(TORCH + name, options=values, monitor=monitor), optimizer, STEPS)
+        described.append([describe_schedule(schedule)])
+        torch.save([schedule.state_dict(), described], tmp_path / "state.pt")
+        torch.load(tmp_path / "state.pt", weights_only=True)
+    require_same_schedules(described[0], described[1])
+    with pytest.raises(ConfigurationError, match="cannot change on the way"):
+        require_same_schedules(described[0], described[2])
 
 
 def test_a_scheduler_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
