@@ -33,12 +33,22 @@ def begin_with_eva(model: PeftModel, batches: Iterable[Mapping[str, Any]]) -> in
         The number of batches.
 
     Raises:
-        ConfigurationError: There is too little data, or the vectors go on changing.
+        ConfigurationError: An adapted layer is not linear, there is too little data, or the vectors go on changing.
     """
     from peft import initialize_lora_eva_weights
 
     config = model.peft_config["default"]
     rank: int = config.r  # type: ignore[attr-defined]
+    other = [
+        name
+        for name, value in model.named_parameters()
+        if "lora_embedding_" in name or (value.ndim > 2 and "lora_A" in name)
+    ]
+    if other:
+        raise ConfigurationError(
+            f"lora.init_lora_weights='eva' is for linear layers, and {other[0].partition('.lora_')[0]!r} is none; "
+            "leave it out of lora.target_modules."
+        )
     enough = list(islice((batch for batch in islice(batches, 8 * _BATCHES) if _tokens(batch) >= rank), _BATCHES))
     if not enough:
         raise ConfigurationError(

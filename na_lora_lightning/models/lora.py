@@ -60,7 +60,7 @@ def add_lora(model: PreTrainedModel, lora: LoRAOptions, source: BaseModelSource)
         layers_to_transform=lora.layers_to_transform,
         target_parameters=targets.target_parameters,
         modules_to_save=lora.modules_to_save,
-        trainable_token_indices=_tokens_of_model(model, lora.trainable_token_indices),
+        trainable_token_indices=_tokens_of_model(model, lora.trainable_token_indices, lora.modules_to_save),
         rank_pattern=dict(lora.rank_pattern),
         alpha_pattern=dict(lora.alpha_pattern),
         bias=lora.bias,
@@ -145,7 +145,9 @@ def _require_usable_initialisation(lora: LoRAOptions, model: PeftModel, source: 
         )
 
 
-def _tokens_of_model(model: PreTrainedModel, indices: list[int] | None) -> list[int] | None:
+def _tokens_of_model(
+    model: PreTrainedModel, indices: list[int] | None, saved_modules: list[str] | None
+) -> list[int] | None:
     """Ids of tokens, in order and each once, all of which the model has."""
     if not indices:
         return None
@@ -157,7 +159,17 @@ def _tokens_of_model(model: PreTrainedModel, indices: list[int] | None) -> list[
             f"lora.trainable_token_indices names {wrong}, and the model has embeddings of the tokens 0 to {count - 1}; "
             "leave it out."
         )
+    saved = next((name for name in saved_modules or () if _holds(model, name, embeddings)), None)
+    if saved is not None:
+        raise ConfigurationError(
+            f"lora.modules_to_save trains {saved!r} in full, and lora.trainable_token_indices some of its rows; leave "
+            "one of the two out."
+        )
     return sorted(set(indices))
+
+
+def _holds(model: PreTrainedModel, ending: str, module: Any) -> bool:
+    return any(name.endswith(ending) and other is module for name, other in model.named_modules())
 
 
 @contextmanager

@@ -137,3 +137,6 @@ def test_eva_without_enough_data_is_one_sentence(base: str, tmp_path: Path) -> N
     few = [{name: value[:1] for name, value in batch.items()} for batch in few]
     with pytest.raises(ConfigurationError, match=r"needs batches of at least lora\.r=2 tokens"):
         quiet_trainer(tmp_path).fit(module_of(base, "eva"), Batches(few))
+    embeddings = module_of(base, "eva", target_modules=["q_proj", "embed_tokens"])
+    with pytest.raises(ConfigurationError, match=r"is for linear layers, and '.*embed_tokens' is none; leave it out"):
+        quiet_trainer(tmp_path).fit(embeddings, Batches(some_batches(1), some_batches(1)))

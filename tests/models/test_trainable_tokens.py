@@ -71,3 +71,6 @@ def test_tokens_that_a_model_lacks_are_refused(tmp_path: Path) -> None:
         module = NALoRALightningModule(base, lora=LoRAOptions(trainable_token_indices=[1, index]))
         with pytest.raises(ConfigurationError, match=f"names {index}, and the model has .* 0 to {count - 1}; leave"):
             module.configure_model()
+    both = LoRAOptions(trainable_token_indices=[1], modules_to_save=["embed_tokens"])
+    with pytest.raises(ConfigurationError, match="trains 'embed_tokens' in full, and lora"):
+        NALoRALightningModule(base, lora=both).configure_model()
