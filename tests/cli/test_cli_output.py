@@ -100,7 +100,8 @@ def test_own_groups_come_first(command: str, capsys: pytest.CaptureFixture[str])
     lines = capsys.readouterr().out.splitlines()
     groups = [match[1] for line in lines if (match := re.fullmatch(r"\S.* \(([a-z_.]+)\):", line))]
     assert groups == [
-        *("model", "model.lora", "model.schedule", "model.loss", "model.evaluation", "model.adapter", "data"),
+        *("model", "model.lora", "model.schedule", "model.loss", "model.evaluation", "model.adapter"),
+        *("model.quantization", "data"),
         *("gate_importance", "gate_importance.variant", "gate_importance.observer", "gate_importance.view"),
         *("step_scale", "step_scale.observer", "step_scale.view", "fit_summary", "checkpoint", command, "trainer"),
     ]
@@ -243,4 +244,10 @@ def test_errors_and_warnings_start_in_lower_case() -> None:
             if named.endswith(("Error", "warn")) and isinstance(text, ast.Constant) and isinstance(text.value, str):
                 begins.append(text.value.split(" ")[0])
     assert len(begins) > 200
-    assert {word for word in begins if word[:1].isupper()} <= {"LoRA", "PEFT", "LearningRateFinder"}
+    assert {word for word in begins if word[:1].isupper()} <= {
+        "LoRA",
+        "PEFT",
+        "TRL",
+        "LearningRateFinder",
+        "ReduceLROnPlateau",
+    }

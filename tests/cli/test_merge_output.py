@@ -84,11 +84,13 @@ def test_nor_where_the_checkpoint_is(tmp_path: Path, output: str) -> None:
 def test_outputs_that_cannot_be_are_refused_before_anything_is_loaded(
     tmp_path: Path, output: str, message: str
 ) -> None:
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "adapter_config.json").write_text("{}")
+    for adapter in ("other", "adapter"):
+        (tmp_path / adapter).mkdir()
+        (tmp_path / adapter / "adapter_config.json").write_text("{}")
+        (tmp_path / adapter / "adapter_model.safetensors").write_bytes(b"")
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigurationError, match=message):
-        merge_adapter(MergeOptions(tmp_path / "no adapter", tmp_path / output, overwrite=True))
+        merge_adapter(MergeOptions(tmp_path / "adapter", tmp_path / output, overwrite=True))
 
 
 @pytest.mark.parametrize("exists", [False, True])

@@ -180,7 +180,7 @@ def test_sequence_end_is_added_where_the_template_marks_none() -> None:
 
 def test_template_that_renders_answers_differently_later_is_refused() -> None:
     encoder = encoder_of(tokenizer_of(REASONING_TEMPLATE))
-    with pytest.raises(DataError, match=r"^record 3 of 'data.jsonl' has an answer \(message 2\) that .*; use a"):
+    with pytest.raises(DataError, match=r"^record 3 of 'data.jsonl' has an answer \(message 2\) .*; set chat_te"):
         encode(encoder, {"messages": conversation("a", "b", "c", "d")})
     one = encode(encoder, {"messages": conversation("a", "b")})
     assert target_text(encoder, one) == "<think>\n\n</think>\n\nb" + END_OF_TURN

@@ -84,6 +84,9 @@ def _masks_of(product: Any) -> set[int]:
     if len(factors) != 1 or factors[0].is_meta or factors[0].is_complex() or factors[0].numel() < 2:
         return set()
     (factor,) = factors
+    if factor.ndim < 2 or not factor.untyped_storage().nbytes():
+        # The weights of a norm, or what a sharded layer has given back.
+        return set()
     if factor.dtype is not torch.bool:
         least, most = factor.aminmax()
         if not bool((least < most) & ((factor == least) | (factor == most)).all()):
