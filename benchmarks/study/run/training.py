@@ -22,7 +22,7 @@ from benchmarks.study.run.specification import Cell
 from benchmarks.study.tasks import pools
 from benchmarks.study.tasks.encoding import IGNORED, Encoded, collate, encode, inputs_of, tokenizer_of
 from na_lora_lightning.arguments import ScheduleOptions
-from na_lora_lightning.modules.optimization import make_schedule
+from na_lora_lightning.modules.schedules import make_schedule
 
 _PROBE_EXAMPLES = 16
 Batches = list[dict[str, Tensor]]
