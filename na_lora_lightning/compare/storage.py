@@ -94,7 +94,7 @@ def _patiently(make: Callable[[], RDBStorage]) -> RDBStorage:
             return make()
         except ImportError:
             raise
-        except Exception:
+        except Exception:  # Of whichever driver the database has; the fifth is raised.
             if attempt == 4:
                 raise
             time.sleep(0.5 * (attempt + 1))
