@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -29,6 +31,8 @@ from na_lora_lightning.pictures import as_pixels, as_png, heat_map
 # Of the mean slope; below it a channel's gate is shut, or its slope was never seen.
 QUIET = 0.01
 PICTURES = "pictures"
+# Bytes that pictures leave free on the disk.
+_ROOM = 1 << 24
 
 
 class GateMonitor:
@@ -209,9 +213,11 @@ class GateMonitor:
                 self._series[entry["step"]] = _as_arrays(entry["gates"])
 
     def _show_pictures(self, trainer: Trainer, step: int) -> None:
-        for group, png in self.heat_maps():
-            if self._folder is not None:
-                _write(self._folder / PICTURES / f"{group}.png", png)
+        pictures = dict(self.heat_maps())
+        # Before a logger has any: one whose file has no room for a picture takes no curve from then on either.
+        if self._folder is not None:
+            _write(self._folder / PICTURES, pictures)
+        for group, png in pictures.items():
             for logger in trainer.loggers:
                 show_picture(logger, overview_tag(group) + "_by_layer", png, as_pixels, step)
 
@@ -260,8 +266,17 @@ def _as_arrays(groups: Mapping[str, Any]) -> dict[str, NDArray[np.float32]]:
     return {group: np.array(values, dtype=np.float32) for group, values in groups.items() if group in drawn}
 
 
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+def _write(folder: Path, pictures: Mapping[str, bytes]) -> None:
+    """Writes pictures, and none where that would leave too little room for curves and checkpoints."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < _ROOM + 2 * sum(map(len, pictures.values())):
+        raise OSError(errno.ENOSPC, f"{free:,} bytes are free, which are left to curves and checkpoints", str(folder))
+    for group, content in pictures.items():
+        partial = folder / f".{group}.png.partial"
+        try:
+            partial.write_bytes(content)
+            partial.replace(folder / f"{group}.png")
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise

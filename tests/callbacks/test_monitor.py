@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -136,6 +139,40 @@ def test_pictures_go_to_loggers_that_take_them(tmp_path: Path) -> None:
     run = tmp_path / "lightning_logs" / loggers[0].experiment.id
     assert (run / "pictures" / "gate_responsiveness.png").is_file()
     assert read_history(run) is not None
+
+
+@pytest.mark.parametrize("full", ["nearly", "in the middle of a picture"])
+def test_pictures_without_room_are_left_out_and_curves_are_as_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str
+) -> None:
+    def fitted(name: str) -> EventAccumulator:
+        torch.manual_seed(0)
+        logger, view = TensorBoardLogger(tmp_path, name="", version=name), ViewOptions(picture_every_n_steps=2)
+        trainer = make_trainer(tmp_path, callbacks=both(view=view), logger=logger, log_every_n_steps=2)
+        trainer.fit(ForeignModule(), loader())
+        return events(tmp_path / name)
+
+    undisturbed = fitted("undisturbed")
+    write_bytes = Path.write_bytes
+
+    def without_room(path: Path, content: bytes) -> int:
+        write_bytes(path, content[:100])
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    if full == "nearly":
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=100_000))
+    else:
+        monkeypatch.setattr(Path, "write_bytes", without_room)
+    reason = "100,000 bytes are free" if full == "nearly" else "No space left"
+    with pytest.warns(ViewWarning, match=rf"heat maps cannot be written \(OSError: .*{reason}.*goes on") as told:
+        log = fitted("full")
+    assert [entry.category for entry in told].count(ViewWarning) == 1
+    assert list((tmp_path / "full" / "pictures").iterdir()) == []
+    assert undisturbed.Tags()["images"] != [] == log.Tags()["images"]
+    assert log.Tags()["scalars"] == undisturbed.Tags()["scalars"]
+    for tag in log.Tags()["scalars"]:
+        points, wanted = ([(event.step, event.value) for event in each.Scalars(tag)] for each in (log, undisturbed))
+        assert points == wanted, tag
 
 
 class Breaks(Callback):
