@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from na_lora_lightning.compare.grid import ScoredCell
@@ -19,6 +18,7 @@ from na_lora_lightning.compare.results import Table, common_tables, headline, mi
 from na_lora_lightning.compare.statistics import Estimate
 from na_lora_lightning.compare.storage import Comparison
 from na_lora_lightning.errors import ConfigurationError
+from na_lora_lightning.report.page import render
 
 _COLUMNS = (
     "task", "arm", "rate", "seed", "validation", "test", "other_loss", "base_other_loss", "other_kl", "seconds",
@@ -84,15 +84,9 @@ def write_page(comparison: Comparison, folder: str, margin: float) -> list[Path]
 
 def as_html(title: str, scored: Sequence[ScoredCell], plan: Plan, margin: float) -> str:
     """The page."""
-    environment = Environment(
-        loader=PackageLoader("na_lora_lightning.compare", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     tuned = tuned_table(scored, plan, margin)
-    return environment.get_template("page.html.jinja").render(
+    return render(
+        "na_lora_lightning.compare",
         title=title,
         headline=headline(tuned, plan, margin),
         scope=_scope(scored, plan),

@@ -59,15 +59,9 @@ def make_page(runs: Sequence[Run]) -> str:
     Args:
         runs: One, two that are compared, or more.
     """
-    environment = Environment(
-        loader=PackageLoader("na_lora_lightning.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     title = f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs"
-    return environment.get_template("page.html.jinja").render(
+    return render(
+        "na_lora_lightning.report",
         title=title,
         date=f"{datetime.now():%Y-%m-%d %H:%M}",
         names=[run.name for run in runs],
@@ -87,6 +81,18 @@ def make_page(runs: Sequence[Run]) -> str:
         else [],
         maps=_maps(runs),
     )
+
+
+def render(package: str, **content: Any) -> str:
+    """A page by the ``page.html.jinja`` of a package; all text is escaped, and what has no value is an error."""
+    environment = Environment(
+        loader=PackageLoader(package, ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.jinja").render(content)
 
 
 def _maps(runs: Sequence[Run]) -> list[tuple[Any, list[Any]]]:
