@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptio
 from na_lora_lightning.core.mechanisms.step_scale_options import StepScaleOptions
 from na_lora_lightning.core.observation.observer import ObserverOptions
 from na_lora_lightning.models.lora_inputs import CastingLinear, keep_inputs_uncast
+from na_lora_lightning.modules.optimization import make_optimizer
 
 ALL_TOKENS = ObserverOptions(max_tokens=None)
 PRECISIONS = ["32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed"]
@@ -176,6 +178,29 @@ def test_a_skipped_step_moves_nothing_and_counts_nothing(tmp_path: Path, fused: 
     assert [controller.importance.steps for controller in controllers] == [2, 2]
     assert torch.equal(controllers[0].importance.importance, controllers[1].importance.importance)
     assert_equal_states(lora_state(skipped), lora_state(plain))
+
+
+class FusedByDefault(ForeignModule):
+    """The optimizer as this package's modules make it."""
+
+    fuse = True
+
+    def configure_optimizers(self) -> Any:
+        return make_optimizer(partial(torch.optim.AdamW, lr=1e-2), self, self.model, self.fuse)
+
+
+@pytest.mark.parametrize("name", ["16-mixed", "bf16-mixed", "bf16-true"])
+def test_fused_by_default_clips_and_scales_as_torchs_default(tmp_path: Path, name: str) -> None:
+    found = []
+    for fuse in (True, False):
+        module = FusedByDefault()
+        module.fuse = fuse
+        options = {"gradient_clip_val": 0.01, "accumulate_grad_batches": 2, "max_epochs": 1}
+        make_trainer(tmp_path, callbacks=[masking()], **options, **precision(name)).fit(module, loader())
+        found.append(lora_state(module))
+    for one, other in zip(found[0].values(), found[1].values(), strict=True):
+        exact = one.dtype == torch.float32
+        torch.testing.assert_close(one, other, rtol=1e-3 if exact else 2e-2, atol=1e-5 if exact else 1e-3)
 
 
 @pytest.mark.parametrize("fused", [False, True])

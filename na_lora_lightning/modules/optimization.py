@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from na_lora_lightning.errors import ConfigurationError
-from na_lora_lightning.modules.resumed_optimizer import class_path
+from na_lora_lightning.modules.resumed_optimizer import class_path, is_fused_by_default
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 """Makes an optimizer of the trainable parameters, or of the model where that is what its first parameter is."""
@@ -143,13 +143,17 @@ def _makes_optimizer_of_model(function: Any) -> bool:
         return False
 
 
-def make_optimizer(factory: OptimizerFactory, module: nn.Module, model: nn.Module) -> Optimizer:
+def make_optimizer(factory: OptimizerFactory, module: nn.Module, model: nn.Module, fuse: bool = True) -> Optimizer:
     """Makes the optimizer of the trainable parameters.
+
+    Torch's Adam and AdamW step all parameters in one kernel on a CPU and on CUDA where nothing was said of how they
+    step; what was said stays in the optimizer's ``defaults``.
 
     Args:
         factory: Makes it, of the parameters or of the model.
         module: Has all the parameters.
         model: The PEFT model in it.
+        fuse: Whether the optimizer steps these very parameters, not something in their place.
 
     Raises:
         ConfigurationError: It does not take the arguments that it was given, cannot step with them, or leaves out
@@ -162,6 +166,9 @@ def make_optimizer(factory: OptimizerFactory, module: nn.Module, model: nn.Modul
         raise ConfigurationError(f"the optimizer cannot be made ({error}); correct model.optimizer.") from error
     if type(optimizer).__module__.startswith(("torch.optim.", "transformers.", "bitsandbytes.")):
         _require_step(optimizer, next(module.parameters()).device)
+    if fuse and _is_fusible(optimizer):
+        for group in optimizer.param_groups:
+            group["fused"] = True
     held = {id(entry) for group in optimizer.param_groups for entry in group["params"]}
     left_out = [name for name, entry in module.named_parameters() if entry.requires_grad and id(entry) not in held]
     if of_model and left_out:
@@ -170,6 +177,19 @@ def make_optimizer(factory: OptimizerFactory, module: nn.Module, model: nn.Modul
             f"parameters, such as {left_out[0]!r}, which would not be trained; use another for model.optimizer."
         )
     return optimizer
+
+
+def _is_fusible(optimizer: Optimizer) -> bool:
+    """Whether an optimizer can step all parameters in one kernel, and nothing was said of how it steps them."""
+    # Torch's SGD and Adagrad have such kernels too, not for sharded parameters or sparse gradients.
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or not is_fused_by_default(optimizer):
+        return False
+    for group in optimizer.param_groups:
+        if any(group[name] not in (None, False) for name in ("fused", "foreach", "capturable", "differentiable")):
+            return False
+        if not all(each.is_floating_point() and each.device.type in ("cpu", "cuda") for each in group["params"]):
+            return False
+    return True
 
 
 def _require_step(optimizer: Optimizer, device: torch.device) -> None:

@@ -30,6 +30,11 @@ def describe_groups(optimizer: Optimizer) -> dict[str, Any]:
     return {"class_path": class_path(type(optimizer)), "groups": [_options(group) for group in optimizer.param_groups]}
 
 
+def is_fused_by_default(optimizer: Optimizer) -> bool:
+    """Whether nothing was said of fusing an optimizer of torch, which then is where it can, or stays as it was."""
+    return "fused" in optimizer.defaults and optimizer.defaults["fused"] is None
+
+
 def require_same_optimizer(former_class: str | None, saved: Mapping[str, Any], optimizer: Optimizer) -> None:
     """Checks that the state of a checkpoint's optimizer is one of this optimizer.
 
@@ -88,6 +93,8 @@ def adopt_groups(
         for name, now in _options(fresh).items():
             known = name in accepted if recorded is None else name in recorded[number]
             if not (known or name == "lr") or name not in former or former[name] == now:
+                continue
+            if name == "fused" and is_fused_by_default(optimizer):
                 continue
             if name == "lr" and "initial_lr" in group:
                 group["initial_lr"] = fresh["initial_lr"] if "initial_lr" in fresh else fresh["lr"]

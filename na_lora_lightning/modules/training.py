@@ -207,7 +207,9 @@ class AdapterTrainingModule(AdapterModule, ABC):
     @override
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Makes the optimizer of the LoRA parameters and its schedule."""
-        optimizer = make_optimizer(self._optimizer_factory, self, self.peft_model)
+        # DeepSpeed has the optimizer step partitions of its own, which may be elsewhere.
+        fuse = not isinstance(self.trainer.strategy, DeepSpeedStrategy)
+        optimizer = make_optimizer(self._optimizer_factory, self, self.peft_model, fuse)
         if self._rate is not None:
             set_rate(optimizer, self._rate)
             self._rate_is_new = False

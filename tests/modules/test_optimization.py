@@ -96,6 +96,51 @@ def test_parameters_that_would_not_train_are_named() -> None:
         make_optimizer(of_weights, layer, layer)
 
 
+# ---- one kernel for all parameters ----
+
+
+class Sub(torch.optim.AdamW):
+    """May do more in its step."""
+
+
+@pytest.mark.parametrize(
+    ("factory", "fused"),
+    [
+        (torch.optim.Adam, True),
+        (partial(torch.optim.AdamW, amsgrad=True), True),
+        (torch.optim.SGD, None),
+        (lambda parameters: torch.optim.AdamW([{"params": [each]} for each in parameters]), True),
+        (partial(torch.optim.AdamW, fused=False), False),
+        (partial(torch.optim.AdamW, foreach=True), None),
+        (Sub, None),
+        (torch.optim.NAdam, None),
+    ],
+)
+def test_optimizers_of_torch_are_fused_where_nothing_was_said_of_it(factory: Any, fused: bool | None) -> None:
+    layer = nn.Linear(2, 2)
+    optimizer = make_optimizer(factory, layer, layer)
+    assert {group.get("fused") for group in optimizer.param_groups} == {fused}
+    # What was said, which another process or a resumed fit is compared by.
+    assert optimizer.defaults.get("fused") is (False if fused is False else None)
+    assert not any(group.get("fused") for group in make_optimizer(factory, layer, layer, fuse=False).param_groups)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_fused_steps_are_those_of_torch(kind: Any, dtype: torch.dtype) -> None:
+    found = []
+    for fuse in (True, False):
+        torch.manual_seed(0)
+        layer = nn.Linear(7, 5).to(dtype)
+        optimizer = make_optimizer(partial(kind, lr=1e-2, weight_decay=0.1), layer, layer, fuse)
+        for step in range(5):
+            layer(torch.randn(3, 7, generator=torch.Generator().manual_seed(step)).to(dtype)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(layer.weight.detach())
+    torch.testing.assert_close(*found, rtol=100 * torch.finfo(dtype).eps, atol=10 * torch.finfo(dtype).eps)
+
+
 # ---- on the command line ----
 
 

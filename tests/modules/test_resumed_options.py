@@ -20,6 +20,7 @@ from na_lora_lightning.arguments import AdapterOptions, LoRAOptions, LossOptions
 from na_lora_lightning.checkpoints.callbacks import RunCheckpoint
 from na_lora_lightning.data import InstructionDataModule
 from na_lora_lightning.errors import ConfigurationError
+from na_lora_lightning.modules import optimization
 from na_lora_lightning.modules.language import NALoRALightningModule
 from na_lora_lightning.modules.resumed_options import OPTIONS_KEY, ResumedOptions
 
@@ -140,6 +141,22 @@ def test_options_of_the_optimizer_apply_and_are_recorded(run: Run) -> None:
     # Going on from there with what is true now has nothing to say.
     run.fit("epoch=2-step=8.ckpt", optimizer=changed, max_epochs=3)
     assert run.lines == []
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_fit_stays_fused_or_not_unless_something_is_said(run: Run, before: bool) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if not before:
+            patch.setattr(optimization, "_is_fusible", lambda *arguments: False)
+        run.fit()
+    whole, state = run.checkpoint(LAST), run.module.state_dict()
+    rates = run.fit(MIDDLE)
+    assert (run.lines, {bool(group["fused"]) for group in rates.seen}) == ([], {before})
+    assert run.checkpoint(LAST)["optimizer_states"][0]["param_groups"] == whole["optimizer_states"][0]["param_groups"]
+    assert all(torch.equal(value, run.module.state_dict()[name]) for name, value in state.items())
+    rates = run.fit(MIDDLE, optimizer=partial(ADAMW, fused=not before))
+    assert run.lines == line(f"optimizer.fused {'True → False' if before else 'None → True'}")
+    assert {group["fused"] for group in rates.seen} == {not before}
 
 
 @pytest.mark.parametrize(
