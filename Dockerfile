@@ -1,5 +1,6 @@
 # docker build -t na-lora .   and then   docker run --gpus all -v "$PWD:/runs" na-lora fit --config run.yaml
 # Files that are written belong to who runs it with: docker run --user "$(id -u):$(id -g)" ...
+# Built with buildah, on a stand-in for the base image: Debian 12 with its Python 3.11.
 FROM python:3.12-slim
 
 WORKDIR /package

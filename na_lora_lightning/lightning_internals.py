@@ -131,6 +131,11 @@ def set_received_sigterm(trainer: Trainer, received: bool) -> None:
     _read(trainer, "_signal_connector").received_sigterm = received
 
 
+def cluster_environment(trainer: Trainer) -> Any:
+    """Who started the processes of a trainer, which not every strategy says."""
+    return _read(trainer, "_accelerator_connector.cluster_environment")
+
+
 def attached_trainer(module: LightningModule) -> Trainer | None:
     """The trainer of a module; None where it has none, which ``module.trainer`` raises for."""
     trainer: Trainer | None = _read(module, "_trainer")

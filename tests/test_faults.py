@@ -84,6 +84,36 @@ def test_sigterm_ends_the_step_and_saves(workplace: Workplace, finished: Path, t
     assert differences(remains(tmp_path / "whole"), remains(tmp_path / "run")) == []
 
 
+def slurm_of_one(folder: Path) -> dict[str, str]:
+    """The environment of a job, with an ``scontrol`` that notes what it is given, and ends the job as SLURM does."""
+    folder.mkdir()
+    program = folder / "scontrol"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {folder / "asked"}\nkill -TERM $PPID\n')
+    program.chmod(0o755)
+    job = {"JOB_ID": "7", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0", "NODELIST": "here"}
+    variables = {f"SLURM_{name}": value for name, value in job.items()}
+    return {**variables, "SLURM_JOB_NAME": "train", "PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+@pytest.mark.filterwarnings("ignore:The .srun. command is available")
+def test_a_job_of_slurm_saves_at_the_end_of_a_step_and_is_queued_again(
+    workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rare = Setting("rare", ("--checkpoint.every_n_steps=0", "--trainer.accumulate_grad_batches=2"))
+    for name, value in slurm_of_one(tmp_path / "bin").items():
+        monkeypatch.setenv(name, value)
+    arguments = [*workplace.arguments(tmp_path / "run", rare), "--ckpt_path=last"]
+    status, _ = fit(arguments, tmp_path / "log", trap=send_at(3, signal.SIGUSR1))
+    assert status == 143
+    log = (tmp_path / "log").read_text()
+    assert (tmp_path / "bin" / "asked").read_text() == "requeue 7\n"
+    assert "SLURM asks job 7 to end: it is queued again after 2 optimizer steps." in log
+    assert [path.name for path in (tmp_path / "run").rglob("*.ckpt")] == ["epoch=0-step=2.ckpt"]
+    assert fit(arguments, tmp_path / "log")[0] == 0
+    assert fit(workplace.arguments(tmp_path / "whole", rare), tmp_path / "log")[0] == 0
+    assert differences(remains(tmp_path / "whole"), remains(tmp_path / "run")) == []
+
+
 def test_an_interrupt_names_the_last_checkpoint(workplace: Workplace, tmp_path: Path) -> None:
     arguments = workplace.arguments(tmp_path / "run", SETTINGS[1])
     status, _ = fit(arguments, tmp_path / "log", trap=send_at(4, signal.SIGINT))

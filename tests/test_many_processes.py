@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy
 from module_helpers import Batches, quiet_trainer, saved_model, some_batches, write_records
 from processes import run_in_processes
@@ -19,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from na_lora_lightning import GateImportanceCallback, StepScaleCallback
 from na_lora_lightning.arguments import AdapterOptions, EvaluationOptions, LoRAOptions, ScheduleOptions
+from na_lora_lightning.checkpoints.callbacks import RunCheckpoint
 from na_lora_lightning.checkpoints.random_state import OtherProcessesWarning, random_state_of_process
 from na_lora_lightning.cli.main import main
 from na_lora_lightning.data import InstructionDataModule
@@ -79,6 +82,43 @@ def test_resumed_dropout_of_two_processes_is_that_of_the_uninterrupted_fit(tmp_p
     assert states.shape[0] == 2
     assert not torch.equal(states[0], states[1])
     assert not torch.equal(finals[0], finals[1])
+
+
+class AskOne(Callback):
+    """Sends one process the signal of SLURM, within a step."""
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        if trainer.global_step == 1 and trainer.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def ask_for_an_end(base: str, records: str, folder: Path) -> None:
+    rank = os.environ["RANK"]
+    os.environ |= {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NODEID": "0"}
+    os.environ |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+    os.environ |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "PATH": f"{folder}:{os.environ['PATH']}"}
+    trainer = quiet_trainer(
+        folder,
+        max_steps=3,
+        strategy="ddp",
+        devices=2,
+        enable_checkpointing=True,
+        plugins=[SLURMEnvironment()],
+        callbacks=[AskOne(), RunCheckpoint(0, dirpath=str(folder / "steps"))],
+    )
+    module = NALoRALightningModule(base, lora=LoRAOptions(r=2, alpha=4), adapter=AdapterOptions(write="never"))
+    trainer.fit(module, InstructionDataModule(base, train=records, batch_size=1))
+
+
+@pytest.mark.filterwarnings("ignore:The .srun. command is available")
+def test_processes_that_slurm_asks_to_end_save_together(tmp_path: Path) -> None:
+    program = tmp_path / "scontrol"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "asked"}\n')
+    program.chmod(0o755)
+    records = write_records(tmp_path / "records.jsonl", 12)
+    run_in_processes(ask_for_an_end, saved_model(tmp_path / "base"), records, tmp_path)
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+    assert "epoch=0-step=2.ckpt" in {path.name for path in (tmp_path / "steps").iterdir()}
 
 
 def test_another_number_of_processes_is_warned_of() -> None:

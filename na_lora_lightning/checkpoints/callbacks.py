@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from na_lora_lightning.checkpoints.run_folder import free_path, run_folder
 from na_lora_lightning.checkpoints.run_folders import ContinuedWriter, is_dry_run, same_path
+from na_lora_lightning.checkpoints.stopping import RequeueRequest
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.lightning_internals import (
     forget_batches_of_finished_epoch,
@@ -34,7 +35,8 @@ class RunCheckpoint(ModelCheckpoint):
     A run that resumes from any of them comes to the same weights and curves as one that was never interrupted. For
     that, a checkpoint that is due where validation follows is saved after the validation, whose curves would
     otherwise be missing; and none is saved between the micro-batches of a step. On SIGTERM a single process
-    finishes and saves the step under way, unless validation follows it, before the trainer stops.
+    finishes and saves the step under way, unless validation follows it, before the trainer stops. On the signal by
+    which SLURM asks for an end (``#SBATCH --signal``), processes do so together, and the job is queued again.
 
     Args:
         every_n_steps: Optimizer steps from one checkpoint to the next; 0 saves after epochs alone.
@@ -63,8 +65,9 @@ class RunCheckpoint(ModelCheckpoint):
         )
         self.every_n_steps, self.keep = every_n_steps, keep
         self._due = False
-        self._stops_after_step = False
+        self._stops_after_step = self._requeues = False
         self._superseded: list[str] = []
+        self._request = RequeueRequest()
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -75,9 +78,15 @@ class RunCheckpoint(ModelCheckpoint):
             Path(str(self.dirpath)).mkdir(parents=True, exist_ok=True)
 
     @override
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listens for a request to queue the job again."""
+        self._request.listen(trainer)
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Removes what a kill kept the run from removing."""
+        """Listens for it, and removes what a kill kept the run from removing."""
         super().on_train_start(trainer, pl_module)
+        self._request.listen(trainer)
         superseded, self._superseded = self._superseded, []
         for path in superseded:
             if self._should_remove_checkpoint(trainer, path, ""):
@@ -98,7 +107,9 @@ class RunCheckpoint(ModelCheckpoint):
             self._stops_after_step = False
             set_received_sigterm(trainer, True)
         every = self._every_n_train_steps
-        self._due = self._due or self._is_told_to_stop(trainer) or (every > 0 and trainer.global_step % every == 0)
+        self._requeues = self._request.is_made(trainer)
+        self._due = self._due or self._requeues or self._is_told_to_stop(trainer)
+        self._due = self._due or (every > 0 and trainer.global_step % every == 0)
         if not is_last_batch(trainer) and not validation_follows(trainer):
             self._save_if_due(trainer)
 
@@ -123,6 +134,9 @@ class RunCheckpoint(ModelCheckpoint):
         if self._due and not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
         self._due = False
+        if self._requeues:
+            self._requeues = False
+            self._request.requeue(trainer)
 
     @override
     def _update_best_and_save(self, current: Tensor, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:

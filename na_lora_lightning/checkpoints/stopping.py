@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from na_lora_lightning.checkpoints.last_run import newest_checkpoint
-from na_lora_lightning.errors import CheckpointError
+from na_lora_lightning.errors import CheckpointError, one_line
+from na_lora_lightning.lightning_internals import cluster_environment
 
 # What a disk, not a program, does wrong.
 _STORAGE_ERRORS = {
@@ -73,3 +78,54 @@ def quiet_writers() -> Iterator[None]:
         yield
     finally:
         threading.excepthook = former
+
+
+class RequeueRequest:
+    """SLURM's word that a job's time is nearly up, kept until the optimizer step under way is finished.
+
+    Lightning's own handler saves at once, which is within a step, and with several processes in another place of each,
+    so that they wait for one another for ever. Who wants it acted on calls :meth:`is_made` in every process after a
+    step, saves, and calls :meth:`requeue`.
+    """
+
+    def __init__(self) -> None:
+        self._told = False
+        self._environment: SLURMEnvironment | None = None
+
+    def listen(self, trainer: Trainer) -> None:
+        """Takes the place of Lightning's handler, which removes this one at the end of the fit."""
+        environment = cluster_environment(trainer)
+        if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:
+            return
+        self._environment = environment
+        if threading.current_thread() is threading.main_thread():
+            assert environment.requeue_signal is not None
+            signal.signal(environment.requeue_signal, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self._told = True
+
+    def is_made(self, trainer: Trainer) -> bool:
+        """Whether any process was told."""
+        if self._environment is None:
+            return False
+        return trainer.strategy.reduce_boolean_decision(self._told, all=False)
+
+    def requeue(self, trainer: Trainer) -> None:
+        """Has SLURM end the job and begin it again; warns where it does not."""
+        self._told = False
+        if not trainer.is_global_zero:
+            return
+        array = os.environ.get("SLURM_ARRAY_JOB_ID")
+        job = os.environ["SLURM_JOB_ID"] if array is None else f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+        print(
+            f"SLURM asks job {job} to end: it is queued again after {trainer.global_step} optimizer steps.", flush=True
+        )
+        try:
+            subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            reason = getattr(error, "stderr", None) or error
+            rank_zero_warn(
+                f"job {job} could not be queued again ({one_line(reason)}), so training goes on; submit it once more "
+                "with --ckpt_path last when it has ended."
+            )
