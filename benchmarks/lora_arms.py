@@ -79,8 +79,9 @@ def _sharing(base: nn.Module) -> Any:
     return copy.deepcopy(base, {id(each): each for each in (*base.parameters(), *base.buffers())})
 
 
-def optimizer_of(model: nn.Module) -> Optimizer:
-    return AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-4, foreach=True)
+def optimizer_of(model: nn.Module, fused: bool | None = True) -> Optimizer:
+    """AdamW as this package's modules and transformers' Trainer make it, or with ``fused=None`` as torch does."""
+    return AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-4, fused=fused)
 
 
 class Arm:
@@ -88,11 +89,12 @@ class Arm:
 
     Args:
         model: What is trained; without trained parameters, forward and backward to its inputs.
+        fused: Of the optimizer.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, fused: bool | None = True) -> None:
         self.model = model.train()
-        self.optimizer = optimizer_of(model) if any(each.requires_grad for each in model.parameters()) else None
+        self.optimizer = optimizer_of(model, fused) if any(each.requires_grad for each in model.parameters()) else None
 
     def step(self, tokens: Tensor) -> None:
         """One optimizer step."""
@@ -111,13 +113,13 @@ class Arm:
         return sum(each.numel() * each.element_size() for each in tensors)
 
 
-def make_arm(name: str, base: nn.Module, stack: ExitStack, **lora: Any) -> Arm:
+def make_arm(name: str, base: nn.Module, stack: ExitStack, fused: bool | None = True, **lora: Any) -> Arm:
     """The arm of a name, from those below; hooks are taken off when the stack is left."""
     if name == "floor":
         model = _sharing(base)
         model.enable_input_require_grads()
         return Arm(model)
-    arm = Arm(adapted(base, "PEFT" not in name, "DoRA" in name, **lora))
+    arm = Arm(adapted(base, "PEFT" not in name, "DoRA" in name, **lora), fused)
     if name.startswith("NA-LoRA"):
         looked_at = None if "all tokens" in name else 128
         options: dict[str, Any] = {"importance": ImportanceOptions(warmup_steps=0), "step_scale": StepScaleOptions()}

@@ -86,6 +86,19 @@ def test_values_equal_the_reference_in_float64(activation: Activation, z: float)
 
 
 @pytest.mark.parametrize("activation", SMOOTH, ids=[a.name for a in SMOOTH])
+def test_what_is_summed_up_is_right_to_the_rounding_of_its_parts(activation: Activation) -> None:
+    z = torch.cat([torch.linspace(-40, 40, 8001), torch.tensor([-1e4, 1e4])])
+    values, exact = activation.evaluate(z), activation.evaluate(z.double())
+    assert values.rounded_gap.isfinite().all()
+    # E is a sum of 1 and of z times what is rounded.
+    bound = 4 * torch.finfo(torch.float32).eps * (1.0 + z.abs() ** (4 if activation in (GELU, GELU_TANH) else 2))
+    seen = exact.output.abs() > 1e-30
+    assert ((values.rounded_gap - exact.homogeneity_gap).abs() <= bound)[seen].all()
+    assert ((values.output * values.rounded_gap - exact.output * exact.homogeneity_gap)[~seen].abs() < 1e-25).all()
+    assert ((values.output_derivative - exact.output_derivative).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("activation", SMOOTH, ids=[a.name for a in SMOOTH])
 def test_closed_forms_equal_autograd(activation: Activation) -> None:
     z = torch.linspace(-8, 8, 1601, dtype=torch.float64, requires_grad=True)
     output = activation.output(z, activation.selection(z))

@@ -62,7 +62,7 @@ class RegimeCollector:
 
     def collect(self, values: ActivationValues, token_weight: Tensor) -> Tensor:
         """``[6, columns]``: mass of the three regimes, then mass·|E−1| of the three."""
-        gap, signed_gap, mass = values.homogeneity_gap.abs(), values.homogeneity_gap, values.output.abs()
+        gap, signed_gap, mass = values.rounded_gap.abs(), values.rounded_gap, values.output.abs()
         amounts = torch.empty(self.components, *mass.shape, dtype=mass.dtype, device=mass.device)
         by_regime, gap_mass = amounts.view(2, len(REGIMES), *mass.shape)
         suppressed, transitional, homogeneous = by_regime
