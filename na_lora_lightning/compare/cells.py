@@ -15,8 +15,9 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 
 from na_lora_lightning.callbacks.gate_callback import gate_callbacks
+from na_lora_lightning.compare.forgetting import FixedText, other_text, own_answers
 from na_lora_lightning.compare.last_layers import BlockInputs
-from na_lora_lightning.compare.measuring import OtherText, RecordLosses, record_losses
+from na_lora_lightning.compare.measuring import RecordLosses, record_losses
 from na_lora_lightning.compare.plan import Cell, Options, Plan
 from na_lora_lightning.errors import ConfigurationError, NonFiniteError
 from na_lora_lightning.models.loading import load_base_model
@@ -90,8 +91,11 @@ class CellScorer:
     def __init__(self, plan: Plan, make_fit: Callable[[Options], Fit], cache: Path) -> None:
         self._plan = plan
         self._make_fit = make_fit
+        self._cache = cache
         self._bases = BaseModels(plan.last_layers, cache)
-        self._other_text: OtherText | None = None
+        self._other_text: FixedText | None = None
+        # Of the last task alone, as what the base model says to it takes memory.
+        self._answers: tuple[Any, FixedText | None] = (None, None)
 
     def score(self, cell: Cell) -> dict[str, Any]:
         """Trains a cell.
@@ -99,8 +103,10 @@ class CellScorer:
         Returns:
             ``validation`` and ``test`` (nats per target token; infinite where training diverged), the losses of the
             test records (``test_sums``, ``test_tokens``), forgetting (``other_loss``, ``base_other_loss``,
-            ``other_kl``), ``seconds`` of training (of the processor on a CPU, of the clock elsewhere), ``peak_memory``
-            (bytes; None on a CPU), ``steps``, ``parameters``, ``gates`` (means over the sites) and ``device``.
+            ``other_kl``, and ``own_loss``, ``base_own_loss``, ``own_kl`` on what the base model itself answers, where
+            the data has prompts), ``seconds`` of training (of the processor on a CPU, of the clock elsewhere),
+            ``peak_memory`` (bytes; None on a CPU), ``steps``, ``parameters``, ``gates`` (means over the sites) and
+            ``device``.
 
         Raises:
             ConfigurationError: The arm cannot be trained.
@@ -111,7 +117,7 @@ class CellScorer:
         changes_base = module.lora.changes_base_weights
         module.load_base = self._bases.load_apart if changes_base else self._bases.load
         try:
-            return self._trained_and_measured(fit)
+            return self._trained_and_measured(cell, fit)
         finally:
             module.model = None
             del fit, module, trainer
@@ -119,7 +125,7 @@ class CellScorer:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def _trained_and_measured(self, fit: Fit) -> dict[str, Any]:
+    def _trained_and_measured(self, cell: Cell, fit: Fit) -> dict[str, Any]:
         device = fit.trainer.strategy.root_device
         is_cuda = device.type == "cuda"
         if is_cuda:
@@ -145,14 +151,8 @@ class CellScorer:
             return {**result, "validation": math.inf, "test": math.inf, "test_sums": [], "test_tokens": []}
         model = fit.module.peft_model.to(device).eval()
         validation, test = self._splits(fit, model, device)
-        base = self._bases.load(fit.module.source, device).to(device).eval()  # type: ignore[arg-type]
-        if self._other_text is None:
-            tokenizer = getattr(fit.datamodule, "tokenizer", None)
-            if tokenizer is None:
-                raise ConfigurationError("the data has no tokenizer, with which forgetting is measured; use text data.")
-            self._other_text = OtherText(tokenizer, self._plan.other_text)
         with fit.trainer.precision_plugin.forward_context():
-            result |= self._other_text.measure(model, base, device)
+            result |= self._forgotten(cell, fit, model, device)
         return {
             **result,
             "validation": validation.mean,
@@ -160,6 +160,31 @@ class CellScorer:
             "test_sums": test.sums,
             "test_tokens": test.tokens,
         }
+
+    def _forgotten(self, cell: Cell, fit: Fit, model: Any, device: torch.device) -> dict[str, float]:
+        tokenizer = getattr(fit.datamodule, "tokenizer", None)
+        if tokenizer is None:
+            raise ConfigurationError("the data has no tokenizer, with which forgetting is measured; use text data.")
+        source = fit.module.source
+
+        def load_base() -> Any:
+            return self._bases.load(source, device).to(device).eval()  # type: ignore[arg-type]
+
+        key = (source, device.type, str(fit.trainer.precision))
+        if self._other_text is None:
+            self._other_text = other_text(tokenizer, self._plan.other_text)
+        texts = {"other": self._other_text}
+        if self._answers[0] != (cell.task, key):
+            batches = fit.datamodule.val_dataloader()
+            own = own_answers(batches, load_base, str(key), device, self._cache)
+            self._answers = ((cell.task, key), own)
+        if self._answers[1] is not None:
+            texts["own"] = self._answers[1]
+        found: dict[str, float] = {}
+        for name, text in texts.items():
+            of_model, of_base, kl = text.measure(model, load_base, device, key)
+            found |= {f"{name}_loss": of_model, f"base_{name}_loss": of_base, f"{name}_kl": kl}
+        return found
 
     def _splits(self, fit: Fit, model: Any, device: torch.device) -> tuple[RecordLosses, RecordLosses]:
         """Losses on validation and test data; without test data, the records of validation take turns."""

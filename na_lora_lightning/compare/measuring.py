@@ -1,26 +1,25 @@
-"""The scores of a fit: losses record by record, and how far the model moved on text that it was not trained on."""
+"""The loss of a fit on each record of a split."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
-from na_lora_lightning.errors import ConfigurationError, DataError
+from na_lora_lightning.errors import DataError
 from na_lora_lightning.labels import IGNORED_LABEL
+from na_lora_lightning.models.output_head import OutputHead, output_head
+from na_lora_lightning.modules.chunked_loss import tokens_per_chunk
 from na_lora_lightning.modules.losses import logits_of_targets, model_inputs
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+_TEXT = ("input_ids", "attention_mask")
 
-_LONGEST_PASSAGE = 128
-_PASSAGES_AT_ONCE = 4
+Batch = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class RecordLosses:
 
 
 @torch.no_grad()
-def record_losses(model: Any, batches: Iterable[Mapping[str, Any]], device: torch.device) -> RecordLosses:
+def record_losses(model: Any, batches: Iterable[Batch], device: torch.device) -> RecordLosses:
     """Measures a model on each record by itself.
 
     Args:
@@ -54,73 +53,80 @@ def record_losses(model: Any, batches: Iterable[Mapping[str, Any]], device: torc
         batches: Of a data module, a row for each record.
         device: Where to compute.
     """
-    sums, tokens = [], []
-    for batch in batches:
+    found: dict[int, tuple[float, int]] = {}
+    for places, batch in _by_length(model, batches):
         batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-        inputs = {**model_inputs(model, batch), "use_cache": False}
-        logits, targets = logits_of_targets(model, inputs, batch["labels"])
-        losses = functional.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
-        )
-        sums.append(losses.view(targets.shape).double().sum(dim=1))
-        tokens.append((targets != IGNORED_LABEL).sum(dim=1))
-    if not sums:
+        tokens = (batch["labels"][:, 1:] != IGNORED_LABEL).sum(dim=1)
+        sums = torch.zeros(len(tokens), dtype=torch.float64, device=device)
+        for rows, targets, logits in target_logits(model, batch):
+            sums.index_add_(0, rows, functional.cross_entropy(logits, targets, reduction="none").double())
+        found.update(zip(places, zip(sums.tolist(), tokens.tolist(), strict=True), strict=True))
+    if not found:
         raise DataError("there is no record to score; set data.validation and data.test.")
-    return RecordLosses(torch.cat(sums).tolist(), torch.cat(tokens).tolist())
+    ordered = [found[place] for place in range(len(found))]
+    return RecordLosses([total for total, _ in ordered], [tokens for _, tokens in ordered])
 
 
-class OtherText:
-    """A text that no arm is trained on, on which forgetting is measured.
+def target_logits(model: Any, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Runs a model, and its head where a target is predicted, if it can run by itself.
 
     Args:
-        tokenizer: Of the model.
-        file: A text file, whose passages are separated by empty lines; None stands for one that ships.
+        model: A language model, with LoRA in it or not, on the device of the batch.
+        batch: As :func:`~na_lora_lightning.modules.losses.token_sums` takes it.
 
-    Raises:
-        ConfigurationError: The file cannot be read, or has no passage of at least two tokens.
+    Yields:
+        The rows of some targets ``[targets]``, the targets, and their logits ``[targets, vocabulary]`` in float32.
     """
+    inputs, labels = {**model_inputs(model, batch), "use_cache": False}, batch["labels"]
+    head = output_head(model)
+    if not isinstance(head, OutputHead):
+        logits, targets = logits_of_targets(model, inputs, labels)
+        is_target = targets != IGNORED_LABEL
+        yield is_target.nonzero()[:, 0], targets[is_target], logits[is_target].float()
+        return
+    rows, positions = (labels[:, 1:] != IGNORED_LABEL).nonzero(as_tuple=True)
+    chunk = tokens_per_chunk(head.rows)
+    try:
+        hidden = head.hidden_states(model, inputs)[rows, positions]
+        targets = labels[rows, positions + 1]
+        for start in range(0, len(rows), chunk):
+            part = slice(start, start + chunk)
+            yield rows[part], targets[part], head.logits(hidden[part]).float()
+    finally:
+        head.forget()
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, file: str | None = None) -> None:
-        try:
-            source = resources.files("na_lora_lightning.compare") / "other_text.txt" if file is None else Path(file)
-            text = source.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise ConfigurationError(f"the text {file!r} cannot be read ({error}); correct --other-text.") from error
-        passages = [" ".join(passage.split()) for passage in text.split("\n\n")]
-        encoded = [tokenizer(passage)["input_ids"][:_LONGEST_PASSAGE] for passage in passages if passage]
-        self._passages = sorted((ids for ids in encoded if len(ids) > 1), key=len)
-        if not self._passages:
-            raise ConfigurationError(f"the text {file!r} has no passage of two tokens; correct --other-text.")
 
-    @torch.no_grad()
-    def measure(self, model: Any, base: Any, device: torch.device) -> dict[str, float]:
-        """Loss of model and base model, and how far the one is from the other.
+def right_padded(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """A batch of records, each of ``input_ids``, ``attention_mask`` and ``labels``, ``[length]``."""
+    return {
+        name: pad_sequence(
+            [row[name] for row in rows],
+            batch_first=True,
+            padding_value=IGNORED_LABEL if name == "labels" else 0,
+        )
+        for name in (*_TEXT, "labels")
+    }
 
-        Args:
-            model: Adapted, in evaluation mode, on ``device``.
-            base: The base model, likewise.
-            device: Where to compute.
 
-        Returns:
-            ``other_loss`` and ``base_other_loss`` (nats per token), and ``other_kl``, the mean over tokens of
-            KL(base ‖ model) in nats.
-        """
-        totals = torch.zeros(3, dtype=torch.float64)
-        count = 0
-        for start in range(0, len(self._passages), _PASSAGES_AT_ONCE):
-            rows = self._passages[start : start + _PASSAGES_AT_ONCE]
-            length = max(map(len, rows))
-            ids = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=device)
-            mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=device)
-            inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-            is_target = mask[:, 1:].bool()
-            of_base, of_model = (
-                each(**inputs).logits[:, :-1][is_target].float().log_softmax(dim=-1) for each in (base, model)
-            )
-            targets = ids[:, 1:][is_target][:, None]
-            kl = functional.kl_div(of_model, of_base, log_target=True, reduction="sum")
-            losses = (-of_model.gather(1, targets).sum(), -of_base.gather(1, targets).sum(), kl)
-            totals += torch.stack(losses).double().cpu()
-            count += len(targets)
-        model_loss, base_loss, kl_mean = (totals / count).tolist()
-        return {"other_loss": model_loss, "base_other_loss": base_loss, "other_kl": kl_mean}
+def _by_length(model: Any, batches: Iterable[Batch]) -> Iterator[tuple[list[int], Batch]]:
+    """The records with the places that they had, those of text alone beside others of their length."""
+    texts: list[tuple[int, dict[str, Tensor]]] = []
+    count = most = 0
+    for batch in batches:
+        places = list(range(count, count + len(batch["labels"])))
+        count, most = count + len(places), max(most, len(places))
+        if model_inputs(model, batch).keys() != set(_TEXT) or not batch["attention_mask"][:, 0].all():
+            # Packed, with images, or padded at the left, where another length would be other positions.
+            yield places, batch
+            continue
+        for place, length, *row in zip(
+            places,
+            batch["attention_mask"].sum(dim=1).tolist(),
+            *(batch[name] for name in (*_TEXT, "labels")),
+            strict=True,
+        ):
+            texts.append((place, {name: each[:length] for name, each in zip((*_TEXT, "labels"), row, strict=True)}))
+    texts.sort(key=lambda text: len(text[1]["labels"]))
+    for start in range(0, len(texts), max(1, most)):
+        part = texts[start : start + most]
+        yield [place for place, _ in part], right_padded([row for _, row in part])

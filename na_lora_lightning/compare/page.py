@@ -21,8 +21,8 @@ from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.report.page import render
 
 _COLUMNS = (
-    "task", "arm", "rate", "seed", "validation", "test", "other_loss", "base_other_loss", "other_kl", "seconds",
-    "peak_memory", "steps", "parameters", "device",
+    "task", "arm", "rate", "seed", "validation", "test", "other_loss", "base_other_loss", "other_kl", "own_loss",
+    "base_own_loss", "own_kl", "seconds", "peak_memory", "steps", "parameters", "device",
 )  # fmt: skip
 
 
@@ -183,20 +183,31 @@ def _sections(tuned: Table, common: Sequence[Table], plan: Plan, margin: float) 
         ),
         Section(
             "Forgetting, cost and gates",
-            ["arm", "KL to the base model", "change in %", "rise of other loss", "time", "memory", "gates"],
+            [
+                "arm",
+                "KL to the base model",
+                "change in %",
+                "rise of loss",
+                "KL on its answers",
+                "time",
+                "memory",
+                "gates",
+            ],
             [
                 [
                     row.arm,
                     number(row.forgetting),
                     signed(row.forgetting_change),
                     signed(row.other_loss),
+                    number(row.own),
                     number(row.seconds),
                     "" if row.memory is None else number(row.memory),
                     ", ".join(f"{name} {number(value)}" for name, value in sorted(row.gates.items())),
                 ]
                 for row in tuned.rows
             ],
-            f"On other text, nats per token; time and memory over {plan.baseline}'s, at tuned rates. A model that was "
+            "On other text, and on what the base model itself answers to prompts of validation, nats per token; time "
+            f"and memory over {plan.baseline}'s, at tuned rates. A model that was "
             "moved further, by a higher rate, forgets more: compare at equal loss.",
         ),
     ]

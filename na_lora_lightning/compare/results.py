@@ -30,6 +30,7 @@ class Row:
         forgetting: Mean KL(base ‖ model) on other text, nats per token.
         forgetting_change: Its difference to the first arm's, in per cent.
         other_loss: Rise of the loss on other text over the base model's, nats per token.
+        own: Mean KL(base ‖ model) on what the base model itself answers, nats per token.
         seconds: Of training, over the first arm's.
         memory: Peak, over the first arm's; None where it was not measured.
         gates: Means of what the mechanisms measured.
@@ -45,6 +46,7 @@ class Row:
     forgetting: float
     forgetting_change: float
     other_loss: float
+    own: float
     seconds: float
     memory: float | None
     gates: dict[str, float]
@@ -171,6 +173,7 @@ def _row(arm: str, rates: dict[str, float], pairs: Pairs) -> Row:
         fmean(kl),
         relative(fmean(kl), fmean(base_kl)),
         fmean(rises),
+        fmean(entry.result.get("own_kl", math.nan) for entry, _ in everything),
         float(np.median([a.result["seconds"] / b.result["seconds"] for a, b in everything])),
         float(np.median([a / b for a, b in memory])) if all(a and b for a, b in memory) else None,
         {name: fmean(each[name] for each in gates) for name in gates[0] if all(name in each for each in gates)},
