@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,9 @@ from tiny_models import GPT2_TARGETS, LLAMA_TARGETS, tiny_gpt2, tiny_llama, with
 def pytest_configure(config: pytest.Config) -> None:
     """Fits of a few steps of tiny models, often within the warm-up, are what tests do; who tests the warning asks."""
     config.addinivalue_line("filterwarnings", "ignore::na_lora_lightning.errors.PlainLoRAWarning")
+    # In a job of a cluster, Lightning would take its processes and ranks from there.
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        del os.environ[name]
 
 
 @pytest.fixture(params=["llama", "gpt2"])
