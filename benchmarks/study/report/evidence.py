@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 
+from benchmarks.real_weights.evidence import draw_figures, page_parts
 from benchmarks.study import StudyError
 from benchmarks.study.report import evidence_mechanism, evidence_tables
 from benchmarks.study.report.evidence_tables import Sources
@@ -60,7 +61,7 @@ def make_tables(sources: Sources, specification: Path = SPECIFICATION) -> dict[s
     return tables
 
 
-def make_pages(tables: Mapping[str, EvidenceTable], templates: Path = PAGES) -> dict[str, str]:
+def make_pages(tables: Mapping[str, EvidenceTable | str], templates: Path = PAGES) -> dict[str, str]:
     """The text of every page, by file name.
 
     Raises:
@@ -93,7 +94,7 @@ def write_evidence(results: Iterable[dict[str, Any]], check: bool = False) -> bo
         Whether the pages already said what the results say.
     """
     sources = Sources(results, STUDIES)
-    pages = make_pages(make_tables(sources))
+    pages = make_pages({**make_tables(sources), **page_parts()})
     same = all((file := DOCUMENTS / name).is_file() and file.read_text() == text for name, text in pages.items())
     if not check:
         from benchmarks.study.report.figures import draw_all
@@ -101,4 +102,5 @@ def write_evidence(results: Iterable[dict[str, Any]], check: bool = False) -> bo
         for name, text in pages.items():
             (DOCUMENTS / name).write_text(text)
         draw_all(sources, DOCUMENTS / "figures")
+        draw_figures(DOCUMENTS / "figures")
     return same
