@@ -43,7 +43,8 @@ _LOOK = """(() => {
         if (!node.querySelector('path, rect, circle, image, use')) found.empty.push(name(node));
         for (const text of node.querySelectorAll('text')) {
           const inner = text.getBoundingClientRect();
-          if (inner.left < box.left - 1 || inner.right > box.right + 1 || inner.bottom > box.bottom + 1)
+          if (inner.left < box.left - 1 || inner.right > box.right + 1 ||
+              inner.top < box.top - 1 || inner.bottom > box.bottom + 1)
             found.outside.push('svg ' + name(text));
         }
       }

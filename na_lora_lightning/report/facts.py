@@ -15,6 +15,18 @@ _STANDS_OUT = 2.0
 # The order of tables; what else was measured comes below.
 _FIRST_METRICS = ("contains_match", "exact_match", "accuracy", "loss", "perplexity", "token_accuracy")
 
+_LESS_IS_BETTER = ("loss", "perplexity")
+_SETTINGS = (
+    ("lora.r", "rank"),
+    ("lora.lora_alpha", "alpha"),
+    ("optimizer.class_path", "optimizer"),
+    ("optimizer.init_args.lr", "learning rate"),
+    ("schedule.name", "schedule"),
+    ("data.batch_size", "batch size"),
+    ("data.max_length", "tokens at most"),
+    ("data.seed", "seed of the data"),
+)
+
 
 def number(value: Any, digits: int = 4) -> str:
     """A number as tables have it; empty for none."""
@@ -62,7 +74,8 @@ def headline(run: Run) -> str:
     both = [name for name in in_order(last) if name in first]
     if both:
         name, step = both[0], run.after["step"] if run.after else 0
-        return f"{name} went from {number(first[name])} before training to {number(last[name])} at step {step:,}."
+        said = f"{name} went from {number(first[name])} before training to {number(last[name])} at step {step:,}."
+        return _verdict(name, first[name], last[name]) + said
     steps, losses = next(
         (known for name in run.metric_names() if name.endswith("loss") and len((known := run.series(name))[0]) > 1),
         ([], []),
@@ -75,6 +88,18 @@ def headline(run: Run) -> str:
     if run.before is not None or run.after is not None:
         return f"Metrics were measured {'before' if run.after is None else 'after'} training alone."
     return "No metric was measured before and after training."
+
+
+def _verdict(name: str, first: Any, last: Any) -> str:
+    if not all(isinstance(value, (int, float)) and np.isfinite(value) for value in (first, last)):
+        return ""
+    gain = last - first if name.rpartition("/")[2] not in _LESS_IS_BETTER else first - last
+    return "Yes: " if gain > 0 else "No: " if gain < 0 else "Not by this measure: "
+
+
+def settings(run: Run) -> str:
+    """The options that say most, in one line."""
+    return ", ".join(f"{title} {number(run.options[name])}" for name, title in _SETTINGS if name in run.options)
 
 
 def layer_rows(run: Run) -> list[dict[str, str]]:

@@ -126,6 +126,7 @@ def _described(run: Run) -> dict[str, Any]:
         "trainable": facts.number(parameters.get("trainable")),
         "total": facts.number(parameters.get("total")),
         "pace": "" if pace is None else facts.number(pace, 3),
+        "settings": facts.settings(run),
         "headline": facts.headline(run),
         "in_force": run.in_force,
         "evidence": facts.evidence(run),

@@ -129,12 +129,16 @@ def test_the_pages_of_tensorboard(tmp_path: Path) -> None:
 
     async def visit(tab: Tab) -> None:
         for name, texts in pages.items():
-            await tab.show(*SHOWN["wide"])
-            await tab.open(f"{address}#{name}")
-            seen = await tab.look(*texts, pictures={"images": len(HEAT_MAPS)}.get(name, 0))
-            await kept(tab, f"tensorboard-{name}")
-            # Its scripts draw charts when they come into view.
-            assert [name for name in seen["empty"] if not name.startswith("svg")] == []
-            assert tab.errors == []
+            for dark, ground in ((False, "rgba(0, 0, 0, 0)"), (True, "rgb(48, 48, 48)")):
+                await tab.show(*SHOWN["wide"], dark)
+                await tab.open(f"{address}#{name}")
+                seen = await tab.look(*texts, pictures={"images": len(HEAT_MAPS)}.get(name, 0))
+                await kept(tab, f"tensorboard-{name}-{'dark' if dark else 'light'}")
+                # Its scripts draw charts when they come into view.
+                assert [name for name in seen["empty"] if not name.startswith("svg")] == []
+                # Where it puts the labels of its axes is its own affair.
+                assert [name for name in seen["outside"] if not name.startswith("svg")] == []
+                assert seen["ground"] == ground
+                assert tab.errors == []
 
     run_in_browser(tmp_path / "browser", visit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -65,10 +66,11 @@ def test_the_page_of_one_run_answers_in_numbers(tmp_path: Path) -> None:
     for sentence in (
         "base, on train.jsonl; ended at step 40.",
         "LoRA trains 1,234 of 123,456 parameters.",
-        "validation/exact_match went from 0.25 before training to 0.75 at step 40.",
+        "Settings: learning rate 0.001.",
+        "Did it learn? Yes: validation/exact_match went from 0.25 before training to 0.75 at step 40.",
         "rows of the least responsive 10 % (60) held from step 11.",
         "Rows were held from step 20 on, as far as logged; 10 % of them at the last.",
-        "Layer 4 moves its selection 5.0 times as much as the median layer (0.05 against 0.01).",
+        "What changed most? Layer 4 moves its selection 5.0 times as much as the median layer (0.05 against 0.01).",
         "3 of 600 channels had a mean slope below 0.01 at every logged step after step 0, "
         "so their gates hardly respond: "
         "3 in layer 1.",
@@ -77,6 +79,26 @@ def test_the_page_of_one_run_answers_in_numbers(tmp_path: Path) -> None:
         "1+1? 2 three 2",
     ):
         assert sentence in text, sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "last", "verdict"),
+    [
+        ("loss", 3.0, "No: "),
+        ("loss", 1.0, "Yes: "),
+        ("exact_match", 1.0, "No: "),
+        ("exact_match", 2.0, "Not by this measure: "),
+        ("perplexity", float("inf"), "validation/"),
+    ],
+)
+def test_whether_it_learnt_is_said_in_a_word(tmp_path: Path, name: str, last: float, verdict: str) -> None:
+    path = write_run(tmp_path / "run")
+    # Before anything else that was measured.
+    entries = [json.loads(line) for line in (path / FILE).read_text().splitlines()]
+    (path / FILE).write_text("".join(json.dumps(each) + "\n" for each in entries if each["type"] != "validation"))
+    for step, value in ((0, 2.0), (40, last)):
+        HistoryWriter(path).write("validation", step, metrics={f"validation/{name}": value})
+    assert facts.headline(read_runs([str(path)])[0]).startswith(verdict)
 
 
 def test_nothing_stands_out_where_nothing_does(tmp_path: Path) -> None:
