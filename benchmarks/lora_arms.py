@@ -6,6 +6,7 @@ All arms of a model share its frozen weights, and each has an adapter of its own
 from __future__ import annotations
 
 import copy
+import os
 import platform
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -96,14 +97,16 @@ class Arm:
         self.model = model.train()
         self.optimizer = optimizer_of(model, fused) if any(each.requires_grad for each in model.parameters()) else None
 
-    def step(self, tokens: Tensor) -> None:
-        """One optimizer step."""
+    def step(self, tokens: Tensor) -> Tensor:
+        """One optimizer step, and its loss."""
         # transformers reads a mask's values, and a device that keeps sizes alone has none.
         mask = None if tokens.is_meta else torch.ones_like(tokens)
-        self.model(input_ids=tokens, labels=tokens, attention_mask=mask).loss.backward()
+        loss: Tensor = self.model(input_ids=tokens, labels=tokens, attention_mask=mask).loss
+        loss.backward()
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad()
+        return loss.detach()
 
     def held_bytes(self) -> int:
         """Of the model and of the optimizer's state."""
@@ -135,9 +138,10 @@ ARMS = ("floor", REFERENCE, "LoRA", "NA-LoRA, 128 tokens a site", "NA-LoRA, all 
 
 
 def where(device: str) -> dict[str, Any]:
-    """On what it was measured."""
+    """On what it was measured, and how busy that was in the last five minutes."""
     name = torch.cuda.get_device_name() if device == "cuda" else _processor()
-    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    found = {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    return found | {"cores": os.cpu_count(), "load": round(os.getloadavg()[1], 1)}
 
 
 def _processor() -> str:
@@ -148,7 +152,7 @@ def _processor() -> str:
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
-def kernels_of(step: Callable[[], None]) -> dict[str, Any]:
+def kernels_of(step: Callable[[], object]) -> dict[str, Any]:
     """What a GPU does in a call: kernels, copies, and for how many milliseconds any of them ran."""
     found: dict[str, Any] = {}
     # Profiling the CPU as well takes longer, and not every version tells of kernels without it.
