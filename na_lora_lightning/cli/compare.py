@@ -108,8 +108,9 @@ def main(arguments: list[str]) -> int:
             f"na-lora compare needs the package {error.name!r}; run pip install 'na-lora-lightning[compare]'."
         ) from error
     from na_lora_lightning.compare.cells import CellScorer
+    from na_lora_lightning.compare.opening import open_storage
     from na_lora_lightning.compare.page import write_page
-    from na_lora_lightning.compare.storage import Comparison, open_storage
+    from na_lora_lightning.compare.storage import Comparison
 
     url = options.storage or f"sqlite:///{Path(options.output).expanduser()}/comparison.db"
     if options.show:

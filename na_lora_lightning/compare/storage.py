@@ -9,102 +9,27 @@ is queued again.
 from __future__ import annotations
 
 import time
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import optuna
 from optuna.distributions import FloatDistribution, IntDistribution
-from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning, UpdateFinishedTrialError
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
+from optuna.storages import BaseStorage, JournalStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy import event
 
 from na_lora_lightning.compare.grid import Result, ScoredCell, extensions, is_hopeless
+from na_lora_lightning.compare.opening import without_news
 from na_lora_lightning.compare.plan import Cell, Plan
 from na_lora_lightning.errors import ConfigurationError, NALoRAError, one_line
 
 _RATE = FloatDistribution(1e-12, 1e6, log=True)
 _SEED = IntDistribution(0, 1_000_000)
-_HEARTBEAT_SECONDS, _GRACE_SECONDS = 15, 90
 # Of a cell that fails; one whose worker is killed is no failure.
 _MOST_TRIES = 3
 # Before the first is scored, for reasons that are none of its arm.
 _MOST_FAILURES = 4
-_LOCK_SECONDS = 120
-_JOURNAL = "journal://"
-
-
-@contextmanager
-def _without_news() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        yield
-
-
-def open_storage(url: str, heartbeat: int = _HEARTBEAT_SECONDS, grace: int = _GRACE_SECONDS) -> BaseStorage:
-    """Opens, and if need be makes, what trials are kept in.
-
-    Args:
-        url: Of a database, as SQLAlchemy writes it (``sqlite:///comparison.db``, ``postgresql+psycopg://...``), or
-            ``journal://FILE`` for a journal, which has no heartbeat.
-        heartbeat: Seconds between two signs of life of a worker.
-        grace: Seconds without one after which its cell is queued again.
-
-    Raises:
-        ConfigurationError: It cannot be opened.
-    """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        with _without_news():
-            if url.startswith(_JOURNAL):
-                Path(url[len(_JOURNAL) :]).parent.mkdir(parents=True, exist_ok=True)
-                return JournalStorage(JournalFileBackend(url[len(_JOURNAL) :]))
-            options = {"connect_args": {"timeout": _LOCK_SECONDS}} if url.startswith("sqlite") else {}
-            if url.startswith("sqlite:///"):
-                Path(url[len("sqlite:///") :]).parent.mkdir(parents=True, exist_ok=True)
-            storage = _patiently(
-                lambda: RDBStorage(url, engine_kwargs=options, heartbeat_interval=heartbeat, grace_period=grace)
-            )
-            if url.startswith("sqlite"):
-                # Several workers wait less for one another, and nothing for the disk.
-                event.listen(storage.engine, "connect", _write_ahead)
-                storage.engine.dispose()
-            return storage
-    except Exception as error:
-        # Of the database's own package, SQLAlchemy or Optuna.
-        raise ConfigurationError(
-            f"the storage {_without_password(url)!r} cannot be opened ({one_line(error)}); correct --storage."
-        ) from error
-
-
-def _write_ahead(connection: Any, record: Any) -> None:
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=NORMAL")
-
-
-def _patiently(make: Callable[[], RDBStorage]) -> RDBStorage:
-    # Workers that start at once make the same tables.
-    for attempt in range(5):
-        try:
-            return make()
-        except ImportError:
-            raise
-        except Exception:  # Of whichever driver the database has; the fifth is raised.
-            if attempt == 4:
-                raise
-            time.sleep(0.5 * (attempt + 1))
-    raise AssertionError
-
-
-def _without_password(url: str) -> str:
-    start, at, end = url.rpartition("@")
-    scheme, separator, _ = start.partition("://")
-    return f"{scheme}{separator}...@{end}" if at else url
 
 
 class Comparison:
@@ -247,7 +172,7 @@ class Comparison:
                 self._queue(self._missing())
             if self.trials(TrialState.WAITING):
                 try:
-                    with _without_news():
+                    with without_news():
                         self.study.optimize(
                             lambda trial: self._objective(trial, score, say), n_trials=1, catch=(Exception,)
                         )
@@ -265,7 +190,7 @@ class Comparison:
                 # Of other workers; their cells come back here if they die.
                 if not self._notices_the_dead:
                     return False
-                with _without_news():
+                with without_news():
                     optuna.storages.fail_stale_trials(self.study)
                 time.sleep(2.0)
             else:

@@ -22,10 +22,11 @@ from na_lora_lightning.cli.compare import make_fit
 from na_lora_lightning.cli.main import main
 from na_lora_lightning.compare.cells import CellScorer
 from na_lora_lightning.compare.grid import extensions
+from na_lora_lightning.compare.opening import open_storage
 from na_lora_lightning.compare.page import as_csv, as_html, as_markdown
 from na_lora_lightning.compare.plan import ARMS, Cell, Plan, merged, nested, read_configs, read_named
 from na_lora_lightning.compare.results import common_tables, headline, tuned_table
-from na_lora_lightning.compare.storage import Comparison, open_storage
+from na_lora_lightning.compare.storage import Comparison
 from na_lora_lightning.errors import ConfigurationError, DataError
 
 

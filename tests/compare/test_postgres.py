@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from test_comparison import begun, made_up, plan, silent, texts
 
-from na_lora_lightning.compare.storage import Comparison, open_storage
+from na_lora_lightning.compare.opening import open_storage
+from na_lora_lightning.compare.storage import Comparison
 
 
 @pytest.fixture

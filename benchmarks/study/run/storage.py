@@ -1,7 +1,7 @@
-"""Where results are: a JSON for each cell that ran, in a cache, and one packed file for each setting.
+"""Where results are: a JSON for each cell that ran, in a cache, and one packed file.
 
-A packed file is ``SETTING.jsonl.gz`` with a line for each cell, in order of name. ``pack`` moves cells from the cache
-into it; a setting that gained nothing is not written again.
+It is ``cells.jsonl.gz`` with a line for each cell, in order of setting and name. ``pack`` moves cells from the cache
+into it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import gzip
 import json
 import os
 import zlib
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,7 +23,7 @@ from benchmarks.study import StudyError
 
 PACKED = Path(__file__).parents[1] / "results"
 CELLS = Path(".cache/study/cells")
-_ENDING = ".jsonl.gz"
+_FILE = "cells.jsonl.gz"
 Result = dict[str, Any]
 
 
@@ -32,7 +32,7 @@ class Results:
     """Results, packed or not. None of them is to be changed: they are read once.
 
     Attributes:
-        packed: Folder of packed files.
+        packed: Folder of the packed file.
         cells: Folder that cells are written to, ``SETTING/ARM/rateR-seedS.json``.
     """
 
@@ -49,24 +49,22 @@ class Results:
         file = self.path_of(name)
         if file.is_file():
             return read(file)
-        return self.of_setting(name.partition("/")[0]).get(name)
+        return self._packed().get(name)
 
-    def of_setting(self, setting: str) -> Mapping[str, Result]:
-        """The packed results of a setting, by name.
-
-        Raises:
-            StudyError: The packed file cannot be read.
-        """
-        file = self.packed / f"{setting}{_ENDING}"
+    def _packed(self) -> Mapping[str, Result]:
+        file = self.packed / _FILE
         if not file.is_file():
             return {}
         stamp = file.stat()
         return _unpacked(file, stamp.st_mtime_ns, stamp.st_size)
 
     def all_packed(self) -> list[Result]:
-        """All packed results, in order of name."""
-        settings = sorted(file.name.removesuffix(_ENDING) for file in self.packed.glob(f"*{_ENDING}"))
-        return [result for setting in settings for result in self.of_setting(setting).values()]
+        """All packed results, in order of setting and name.
+
+        Raises:
+            StudyError: The packed file cannot be read.
+        """
+        return list(self._packed().values())
 
     def all(self) -> list[Result]:
         """All results, packed or not, in order of name."""
@@ -79,24 +77,21 @@ class Results:
         _replace(self.path_of(name_of(result)), _line(result).encode())
 
     def pack(self) -> dict[str, int]:
-        """Moves all cells of the cache into the packed files.
+        """Moves all cells of the cache into the packed file.
 
         Returns:
             How many cells each setting gained.
         """
-        found: dict[str, dict[Path, Result]] = defaultdict(dict)
         self.cells.mkdir(parents=True, exist_ok=True)
         with FileLock(self.cells / "pack.lock"):
-            for file in self._files():
-                result = read(file)
-                found[name_of(result).partition("/")[0]][file] = result
-            for setting, moved in found.items():
-                lines = {**self.of_setting(setting), **{name_of(result): result for result in moved.values()}}
-                text = "".join(_line(lines[name]) for name in sorted(lines))
-                _replace(self.packed / f"{setting}{_ENDING}", gzip.compress(text.encode(), mtime=0))
-                for file in moved:
-                    file.unlink()
-        return {setting: len(moved) for setting, moved in found.items()}
+            found = {file: read(file) for file in self._files()}
+            if found:
+                lines = {**self._packed(), **{name_of(result): result for result in found.values()}}
+                text = "".join(_line(lines[name]) for name in sorted(lines, key=lambda name: name.split("/")))
+                _replace(self.packed / _FILE, gzip.compress(text.encode(), mtime=0))
+            for file in found:
+                file.unlink()
+        return dict(sorted(Counter(name_of(result).partition("/")[0] for result in found.values()).items()))
 
     def _files(self) -> list[Path]:
         return sorted(self.cells.rglob("*.json"))
@@ -137,7 +132,7 @@ def read(file: Path) -> Result:
         ) from error
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def _unpacked(file: Path, *stamp: int) -> Mapping[str, Result]:
     try:
         lines = gzip.decompress(file.read_bytes()).decode().splitlines()
