@@ -231,7 +231,7 @@ def scope(export: Export) -> str:
         f"`{export.name}`: {len(export.cells)} cells, {hours:.1f} hours of training on {devices}; "
         f"{len(export.plan.tasks)} tasks ({', '.join(export.plan.tasks)}), {len(export.arms)} arms, rates "
         f"{', '.join(f'{rate:g}' for rate in export.plan.rates)}, {export.plan.seeds} seeds; {left or 'no'} cells of "
-        f"that grid are missing"
+        f"that grid are missing or left out"
     )
     return f"{text}{'; **partial**: no cell of ' + ', '.join(absent) if absent else ''}."
 
