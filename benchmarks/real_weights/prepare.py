@@ -7,7 +7,7 @@ of what installed packages hold, by a fixed seed: no record of validation or tes
 * ``sort`` — words in ascending or descending order (reasoning-gym)
 * ``code`` — the body of a function of an installed package, after its head and docstring
 * ``explain`` — what a message of Perl's means, in the words of its manual
-* ``riddles`` — brothers and sisters, 160 records of which every fifth has a wrong answer in training (reasoning-gym)
+* ``riddles`` — brothers and sisters, 128 records of which every fifth has a wrong answer in training (reasoning-gym)
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from benchmarks.study.tasks.corpus import syntax_trees
 Record = dict[str, str]
 
 OUTPUT = Path(".cache/real_weights")
-SIZES = {"train": 480, "validation": 128, "test": 192}
-_LONGEST_BODY, _LONGEST_EXPLANATION, _LONGEST_HEAD = 320, 360, 400
-_NOISY_RECORDS, _WRONG_EVERY = 160, 5
+SIZES = {"train": 384, "validation": 64, "test": 128}
+_LONGEST_BODY, _LONGEST_EXPLANATION, _LONGEST_HEAD = 220, 260, 300
+_NOISY_RECORDS, _WRONG_EVERY = 128, 5
 
 
 def _gym(name: str, count: int, **options: object) -> Iterator[Record]:
