@@ -117,6 +117,7 @@ benchmark: install ## Steps, operations and tokens a second beside PEFT, transfo
 	-$(BENCHMARK_PYTHON) -W ignore benchmarks/lora_operations.py --output benchmarks/results/operations.json
 	OMP_NUM_THREADS=1 $(BENCHMARK_PYTHON) -W ignore benchmarks/growth.py
 	OMP_NUM_THREADS=1 $(BENCHMARK_PYTHON) -W ignore benchmarks/frameworks.py --model $(MODEL)
+	OMP_NUM_THREADS=1 $(BENCHMARK_PYTHON) -W ignore benchmarks/curves.py --model $(MODEL) --blocks 4
 	$(BENCHMARK_PYTHON) benchmarks/page.py
 
 clean: ## Remove the environment and caches, not what was trained
