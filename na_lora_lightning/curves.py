@@ -29,8 +29,8 @@ _CURVES = (
         "selection_misalignment",
         "Selection misalignment",
         "Mean change of the selection weight ρ by the adapter, |ρ(g+δ) − ρ(g)|, over channels and tokens.",
-        "LoRA changes which channels are selected, not only what they carry. 0 is the base model's selection. Where "
-        "one layer stands out from the median, compare runs at a lower learning rate, or with other layers adapted.",
+        "LoRA changes which channels are selected, not only what they carry. 0 is the base model's selection. A higher "
+        "learning rate raises it in all layers; measure text that is not of the task beside it.",
         "magma",
     ),
     Curve(
