@@ -89,10 +89,11 @@ class LoRAOptions:
             raise ConfigurationError(f"lora.layers={self.layers!r} is unknown; use 'fast' or 'peft'.")
         initialisation = self.init_lora_weights
         if isinstance(initialisation, str) and initialisation not in _REPRODUCIBLE_INITIALISATIONS:
-            # The others need other data or a random decomposition, so the base weights that they leave behind could not
-            # be made again when the adapter is loaded.
+            # The others need other data, a random decomposition or (LoftQ) a GPU and a quantisation of its own, so the
+            # base weights that they leave behind could not be made again when the adapter is loaded.
+            reason = " (the base that it leaves behind could not be made again)" * (initialisation == "loftq")
             raise ConfigurationError(
-                f"lora.init_lora_weights={initialisation!r} is not supported; use true, "
+                f"lora.init_lora_weights={initialisation!r} is not supported{reason}; use true, "
                 f"{', '.join(repr(name) for name in _REPRODUCIBLE_INITIALISATIONS)}."
             )
         if initialisation == "eva" and self.rank_pattern:

@@ -20,6 +20,11 @@ _REMEDY = "cannot be {value!r}; '--help' shows what it takes."
 # What is said of a value, and how that is said here; the first that fits.
 _SENTENCES = (
     (
+        r"[Oo]ption '(?P<name>streaming|shuffle_buffer|validation_fraction)' is not accepted",
+        "the class given for {key!r} has no option {name!r}, which InstructionDataModule alone has, for texts; leave "
+        "it out, and give images that are kept for validation as data.validation.",
+    ),
+    (
         r"[Oo]ption '(?P<name>[^']*)' is not accepted",
         "the class given for {key!r} has no option {name!r}; correct or remove it.",
     ),
@@ -38,6 +43,12 @@ _SENTENCES = (
     (
         r"\AExpected an? (?P<kind>.*)\. Got value: (?P<value>.*)\Z",
         "the option {key!r} is {value!r}, and must be {kind}; correct it.",
+    ),
+    (
+        r"(?s)Subtypes: \[<class 'str'>, <class 'NoneType'>\]\s.*?Given value type: <class '(list|dict)'>\s+"
+        r"Given value: (?P<value>[^\n]*)",
+        "the option {key!r} is {value}, and must be one source, as InstructionDataModule alone takes several, for "
+        "texts; put the records into one file.",
     ),
     (
         # Where a number can be a tensor too, such as a learning rate, a class is hardly what was meant.

@@ -40,11 +40,18 @@ def adapter_folder(place: str | Path) -> Path:
     folder = Path(place).expanduser()
     if folder.is_file():
         raise ConfigurationError(
-            f"the adapter {str(place)!r} is a file; give the folder of an adapter or of a run, or a checkpoint with "
-            "--ckpt_path."
+            f"the adapter {str(place)!r} is a file; give the folder of an adapter or of a run, or of a checkpoint make "
+            "a model with 'na-lora merge' (evaluations take it with --ckpt_path)."
         )
     found = next((path for path in (folder, folder / "adapter") if (path / _CONFIG).is_file()), None)
     if found is None:
+        saved = sorted(folder.glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+        if saved:
+            raise ConfigurationError(
+                f"the run {str(place)!r} has not ended and holds no adapter, but checkpoints; let it go on with "
+                f"'na-lora fit --ckpt_path last', or make a model of one, such as {str(saved[-1])!r}, with "
+                "'na-lora merge'."
+            )
         raise ConfigurationError(
             f"the folder {str(place)!r} holds no adapter ({_CONFIG} is missing); give the folder of an adapter, or of "
             "a run that has ended."

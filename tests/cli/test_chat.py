@@ -192,6 +192,13 @@ def test_a_base_that_an_adapter_changed_is_not_compared(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigurationError, match="holds no adapter"):
         Speaker(str(tmp_path / "empty"), None, "auto", CPU)
+    checkpoint = tmp_path / "empty" / "checkpoints" / "step=3.ckpt"
+    checkpoint.parent.mkdir()
+    checkpoint.touch()
+    with pytest.raises(ConfigurationError, match=r"has not ended and .*step=3\.ckpt', with 'na-lora merge'"):
+        Speaker(str(tmp_path / "empty"), None, "auto", CPU)
+    with pytest.raises(ConfigurationError, match=r"step=3\.ckpt' is a file; .* make a model with 'na-lora merge'"):
+        Speaker(str(checkpoint), None, "auto", CPU)
 
 
 def test_lines_are_read_from_a_pipe_and_long_ones_refused(

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 Vlm = Callable[[str], str]
 VISION = "na_lora_lightning.data.VisionInstructionDataModule"
+LABELLED = "na_lora_lightning.LabelledImageDataModule"
 
 
 @pytest.fixture
@@ -142,6 +143,18 @@ def test_text_is_the_default_and_can_be_named(
             {"class_path": VISION, "init_args": {"batch_size": "x"}},
             [],
             "the option 'data.batch_size' cannot be 'x'; '-",
+        ),
+        (None, ["--data", VISION, "--data.streaming", "true"], "'data' has no option 'streaming', which Instr"),
+        (None, ["--data", VISION, "--data.validation_fraction", "0.1"], "no option 'validation_fraction', which Instr"),
+        (
+            None,
+            ["--data", LABELLED, "--data.streaming", "true"],
+            "'data' has no option 'streaming', which InstructionDataModule alone has, for texts; leave it out, and",
+        ),
+        *(
+            (None, ["--data", kind, "--data.train", mixed], ", and must be one source, as InstructionDataModule alone")
+            for kind in (VISION, LABELLED)
+            for mixed in ('[{"path": "a.jsonl", "weight": 2}]', '["a.jsonl", "b.jsonl"]', '{"path": "a.jsonl"}')
         ),
         (None, ["--data", VISION, "--data.batch_size", "0"], "batch_size=0 is too small; set it to 1 or more"),
         (None, ["--data", VISION], "the data for 'train' is not given but is needed to fit; set data.train"),

@@ -71,7 +71,10 @@ def test_the_same_seed_is_the_same_start(base: str, tmp_path: Path, initialisati
 
 @pytest.mark.parametrize("initialisation", REFUSED)
 def test_others_are_refused_by_name(initialisation: str) -> None:
-    with pytest.raises(ConfigurationError, match=rf"lora\.init_lora_weights='{initialisation}' is not supported; use"):
+    # PEFT's LoftQ computes on a GPU alone, and the base that it quantises is not the one that is loaded again.
+    with pytest.raises(
+        ConfigurationError, match=rf"lora\.init_lora_weights='{initialisation}' is not supported.*; use"
+    ):
         LoRAOptions(init_lora_weights=initialisation)
 
 
