@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import logging
 import re
 import runpy
 import sys
@@ -258,8 +259,12 @@ def test_the_notebook_runs(
     matplotlib.use("Agg")
     monkeypatch.setattr(pyplot, "show", pyplot.close)
     names: dict[str, object] = {"__name__": "notebook"}
+    levels = {name: logging.getLogger(name).level for name in logging.root.manager.loggerDict}
     for cell in cells:
         exec(compile(cell, str(NOTEBOOK), "exec"), names)
+    # It quietens loggers, of which later tests read.
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
     printed = capsys.readouterr().out
     assert "names the larger digit: 100%" in printed
     assert len(re.findall(r"^layer_0\d silu 256 channels, rows slice\(0, 256, 1\)", printed, re.MULTILINE)) == 4
