@@ -20,6 +20,7 @@ from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.models.dora_functions import DoRAProduct
 from na_lora_lightning.models.lora_functions import LoRAProduct, LoRASetting, autocast_dtype
 from na_lora_lightning.models.lora_inputs import CastingLinear
+from na_lora_lightning.models.lora_siblings import Member, Siblings, families, products
 from na_lora_lightning.peft_internals import LoRALinear, is_plain_dora
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -43,7 +44,7 @@ class FastLoRALinear(LoRALinear):
         parts = _parts(self)
         if isinstance(parts, str):
             return super().forward(x, *args, **kwargs)
-        weight, a = parts.weight, parts.a
+        weight, a, given_x = parts.weight, parts.a, x
         autocast = autocast_dtype(x.device)
         if autocast is not None:
             if torch.float64 in (x.dtype, weight.dtype, a.dtype):
@@ -63,12 +64,49 @@ class FastLoRALinear(LoRALinear):
         if parts.magnitude is not None:
             result, rank_activations = DoRAProduct.apply(x, weight, parts.bias, a, parts.b, parts.magnitude, setting)
         else:
-            result, rank_activations = LoRAProduct.apply(x, weight, parts.bias, a, parts.b, parts.bias_b, setting)
+            found = _with_siblings(self, given_x, x, parts, setting)
+            result, rank_activations = found or LoRAProduct.apply(
+                x, weight, parts.bias, a, parts.b, parts.bias_b, setting
+            )
         for module, given in ((base, x), (matrix_b, rank_activations)):
             if module._forward_hooks and observed_now(module):
                 with torch.no_grad():
                     module(given)
         return result
+
+
+def _with_siblings(
+    layer: FastLoRALinear, given: Tensor, x: Tensor, parts: _Parts, setting: LoRASetting
+) -> tuple[Tensor, Tensor] | None:
+    """A layer's result and rank activations where those that are given the same input are computed at once."""
+    siblings: Siblings | None = vars(layer).get("_siblings")
+    if siblings is None or setting.rank_dtype != setting.base_dtype:
+        return None
+    if siblings.layers[0] is not layer:
+        return siblings.take(layer, given)
+    members = []
+    for each in siblings.layers:
+        of_each = parts if each is layer else _parts(each) if isinstance(each, FastLoRALinear) else ""
+        if isinstance(of_each, str) or not _is_plain(of_each, parts):
+            return None
+        scaling = float(each.scaling[of_each.adapter])  # type: ignore[index]
+        members.append(Member(of_each.weight, of_each.bias, of_each.a, of_each.b, scaling))
+    return siblings.keep(given, products(x, members, setting.base_dtype))
+
+
+def _is_plain(parts: _Parts, first: _Parts) -> bool:
+    """Whether a layer is LoRA alone, its A and B are trained alone, and its dtypes are those of the first sibling."""
+    frozen = (parts.weight, parts.bias)
+    return (
+        type(parts.base) is nn.Linear
+        and parts.magnitude is None
+        and parts.bias_b is None
+        and not (isinstance(parts.dropout, nn.Dropout) and parts.dropout.training and parts.dropout.p)
+        and parts.a.requires_grad
+        and parts.b.requires_grad
+        and not any(each is not None and each.requires_grad for each in frozen)
+        and (parts.weight.dtype, parts.a.dtype) == (first.weight.dtype, first.a.dtype)
+    )
 
 
 def _is_other_call(x: Tensor) -> bool:
@@ -248,4 +286,10 @@ def use_fast_lora_layers(model: nn.Module, enable: bool = True) -> LoRALayerRepo
                 f"{name} is sharded by fully_shard, which has made a class of its own of the layer; call "
                 "use_fast_lora_layers before fully_shard."
             )
+    for layer in model.modules():
+        vars(layer).pop("_siblings", None)
+    for layers in families(model, FastLoRALinear):
+        siblings = Siblings(layers)
+        for layer in layers:
+            vars(layer)["_siblings"] = siblings
     return lora_layer_report(model)

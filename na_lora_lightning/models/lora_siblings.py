@@ -1,0 +1,178 @@
+"""LoRA layers that are given the same input, as one autograd function.
+
+Query, key and value, and gate and up, read the same activations. The products with their A are one product with all
+rows of A, and their gradients of the input are added where the first one stands. Who belongs together is told by
+names below one module, so that every pass, and every run, computes the same bits; whether the input is the same tensor
+is seen at each call, and a layer that is given another one is computed by itself.
+
+With h = x·[A₁; …; Aₙ]ᵀ, its parts hᵢ, and ḡ = [s₁·∂y₁·B₁, …, sₙ·∂yₙ·Bₙ]::
+
+    yᵢ = x·Wᵢᵀ + biasᵢ + sᵢ·hᵢ·Bᵢᵀ
+    ∂x = Σ ∂yᵢ·Wᵢ + ḡ·[A₁; …; Aₙ]      [∂A₁; …; ∂Aₙ] = ḡᵀ·x      ∂Bᵢ = sᵢ·∂yᵢᵀ·hᵢ
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from na_lora_lightning.models.lora_functions import gradient_of_b, in_dtype, rows_of, scaled_product, without_autocast
+
+FAMILIES = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
+# There keys and values are made of another network's output.
+_ACROSS = ("cross", "encoder_attn", "encdec")
+
+
+class Member(NamedTuple):
+    """A layer's tensors as one call reads them.
+
+    Attributes:
+        weight: W, ``[out, in]``; frozen.
+        bias: Of the base layer, or None; frozen.
+        a: A, ``[r, in]``.
+        b: B, ``[out, r]``.
+        scaling: s.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+
+class Siblings:
+    """Layers that are given the same input as a rule, in the order in which they are called.
+
+    Attributes:
+        layers: At least two; the first one's call computes all of them.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self.layers = tuple(layers)
+        self._given: Tensor | None = None
+        self._version = 0
+        self._ready: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies begin between two passes."""
+        return {**vars(self), "_given": None, "_ready": {}}
+
+    def keep(self, given: Tensor, results: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Keeps what the other layers answer to an input until they are called, and returns what the first one does."""
+        self._given, self._version = given, _version_of(given)
+        self._ready = dict(enumerate(results))
+        return self._ready.pop(0)
+
+    def take(self, layer: nn.Module, given: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What a layer answers to an input, where that was computed with the first one; once."""
+        if not self._ready:
+            return None
+        if self._given is not given or self._version != _version_of(given):
+            self._given, self._ready = None, {}
+            return None
+        found = self._ready.pop(next(index for index, each in enumerate(self.layers) if each is layer), None)
+        if not self._ready:
+            self._given = None
+        return found
+
+
+def _version_of(given: Tensor) -> int:
+    return 0 if given.is_inference() else given._version
+
+
+def families(model: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[nn.Module, ...]]:
+    """Layers of a class below one module that by their names are given the same input, attention across left out."""
+    for name, parent in model.named_modules():
+        if any(part in name.lower() for part in _ACROSS):
+            continue
+        for family in FAMILIES:
+            children = [parent._modules[child] for child in family if child in parent._modules]
+            layers = tuple(each for each in children if each is not None and type(each) is kind)
+            if len(layers) > 1 and len({layer.in_features for layer in layers}) == 1:
+                yield layers
+
+
+def products(x: Tensor, members: Sequence[Member], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """What each layer answers, ``[..., out]``, and its rank activations, ``[..., r]``, through which nothing flows.
+
+    Args:
+        x: ``[..., in]``.
+        members: The layers' tensors.
+        dtype: In which all of it is computed, that of x.
+    """
+    scalings = tuple(member.scaling for member in members)
+    columns = [[getattr(member, name) for member in members] for name in ("weight", "bias", "a", "b")]
+    *results, h = LoRAProducts.apply(x, dtype, scalings, *(tensor for column in columns for tensor in column))
+    return list(zip(results, h.split([member.a.shape[0] for member in members], dim=-1), strict=True))
+
+
+class LoRAProducts(torch.autograd.Function):
+    """yᵢ of n layers, and all of h, through which no gradient flows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dtype: torch.dtype, scalings: tuple[float, ...], *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """See :class:`torch.autograd.Function`; the tensors are n weights, n biases, n matrices A and n matrices B."""
+        ctx.set_materialize_grads(False)
+        weights, biases, all_a, all_b = _columns(tensors, len(scalings))
+        results = []
+        with without_autocast(x.device):
+            h = functional.linear(x, torch.cat([in_dtype(a, dtype) for a in all_a]))
+            parts = rows_of(h).split([a.shape[0] for a in all_a], dim=1)
+            for weight, bias, b, part, scaling in zip(weights, biases, all_b, parts, scalings, strict=True):
+                matrix = in_dtype(weight, dtype)
+                if bias is None:
+                    result = functional.linear(x, matrix)
+                else:
+                    # With a bias torch answers with a view, which models may not change in place.
+                    result = x.new_empty(*x.shape[:-1], b.shape[0])
+                    torch.addmm(in_dtype(bias, dtype), rows_of(x), matrix.t(), out=rows_of(result))
+                rows_of(result).addmm_(part, in_dtype(b, dtype).t(), alpha=scaling)
+                results.append(result)
+        ctx.save_for_backward(x, h, *weights, *all_a, *all_b)
+        ctx.dtype, ctx.scalings = dtype, scalings
+        ctx.mark_non_differentiable(h)
+        return (*results, h)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients in the order of the arguments; a layer whose answer was not used has none."""
+        x, h, *saved = ctx.saved_tensors
+        count, dtype = len(ctx.scalings), ctx.dtype
+        weights, all_a, all_b = _columns(saved, count)
+        of_a: list[Tensor | None] = [None] * count
+        of_b: list[Tensor | None] = [None] * count
+        to_x: Any = None
+        used = {index: rows_of(each) for index, each in enumerate(gradients[:count]) if each is not None}
+        if not used:
+            return (None,) * (3 + 4 * count)
+        ranks = [a.shape[0] for a in all_a]
+        with without_autocast(x.device):
+            through_b = torch.cat(
+                [scaled_product(each, in_dtype(all_b[i], dtype), ctx.scalings[i]) for i, each in used.items()], dim=1
+            )
+            if ctx.needs_input_grad[0]:
+                for index, each in used.items():
+                    matrix = in_dtype(weights[index], dtype)
+                    to_x = each @ matrix if to_x is None else to_x.addmm_(each, matrix)
+                to_x = to_x.addmm_(through_b, torch.cat([in_dtype(all_a[index], dtype) for index in used]))
+                to_x = to_x.view(x.shape)
+            parts = rows_of(h).split(ranks, dim=1)
+            to_a = (through_b.t() @ rows_of(x)).split([ranks[index] for index in used])
+            for (index, each), part in zip(used.items(), to_a, strict=True):
+                of_a[index] = in_dtype(part, all_a[index].dtype)
+                # To be differentiated again, h has to be made of what it depends on.
+                again = torch.is_grad_enabled()
+                h_of_each = rows_of(x) @ in_dtype(all_a[index], dtype).t() if again else parts[index]
+                of_b[index] = in_dtype(gradient_of_b(each, h_of_each, ctx.scalings[index]), all_b[index].dtype)
+        return (to_x, None, None, *[None] * (2 * count), *of_a, *of_b)
+
+
+def _columns(tensors: Sequence[Any], count: int) -> list[list[Any]]:
+    return [list(tensors[start : start + count]) for start in range(0, len(tensors), count)]
