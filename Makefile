@@ -16,7 +16,7 @@ OLDEST_TESTS := tests/core --ignore tests/core/test_branches.py --ignore tests/c
 MODEL := .cache/quickstart/SmolLM2-135M-Instruct
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart gemma digits test test-oldest zoo faults soak fuzz-data fuzz-options study evidence wheel docs check format benchmark clean
+.PHONY: help install quickstart gemma digits test test-oldest zoo faults soak fuzz-data fuzz-options evidence wheel docs check format benchmark clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -72,11 +72,6 @@ fuzz-data: install ## A thousand odd data files: none trains on other text than 
 
 fuzz-options: install ## Five hundred random combinations of options: each is right, or one sentence
 	cd tests && ../$(BIN)/python -W ignore -m fuzz.options --combinations 500
-
-study: $(VENV)/.study ## Run what is left of the study on a CPU: each missing cell takes some 12 seconds
-	for name in screening candidates second_round confirmation; do \
-		$(BIN)/python -W ignore -m benchmarks.study run benchmarks/study/studies/$$name.yaml || exit 1; done
-	$(BIN)/python -m benchmarks.study pack
 
 evidence: $(VENV)/.study ## Write docs/evidence.md, docs/evidence_tables.md and their figures from the study's results
 	$(BIN)/python -m benchmarks.study evidence

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.study.report.figures import pyplot, save
 from na_lora_lightning.compare.results import tuned_rates
 
 if TYPE_CHECKING:
@@ -15,6 +14,24 @@ if TYPE_CHECKING:
 
 # The others are gray.
 _NAMED = ("na_lora", "plain_reading", "random_mask", "short_step", "dora", "lora_plus")
+
+
+def pyplot() -> Any:
+    """Pyplot of matplotlib, set up to write the same SVG each time."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "study"
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def save(plt: Any, figure: Any, file: Path) -> None:
+    """Writes a figure without its date, and closes it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, metadata={"Date": None})
+    plt.close(figure)
 
 
 def at_equal_loss(export: Export, arm: str) -> dict[str, float]:
@@ -53,11 +70,7 @@ def means(export: Export, task: str, arm: str) -> list[tuple[float, float, float
 
 
 def draw(export: Export, folder: Path) -> list[Path]:
-    """Draws ``NAME_untuned.svg`` and ``NAME_forgetting.svg``.
-
-    Raises:
-        StudyError: matplotlib is not installed.
-    """
+    """Draws ``NAME_untuned.svg`` and ``NAME_forgetting.svg``."""
     plt = pyplot()
     files = [folder / f"{export.name}_{kind}.svg" for kind in ("untuned", "forgetting")]
     save(plt, _untuned(plt, export), files[0])

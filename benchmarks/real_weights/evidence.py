@@ -282,15 +282,15 @@ def _arms(export: Export) -> str:
 
 def main(files: Sequence[str]) -> None:
     """Takes exports in and writes the pages."""
+    from benchmarks.study.cells import recorded
     from benchmarks.study.report.evidence import write_evidence
-    from benchmarks.study.run.storage import Results
 
     RESULTS.mkdir(exist_ok=True)
     for file in files:
         if not Path(file).is_file():
             sys.exit(f"error: there is no file {file!r}; give the cells.csv of na-lora compare.")
         shutil.copyfile(file, RESULTS / Path(file).name)
-    write_evidence(Results().all_packed())
+    write_evidence(recorded().values())
 
 
 if __name__ == "__main__":

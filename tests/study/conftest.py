@@ -1,30 +1,48 @@
-"""A tiny base model and a study of seconds, on real images of digits."""
+"""A tiny base model and cells of seconds, on real images of digits."""
 
 from __future__ import annotations
 
-import json
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
-from study_helpers import ARMS
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.study.base_models import vision
-from benchmarks.study.base_models.language import make_tokenizer
-from benchmarks.study.run.specification import Study, load_study
-from benchmarks.study.run.storage import Results
-from benchmarks.study.tasks import pools
+from benchmarks.study.cells import Arm, Cell, Setting
+from benchmarks.study.run.models import take_shipped
+
+TRAINING: dict[str, Any] = {
+    "steps": 6,
+    "batch_size": 4,
+    "evaluate_every": 3,
+    "evaluation_batch_size": 32,
+    "max_length": 84,
+    "schedule": "cosine",
+    "warmup_fraction": 0.05,
+    "weight_decay": 0.0,
+    "clip": 1.0,
+}
+
+
+@pytest.fixture(scope="session", name="tokenizer")
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE as the study's models have it; ``<end>`` ends documents and pads."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator(["a digit is drawn with dots and crosses", "Digit: 3"], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>", bos_token="<end>", pad_token="<end>")
 
 
 @pytest.fixture(scope="session", name="base_model")
-def base_models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base_models_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
     """Folder of a Llama with two layers of 24 gates, with a tokenizer and held-out windows."""
     folder = tmp_path_factory.mktemp("base")
-    tokenizer = make_tokenizer(["a digit is drawn with dots and crosses", "Digit: 3"])
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -43,50 +61,28 @@ def base_models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", name="picture_model")
-def picture_models_folder(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of that Llama with a vision tower and a projector that were hardly trained."""
-    folder = tmp_path_factory.mktemp("models")
-    shutil.copytree(base_model, folder / "llama-silu")
-    record = {"name": "llama-silu", "weights_sha256": "", "held_out_loss": 0.0}
-    (folder / "llama-silu" / "pretraining.json").write_text(json.dumps(record))
-    vision.pretrain("llava-silu", folder, tower_steps=2, projector_steps=2, batch_size=4)
-    return folder / "llava-silu"
+def picture_models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the study's model that sees."""
+    folder = tmp_path_factory.mktemp("models") / "llava-silu"
+    assert take_shipped(folder)
+    return folder
 
 
-@pytest.fixture(autouse=True, name="cached_pools")
-def pools_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pools, "CACHE", tmp_path_factory.getbasetemp() / "pools")
-
-
-@pytest.fixture(name="results")
-def no_results(tmp_path: Path) -> Results:
-    """Results of a test's own, none at first."""
-    return Results(tmp_path / "packed", tmp_path / "cells")
-
-
-@pytest.fixture(name="make_study")
-def study_maker(base_model: Path, tmp_path: Path) -> Any:
-    """Writes a study file with some of the arms and reads it."""
+@pytest.fixture(name="make_cell")
+def cell_maker(base_model: Path) -> Any:
+    """Makes a cell of an arm's options."""
 
     def make(
-        arms: list[str], seeds: list[int] | None = None, source: dict[str, Any] | None = None, **changes: Any
-    ) -> Study:
-        source = source or {"kind": "digits"}
-        data = {"source": source, "train": 24, "valid": 8, "test": 8, "label_noise": 0.25}
-        training = {"steps": 6, "batch_size": 4, "evaluate_every": 3, "max_length": 84}
-        study = {
-            "role": "screening",
-            "models": {"tiny": str(base_model)},
-            "arms": arms,
-            "seeds": seeds or [0],
-            "rates": [0.01],
-            "settings": [{"model": "tiny", "task": "digits", "rank": 2}],
-        }
-        (tmp_path / "tasks.yaml").write_text(
-            json.dumps({"digits": {"role": "screening", "data": data, "training": training}})
-        )
-        (tmp_path / "arms.yaml").write_text(json.dumps(ARMS))
-        (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(study | changes))
-        return load_study(tmp_path / "tiny.yaml")
+        options: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        source: Mapping[str, Any] | None = None,
+        model: Path = base_model,
+        **training: Any,
+    ) -> Cell:
+        data = {"source": source or {"kind": "digits"}, "train": 24, "valid": 8, "test": 8, "label_noise": 0.25}
+        lora = {"rank": 2, "alpha": 4, "targets": "all-linear"}
+        arm = Arm.from_options("arm", options)
+        trained = TRAINING | training | dict(arm.training)
+        return Cell(Setting("tiny", str(model), "digits", data, trained, lora), arm, 0.01, seed)
 
     return make

@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from benchmarks.study import StudyError
-from benchmarks.study.arms.arm import Arm
 from benchmarks.study.arms.hooks import HOOKS, BuiltArm
+from benchmarks.study.cells import Arm
 from na_lora_lightning.core.controller import GateController
 from na_lora_lightning.core.discovery.gates import discover_gates
 from na_lora_lightning.core.lora_layers import is_linear, is_lora_layer

@@ -1,4 +1,4 @@
-"""Compares the arms of a study from its result files alone.
+"""Compares the arms of a study from its results alone.
 
 Per setting and arm the learning rate is the one of the lowest validation loss, averaged over seeds; the score is what
 the cells of that rate got on the test set. Differences from the baseline are paired by seed.
@@ -15,12 +15,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest
 
-When = Literal["last", "best"]
 _FEWEST = 3
 _CURVES = ("valid", "test", "forgetting", "misalignment")
 
@@ -36,8 +35,6 @@ class Score:
         forgetting: Rise of the loss on held-out documentation, nats per token.
         misalignment: Mean |Δρ| over gates; None where it was not measured.
         seconds: Training time.
-        memory: Greatest memory in use, bytes.
-        parameters: Trainable parameters.
     """
 
     valid: float
@@ -46,29 +43,22 @@ class Score:
     forgetting: float
     misalignment: float | None
     seconds: float
-    memory: int
-    parameters: int
 
 
-def score_of(result: Mapping[str, Any], when: When) -> Score:
-    """Score of a cell at its last interval, or at the one of its lowest validation loss (early stopping)."""
-    info = result["train_info"]
-    metrics = info["metrics"]
-    usable = [entry for entry in metrics if entry["valid loss"] is not None]
-    diverged = info["status"] != "success"
-    entry = min(usable, key=lambda one: one["valid loss"]) if when == "best" or diverged else usable[-1]
+def score_of(result: Mapping[str, Any]) -> Score:
+    """Score of a cell at its last interval."""
+    metrics = result["train_info"]["metrics"]
+    lost = result["train_info"]["status"] != "success"
+    entry = metrics[-1]
     probes = {probe["step"]: probe for probe in result["study_info"]["probes"]}
-    moved = probes[entry["step"]].get("misalignment")
-    lost = diverged and when == "last"
+    moved = [value for value in probes[entry["step"]].get("misalignment", ()) if value is not None]
     return Score(
         valid=math.inf if lost else entry["valid loss"],
         test=math.inf if lost else entry["test loss"],
         accuracy=0.0 if lost else entry["test accuracy"],
         forgetting=math.inf if lost else entry["held-out loss"] - metrics[0]["held-out loss"],
-        misalignment=mean(value for value in moved if value is not None) if moved else None,
-        seconds=info["train_time"],
-        memory=info["accelerator_memory_max"],
-        parameters=info["num_trainable_params"],
+        misalignment=mean(moved) if moved else None,
+        seconds=result["train_info"]["train_time"],
     )
 
 
@@ -124,9 +114,7 @@ class Verdict:
 Table = dict[str, dict[str, ArmInSetting]]
 
 
-def compare(
-    results: Iterable[Mapping[str, Any]], baseline: str, when: When = "last", interpolate: bool = False
-) -> Table:
+def compare(results: Iterable[Mapping[str, Any]], baseline: str, interpolate: bool = False) -> Table:
     """Arms by setting, each at its best learning rate.
 
     For an arm those learning rates count that have the most seeds. While less than three do, those with at least half
@@ -138,7 +126,7 @@ def compare(
     for result in results:
         config = result["run_info"]["train_config"]
         by_seed = cells[config["setting"]][config["arm_name"]][config["rate"]]
-        by_seed[config["seed"]] = score_of(result, when)
+        by_seed[config["seed"]] = score_of(result)
     table: Table = {}
     for setting, by_arm in sorted(cells.items()):
         chosen = {arm: found for arm, by_rate in by_arm.items() if (found := _best(by_rate, interpolate)) is not None}

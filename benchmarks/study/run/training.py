@@ -1,45 +1,59 @@
-"""Runs one cell: builds it, trains it in a plain loop around the package's core, scores it at intervals."""
+"""Runs one cell: builds it, trains it in a plain loop around the package's core, scores and probes it at intervals.
+
+A probe is one forward pass of a fixed batch between two optimizer steps, the same batch for every arm, read by the
+package's own observer and meter. It leaves no trace in the training.
+"""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from typing import Any
 
-import psutil
 import torch
-from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.study import StudyError
 from benchmarks.study.arms.building import build
 from benchmarks.study.arms.hooks import BuiltArm
-from benchmarks.study.base_models.loading import base_model, fresh_model, held_out_windows
-from benchmarks.study.run.probes import GateProbe
-from benchmarks.study.run.specification import Cell
-from benchmarks.study.tasks import pools
-from benchmarks.study.tasks.encoding import IGNORED, Encoded, collate, encode, inputs_of, tokenizer_of
+from benchmarks.study.cells import Cell
+from benchmarks.study.run.models import (
+    IGNORED,
+    Encoded,
+    base_model,
+    collate,
+    encode,
+    fresh_model,
+    held_out_windows,
+    inputs_of,
+    tokenizer_of,
+)
+from benchmarks.study.tasks import sources
 from na_lora_lightning.arguments import ScheduleOptions
+from na_lora_lightning.core.lora_layers import lora_b
+from na_lora_lightning.core.mechanisms.importance import ResponsivenessCollector
+from na_lora_lightning.core.mechanisms.importance_options import Criterion
+from na_lora_lightning.core.model_entry import root_of
+from na_lora_lightning.core.observation.misalignment import MisalignmentMeter, share_of_selection
+from na_lora_lightning.core.observation.observer import GateObserver, ObserverOptions
+from na_lora_lightning.core.sites import GateSite
 from na_lora_lightning.modules.schedules import make_schedule
 
+CRITERIA: dict[str, Criterion] = {"output": "output_derivative", "selection": "selection_derivative"}
+GROUPS = 10
 _PROBE_EXAMPLES = 16
 Batches = list[dict[str, Tensor]]
 
 
-def evaluation_batches(
-    encoded: Sequence[Encoded], padding: int, batch_size: int, device: torch.device, dtype: torch.dtype
-) -> Batches:
-    """Batches in order of length, so that little is padded; pixels are in ``dtype``."""
+def evaluation_batches(encoded: Sequence[Encoded], padding: int, batch_size: int) -> Batches:
+    """Batches in order of length, so that little is padded."""
     ordered = sorted(encoded, key=lambda entry: len(entry.ids))
-    parts = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
-    return [collate(part, padding, device, dtype) for part in parts]
+    return [collate(ordered[start : start + batch_size], padding) for start in range(0, len(ordered), batch_size)]
 
 
-def text_batches(windows: Tensor, batch_size: int, device: torch.device) -> Batches:
+def text_batches(windows: Tensor, batch_size: int) -> Batches:
     """Batches of ``[count, length]`` windows of plain text, of which every token but the first is predicted."""
-    parts = [part.to(device) for part in windows.split(batch_size)]
+    parts = windows.split(batch_size)
     return [{"input_ids": part, "attention_mask": torch.ones_like(part), "labels": part} for part in parts]
 
 
@@ -67,59 +81,111 @@ def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
     return total / tokens, exact / examples
 
 
-class Memory:
-    """Samples of the memory in use: reserved by the allocator on a GPU, resident set on a CPU, in bytes."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._process = psutil.Process()
-        self.samples: list[int] = []
-
-    def sample(self) -> None:
-        """Takes a sample."""
-        if self._device.type == "cuda":
-            self.samples.append(torch.cuda.memory_reserved(self._device))
-        else:
-            self.samples.append(self._process.memory_info().rss)
+def by_decile(ranking: Tensor, values: Tensor) -> Tensor:
+    """Means of ``values`` in ten groups of channels, from least to greatest ``ranking``; both ``[channels]``."""
+    ordered = values[torch.argsort(ranking, stable=True)]
+    return torch.stack([group.mean() for group in ordered.tensor_split(GROUPS)])
 
 
-def device_of(cell: Cell) -> torch.device:
-    """The device of a cell.
+def _rounded(values: Tensor) -> list[float]:
+    return [float(f"{value:.5g}") for value in values.tolist()]
 
-    Raises:
-        StudyError: It is not there.
+
+class GateProbe:
+    """Probes of one cell.
+
+    Args:
+        built: The arm.
+        batch: The batch of every probe.
     """
-    device = torch.device(cell.training["device"])
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise StudyError(f"the cell {cell.name!r} wants a GPU and there is none; run a study for the CPU.")
-    return device
+
+    def __init__(self, built: BuiltArm, batch: dict[str, Tensor]) -> None:
+        self._built = built
+        self._batch = batch
+        self._previous = {site.name: self._rows(site) for site in built.gates}
+
+    def _rows(self, site: GateSite) -> Tensor:
+        weights = [lora_b(site.lora_layer, adapter).weight for adapter in site.adapters]
+        rows = torch.cat([weight.detach().float() for weight in weights], dim=1)  # type: ignore[operator]
+        return rows[site.rows.to(rows.device)].clone()
+
+    def measure(self) -> dict[str, Any]:
+        """One probe.
+
+        Returns:
+            Per gate site ``misalignment`` (mean |Δρ|) and ``share`` (of the selection term); ``walk``, the mean
+            distance that rows of B went since the last probe, by decile of the responsiveness |φ'| (``output``) and
+            |ρ'| (``selection``) of their channels, averaged over sites, and ``row_norm``, the mean norm of the rows
+            themselves alike. Empty for an arm whose gates have no LoRA that the package reads.
+        """
+        sites = self._built.gates.sites
+        if not sites:
+            return {}
+        observer = GateObserver(root_of(self._built.model), sites, ObserverOptions(max_tokens=None))
+        layouts = {
+            name: observer.add(name, ResponsivenessCollector(criterion, signed=False))
+            for name, criterion in CRITERIA.items()
+        }
+        meter = MisalignmentMeter(observer)
+        meter.enabled = True
+        meter.attach()
+        observer.attach()
+        self._forward_without_trace()
+        statistics = observer.finish_step(None)
+        measured = meter.finish_step(None)
+        observer.detach()
+        meter.detach()
+        assert measured is not None
+        moved, norms = measured
+        rows = {site.name: self._rows(site) for site in sites}
+        walk: dict[str, list[Tensor]] = {name: [] for name in CRITERIA}
+        norm: dict[str, list[Tensor]] = {name: [] for name in CRITERIA}
+        for index, site in enumerate(sites):
+            distance = (rows[site.name] - self._previous[site.name]).norm(dim=1)
+            for name in CRITERIA:
+                responsiveness = statistics[name].sums[0, layouts[name].site_slices[index]]
+                walk[name].append(by_decile(responsiveness, distance))
+                norm[name].append(by_decile(responsiveness, rows[site.name].norm(dim=1)))
+        self._previous = rows
+        return {
+            "misalignment": _rounded(moved),
+            "share": _rounded(share_of_selection(norms)),
+            "walk": {name: _rounded(torch.stack(values).mean(dim=0)) for name, values in walk.items()},
+            "row_norm": {name: _rounded(torch.stack(values).mean(dim=0)) for name, values in norm.items()},
+        }
+
+    def _forward_without_trace(self) -> None:
+        """The forward pass; what the arm's own observer saw of it is forgotten."""
+        controller = self._built.controller
+        passes = 0 if controller is None else controller.observer.forward_passes
+        # With gradients, since observers look at training passes alone; nothing is backpropagated.
+        with torch.enable_grad():
+            self._built.model(**inputs_of(self._batch))
+        if controller is not None:
+            controller.observer.reset()
+            controller.meter.reset()
+            controller.observer.forward_passes = passes
 
 
 def run_cell(cell: Cell) -> dict[str, Any]:
     """Trains and scores a cell.
 
     Returns:
-        ``metrics`` (one dictionary per interval), ``probes`` alike, and what
-        :mod:`benchmarks.study.run.result` writes beside them.
+        ``metrics`` (one dictionary per interval), ``probes`` alike, and the digests ``model_sha256`` and
+        ``data_sha256``, as records have them.
     """
     training = cell.training
-    device = device_of(cell)
-    memory = Memory(device)
-    _, processor, model_sha256 = base_model(cell.setting.model, training["dtype"])
-    data = pools.load(cell.setting.data, cell.seed)
+    _, processor, model_sha256 = base_model(cell.setting.model)
+    data = sources.load(cell.setting.data, cell.seed)
     encoded = {
         part: encode(processor, getattr(data, part), training["max_length"]) for part in ("train", "valid", "test")
     }
-    tokenizer = tokenizer_of(processor)
-    padding, dtype = tokenizer.pad_token_id, getattr(torch, training["dtype"])
-    size = training["evaluation_batch_size"]
-    scored = {part: evaluation_batches(encoded[part], padding, size, device, dtype) for part in ("valid", "test")}
-    held_out = text_batches(held_out_windows(cell.setting.model, tokenizer), size, device)
-    order = pools.batch_order(len(encoded["train"]), training["batch_size"], training["steps"], cell.seed)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    base = fresh_model(cell.setting.model, training["dtype"], device)
-    probed = collate(encoded["valid"][:_PROBE_EXAMPLES], padding, device, dtype)
+    padding, size = tokenizer_of(processor).pad_token_id, training["evaluation_batch_size"]
+    scored = {part: evaluation_batches(encoded[part], padding, size) for part in ("valid", "test")}
+    held_out = text_batches(held_out_windows(cell.setting.model), size)
+    order = sources.batch_order(len(encoded["train"]), training["batch_size"], training["steps"], cell.seed)
+    base = fresh_model(cell.setting.model)
+    probed = collate(encoded["valid"][:_PROBE_EXAMPLES], padding)
     example_inputs = inputs_of(probed) if "pixel_values" in probed else None
     built = build(base, cell.arm, cell.setting.lora, training, cell.rate, cell.seed, example_inputs)
     probe = GateProbe(built, probed)
@@ -130,14 +196,10 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     )
     metrics: list[dict[str, Any]] = []
     probes: list[dict[str, Any]] = []
-    # One thread of a shared CPU costs its processor time, however busy the machine is; a GPU its wall time.
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
-    seconds = {"train": 0.0, "evaluation": 0.0}
     losses: list[Tensor] = []
     tokens = 0
 
     def score(step: int) -> bool:
-        started = clock()
         entry: dict[str, Any] = {"step": step}
         for part, batches in (*scored.items(), ("held-out", held_out)):
             loss, exact = evaluate(built.model, batches)
@@ -149,45 +211,19 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         entry["train tokens"] = tokens
         losses.clear()
         probes.append({"step": step, **probe.measure()})
-        seconds["evaluation"] += clock() - started
-        entry["train time"] = seconds["train"]
-        entry["eval time"] = seconds["evaluation"]
-        entry["tokens / sec"] = tokens / seconds["train"] if seconds["train"] else None
         metrics.append(entry)
         return math.isfinite(entry["valid loss"])
 
-    finite = score(0)
+    score(0)
     for step, chosen in enumerate(order):
-        started = clock()
-        batch = collate([encoded["train"][index] for index in chosen], padding, device, dtype)
+        batch = collate([encoded["train"][index] for index in chosen], padding)
         losses.append(_train_step(built, batch, training["clip"], step))
         schedule.step()
-        seconds["train"] += clock() - started
         tokens += int(batch["attention_mask"].sum())
-        memory.sample()
         done = step + 1
-        if done % training["evaluate_every"] == 0 or done == training["steps"]:
-            if device.type == "cuda":
-                started = clock()
-                torch.cuda.synchronize(device)
-                seconds["train"] += clock() - started
-            finite = score(done)
-            if not finite:
-                break
-    return {
-        "status": "success" if finite else "diverged",
-        "metrics": metrics,
-        "probes": probes,
-        "train_seconds": seconds["train"],
-        "memory": memory.samples,
-        "model_sha256": model_sha256,
-        "data_sha256": data.sha256,
-        "peft_config": built.model.peft_config["default"].to_dict(),
-        "gates": [site.lora_layer_name for site in built.gates],
-        "trainable": sum(p.numel() for p in built.model.parameters() if p.requires_grad),
-        "total": sum(p.numel() for p in built.model.parameters()),
-        "adapter_bytes": _adapter_bytes(built),
-    }
+        if (done % training["evaluate_every"] == 0 or done == training["steps"]) and not score(done):
+            break
+    return {"metrics": metrics, "probes": probes, "model_sha256": model_sha256, "data_sha256": data.sha256}
 
 
 def _train_step(built: BuiltArm, batch: dict[str, Tensor], clip: float, step: int) -> Tensor:
@@ -203,8 +239,3 @@ def _train_step(built: BuiltArm, batch: dict[str, Tensor], clip: float, step: in
         hook.after_step(step)
     built.optimizer.zero_grad()
     return loss.detach()
-
-
-def _adapter_bytes(built: BuiltArm) -> int:
-    """Bytes of the adapter's tensors, as a file of them would hold."""
-    return sum(t.numel() * t.element_size() for t in get_peft_model_state_dict(built.model).values())

@@ -1,14 +1,13 @@
 """Real text found in installed packages, by a recipe that the packages' versions determine.
 
-The base models are pretrained on documentation (``PRETRAINING_PACKAGES``). The tasks take their text from other
-packages, so that what a task asks for was not seen in pretraining.
+The base models were pretrained on documentation of numpy, pandas, scipy, scikit-learn and torch. The tasks take their
+text from other packages, so that what a task asks for was not seen in pretraining.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
-import random
 from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib.metadata import version
@@ -17,10 +16,8 @@ from pathlib import Path
 
 from benchmarks.study import StudyError
 
-PRETRAINING_PACKAGES = ("numpy", "pandas", "scipy", "sklearn", "torch")
 _DISTRIBUTIONS = {"sklearn": "scikit-learn"}
 _SHORTEST = 80
-_HELD_OUT_EVERY = 100
 
 
 def package_folder(package: str) -> Path:
@@ -148,17 +145,3 @@ def header_pieces(package: str, folder: str, length: int = 400) -> tuple[str, ..
                 pieces[piece[: 2 * length]] = None
                 piece = ""
     return tuple(pieces)
-
-
-@cache
-def pretraining_text() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Documents to pretrain on, in a fixed random order, and held-out ones of the same kind."""
-    train: list[str] = []
-    held_out: list[str] = []
-    for package in PRETRAINING_PACKAGES:
-        for text in docstrings(package):
-            bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") % _HELD_OUT_EVERY
-            (held_out if bucket == 0 else train).append(text)
-    random.Random(0).shuffle(train)
-    random.Random(0).shuffle(held_out)
-    return tuple(train), tuple(held_out)

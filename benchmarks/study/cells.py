@@ -1,20 +1,26 @@
-"""An arm: a name, a dictionary of options, and a hook for what options cannot say.
+"""A cell: one training run of the study, all that decided its numbers, and its record.
 
-Every option of the method is the package's own: ``importance`` goes to ``ImportanceOptions``, ``step_scale`` to
-``StepScaleOptions``, and what is not named is as in :data:`PLAIN_READING`. A new rule is tried as a hook
-(:mod:`benchmarks.study.arms.hooks`) or as a new option of the package.
+An arm is a name, a dictionary of options, and a hook for what options cannot say. Every option of the method is the
+package's own: ``importance`` goes to ``ImportanceOptions``, ``step_scale`` to ``StepScaleOptions``, and what is not
+named is as in :data:`PLAIN_READING`.
 """
 
 from __future__ import annotations
 
+import gzip
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from benchmarks.study import StudyError
 from na_lora_lightning.core.mechanisms.importance_options import ImportanceOptions
 from na_lora_lightning.core.mechanisms.step_scale_options import StepScaleOptions
 from na_lora_lightning.core.observation.observer import ObserverOptions
+
+RESULTS = Path(__file__).with_name("results") / "cells.jsonl.gz"
 
 # What an arm means where it names no option: the plain reading of the method. The package's own defaults follow from
 # the study, and must not change what its results are results of.
@@ -128,3 +134,85 @@ class Arm:
         if self.importance is not None and "seed" not in self.importance:
             found["importance"]["seed"] = seed
         return found
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model, a task and LoRA targets: what the arms are compared on.
+
+    Attributes:
+        name: Such as ``llama-silu.functions.r4-all-linear``.
+        model: Folder of the base model; cells were named after a cache, and its last part is the name.
+        task: Name of the task.
+        data: Its data, as :func:`benchmarks.study.tasks.sources.load` takes them.
+        training: How every arm is trained.
+        lora: ``rank``, ``alpha``, ``targets``.
+    """
+
+    name: str
+    model: str
+    task: str
+    data: Mapping[str, Any]
+    training: Mapping[str, Any]
+    lora: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run."""
+
+    setting: Setting
+    arm: Arm
+    rate: float
+    seed: int
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """The setting's training with the arm's differences."""
+        return {**self.setting.training, **self.arm.training}
+
+    @property
+    def name(self) -> str:
+        """Name of its record."""
+        return f"{self.setting.name}/{self.arm.name}/rate{self.rate:.4g}-seed{self.seed}"
+
+    def config(self) -> dict[str, Any]:
+        """Everything that decides the numbers of this cell, in plain values."""
+        setting = self.setting
+        return {
+            "setting": setting.name,
+            "model_id": setting.model,
+            "task": setting.task,
+            "data": dict(setting.data),
+            "training": self.training,
+            "lora": dict(setting.lora),
+            "arm_name": self.arm.name,
+            "arm": self.arm.plain(),
+            "rate": self.rate,
+            "seed": self.seed,
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of :meth:`config`, and of the options that the package's defaults fill in."""
+        text = json.dumps([self.config(), self.arm.decisive], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Cell:
+        """The cell that :meth:`config` was taken from."""
+        setting = Setting(
+            config["setting"],
+            config["model_id"],
+            config["task"],
+            config["data"],
+            config["training"],
+            config["lora"],
+        )
+        return cls(setting, Arm.from_options(config["arm_name"], config["arm"]), config["rate"], config["seed"])
+
+
+def recorded(file: Path = RESULTS) -> dict[str, dict[str, Any]]:
+    """The records of all cells by name, in the schema of PEFT's method comparison with ``study_info`` added."""
+    records = map(json.loads, gzip.decompress(file.read_bytes()).decode().splitlines())
+    return {record["run_info"]["experiment_name"]: record for record in records}
