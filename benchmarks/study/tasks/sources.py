@@ -133,13 +133,7 @@ def _digits() -> list[Example]:
 
 @dataclass(frozen=True)
 class Question:
-    """A kind of question.
-
-    Attributes:
-        text: The question.
-        images: How many images it is about.
-        answer: Makes the answer from the digits that they show.
-    """
+    """A kind of question: its text, how many images it is about, and the answer from the digits that they show."""
 
     text: str
     images: int
@@ -175,9 +169,9 @@ def parts_of_images(count: int) -> dict[str, list[int]]:
 
 
 def pictured_digits(questions: Sequence[str], train: int, held_out: int) -> dict[str, list[Example]]:
-    """Different questions about the images of each part, the kinds of question in equal shares.
+    """``train`` questions about images of training, ``held_out`` about those of validation and of the test each.
 
-    ``train`` questions are for training sets to be drawn from, ``held_out`` for validation and as many for the test.
+    All are different, the kinds of question in equal shares.
     """
     images, labels = digits()
     found = {}
