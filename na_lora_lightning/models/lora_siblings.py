@@ -14,6 +14,7 @@ With h = x·[A₁; …; Aₙ]ᵀ, its parts hᵢ, and ḡ = [s₁·∂y₁·B₁
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -154,9 +155,7 @@ class LoRAProducts(torch.autograd.Function):
             return (None,) * (3 + 4 * count)
         ranks = [a.shape[0] for a in all_a]
         with without_autocast(x.device):
-            through_b = torch.cat(
-                [scaled_product(each, in_dtype(all_b[i], dtype), ctx.scalings[i]) for i, each in used.items()], dim=1
-            )
+            through_b = _side_by_side([(each, in_dtype(all_b[i], dtype), ctx.scalings[i]) for i, each in used.items()])
             if ctx.needs_input_grad[0]:
                 for index, each in used.items():
                     matrix = in_dtype(weights[index], dtype)
@@ -172,6 +171,18 @@ class LoRAProducts(torch.autograd.Function):
                 h_of_each = rows_of(x) @ in_dtype(all_a[index], dtype).t() if again else parts[index]
                 of_b[index] = in_dtype(gradient_of_b(each, h_of_each, ctx.scalings[index]), all_b[index].dtype)
         return (to_x, None, None, *[None] * (2 * count), *of_a, *of_b)
+
+
+def _side_by_side(factors: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
+    """``[s₁·∂y₁·B₁, …]``, each product written where it belongs unless it is to be differentiated again."""
+    if torch.is_grad_enabled():
+        return torch.cat([scaled_product(*each) for each in factors], dim=1)
+    ends = list(accumulate(b.shape[1] for _, b, _ in factors))
+    gradient = factors[0][0]
+    result = gradient.new_empty(len(gradient), ends[-1])
+    for (each, b, scaling), end in zip(factors, ends, strict=True):
+        torch.addmm(each.new_empty(1, 1), each, b, beta=0.0, alpha=scaling, out=result[:, end - b.shape[1] : end])
+    return result
 
 
 def _columns(tensors: Sequence[Any], count: int) -> list[list[Any]]:
