@@ -20,7 +20,7 @@ from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.models.dora_functions import DoRAProduct
 from na_lora_lightning.models.lora_functions import LoRAProduct, LoRASetting, autocast_dtype
 from na_lora_lightning.models.lora_inputs import CastingLinear
-from na_lora_lightning.models.lora_siblings import Member, Siblings, families, products
+from na_lora_lightning.models.lora_siblings import Member, Siblings, families
 from na_lora_lightning.peft_internals import LoRALinear, is_plain_dora
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -82,16 +82,20 @@ def _with_siblings(
     siblings: Siblings | None = vars(layer).get("_siblings")
     if siblings is None or setting.rank_dtype != setting.base_dtype:
         return None
+    dtype = setting.base_dtype
     if siblings.layers[0] is not layer:
-        return siblings.take(layer, given)
+        return siblings.take(layer, given, _member(layer, parts), dtype)
     members = []
     for each in siblings.layers:
         of_each = parts if each is layer else _parts(each) if isinstance(each, FastLoRALinear) else ""
         if isinstance(of_each, str) or not _is_plain(of_each, parts):
             return None
-        scaling = float(each.scaling[of_each.adapter])  # type: ignore[index]
-        members.append(Member(of_each.weight, of_each.bias, of_each.a, of_each.b, scaling))
-    return siblings.keep(given, products(x, members, setting.base_dtype))
+        members.append(_member(each, of_each))
+    return siblings.answer(given, x, members, dtype)
+
+
+def _member(layer: nn.Module, parts: _Parts) -> Member:
+    return Member(parts.weight, parts.bias, parts.a, parts.b, float(layer.scaling[parts.adapter]))  # type: ignore[index]
 
 
 def _is_plain(parts: _Parts, first: _Parts) -> bool:

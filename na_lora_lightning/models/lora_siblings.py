@@ -56,34 +56,49 @@ class Siblings:
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self.layers = tuple(layers)
         self._given: Tensor | None = None
-        self._version = 0
-        self._ready: dict[int, tuple[Tensor, Tensor]] = {}
+        self._ready: dict[int, tuple[Any, tuple[Tensor, Tensor]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies begin between two passes."""
         return {**vars(self), "_given": None, "_ready": {}}
 
-    def keep(self, given: Tensor, results: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Keeps what the other layers answer to an input until they are called, and returns what the first one does."""
-        self._given, self._version = given, _version_of(given)
-        self._ready = dict(enumerate(results))
-        return self._ready.pop(0)
+    def answer(self, given: Tensor, x: Tensor, members: Sequence[Member], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What the first layer answers; what the others do is kept until they are called.
 
-    def take(self, layer: nn.Module, given: Tensor) -> tuple[Tensor, Tensor] | None:
-        """What a layer answers to an input, where that was computed with the first one; once."""
+        Args:
+            given: What the layers are called with.
+            x: The same in the dtype of computation.
+            members: The layers' tensors.
+            dtype: In which all of it is computed.
+        """
+        first, *others = products(x, members, dtype)
+        states = [_state_of(given, member, dtype) for member in members[1:]]
+        self._given, self._ready = given, dict(enumerate(zip(states, others, strict=True), start=1))
+        return first
+
+    def take(self, layer: nn.Module, given: Tensor, member: Member, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """What a layer answers to an input, where the same was computed with the first one; once."""
         if not self._ready:
             return None
-        if self._given is not given or self._version != _version_of(given):
+        index = next(index for index, each in enumerate(self.layers) if each is layer)
+        state, found = self._ready.pop(index, (None, None))
+        if self._given is not given or state != _state_of(given, member, dtype):
             self._given, self._ready = None, {}
             return None
-        found = self._ready.pop(next(index for index, each in enumerate(self.layers) if each is layer), None)
         if not self._ready:
             self._given = None
         return found
 
 
-def _version_of(given: Tensor) -> int:
-    return 0 if given.is_inference() else given._version
+def _state_of(given: Tensor, member: Member, dtype: torch.dtype) -> tuple[object, ...]:
+    """What an answer depends on besides the input: whether it is differentiated, its dtype, and writes into tensors."""
+    held = (given, member.weight, member.a, member.b)
+    return (
+        torch.is_grad_enabled(),
+        dtype,
+        member.scaling,
+        *((id(t), 0 if t.is_inference() else t._version) for t in held),
+    )
 
 
 def families(model: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[nn.Module, ...]]:

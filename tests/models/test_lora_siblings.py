@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from na_lora_lightning import use_fast_lora_layers
-from na_lora_lightning.models import fast_lora
+from na_lora_lightning.models import lora_siblings
 from na_lora_lightning.models.lora_siblings import Member, products
 
 IN = 12
@@ -126,7 +126,7 @@ class Calls:
 @pytest.fixture
 def calls() -> Any:
     counted = Calls()
-    with patch.object(fast_lora, "products", counted):
+    with patch.object(lora_siblings, "products", counted):
         yield counted
 
 
@@ -205,6 +205,21 @@ def test_what_is_more_than_lora_alone_is_computed_by_itself(case: str, calls: Ca
         use_fast_lora_layers(model, enable=False)
     model(torch.randn(2, IN))
     assert calls.sizes == []
+
+
+def test_answers_that_were_not_fetched_are_not_those_of_later() -> None:
+    model, x = adapted(Gates(), torch.float32, torch.float32), torch.randn(4, IN)
+    use_fast_lora_layers(model)
+    gates = model.base_model.model
+    with torch.no_grad():
+        gates.gate_proj(x)
+    assert gates.up_proj(x).requires_grad
+    gates.gate_proj(x)
+    before = gates.up_proj(x)
+    gates.gate_proj(x)
+    with torch.no_grad():
+        gates.up_proj.lora_B["default"].weight.mul_(2.0)
+    assert not torch.equal(gates.up_proj(x), before)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
