@@ -11,8 +11,9 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
+import torch
 import yaml
-from jsonargparse import ArgumentParser, Namespace, class_from_function
+from jsonargparse import ArgumentParser, Namespace, _typehints, class_from_function
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -174,14 +175,17 @@ _OPTION = "--model.optimizer"
 
 @contextmanager
 def functions_as_classes(arguments: Sequence[str]) -> Iterator[None]:
-    """Has the parser see a class where the function is that ``model.optimizer`` names.
+    """Has the parser see a class where the function is that ``model.optimizer`` names, and torch's in a bare name.
 
-    The parser gives options to classes alone, and leaves the first argument, which is the model here, to the fit.
+    The parser gives options to classes alone, and leaves the first argument, which is the model here, to the fit. To a
+    name such as ``AdamW`` it takes exception where another package, such as bitsandbytes, has an optimizer called so.
 
     Args:
         arguments: The command line.
     """
-    replaced: list[tuple[Any, str, Any]] = []
+    resolve = _typehints.resolve_class_path_by_name
+    replaced: list[tuple[Any, str, Any]] = [(_typehints, resolve.__name__, resolve)]
+    setattr(_typehints, resolve.__name__, lambda kind, name: _of_torch(kind, name) or resolve(kind, name))
     try:
         for path in sorted(_named(arguments)):
             module_name, _, name = path.rpartition(".")
@@ -198,6 +202,11 @@ def functions_as_classes(arguments: Sequence[str]) -> Iterator[None]:
     finally:
         for module, name, function in replaced:
             setattr(module, name, function)
+
+
+def _of_torch(kind: Any, name: str) -> str | None:
+    is_torchs = kind in (Optimizer, (Optimizer,)) and inspect.isclass(getattr(torch.optim, name, None))
+    return f"torch.optim.{name}" if is_torchs else None
 
 
 def _class_of(function: Any, module_name: str, name: str) -> type[Optimizer]:

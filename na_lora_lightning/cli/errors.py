@@ -51,6 +51,11 @@ _SENTENCES = (
         "texts; put the records into one file.",
     ),
     (
+        r'Unable to load config "(?P<value>[^"]*)"',
+        "the option {key!r} is a group of options, and {value!r} is no file that has them; give the one that is meant, "
+        "such as {key}.NAME; '--help' lists them.",
+    ),
+    (
         # Where a number can be a tensor too, such as a learning rate, a class is hardly what was meant.
         r"(?s)\A(?!.*<class 'float'>).*Expected a dot import path string: (?P<value>\S+)",
         "the option {key!r} is {value!r}, which is not a known class; give its import path.",

@@ -24,6 +24,7 @@ from na_lora_lightning import GateImportanceCallback, StepScaleCallback, ViewOpt
 from na_lora_lightning.errors import ConfigurationError, ViewWarning
 from na_lora_lightning.history import read_history
 
+pytestmark = pytest.mark.draws
 IMPORTANCE = {"gate_responsiveness", "gate_mask_churn"}
 SCALE = {"gate_regime_suppressed", "gate_regime_homogeneous"}
 MISALIGNMENT = {"selection_misalignment", "selection_share"}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import peft.optimizers
@@ -211,6 +213,17 @@ def test_lora_fa_trains_b_alone(fit: Fit) -> None:
 )
 def test_what_an_optimizer_lacks_is_said(fit: Fit, arguments: list[str], message: str) -> None:
     assert message in fit.error(*arguments)
+
+
+def test_a_bare_name_is_torchs_where_others_have_it_too(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    others = ModuleType("others")
+    others.AdamW = type("AdamW", (Optimizer,), {"__module__": "others"})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "others", others)
+    fit.options["model"]["optimizer"] = {"class_path": "AdamW", "init_args": {"lr": 0.5}}
+    assert fit() == 0
+    assert fit("--model.optimizer=AdamW", "--model.optimizer.lr=0.25") == 0
+    assert fit.checkpoint["hyper_parameters"]["optimizer"]["class_path"] == "torch.optim.AdamW"
+    assert rates(fit.checkpoint) == [0.25]
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
