@@ -121,9 +121,15 @@ class DoRAProduct(torch.autograd.Function):
                 z = rows @ matrix.to(setting.base_dtype).t() + (h @ matrix_b.t()).to(rows.dtype) * setting.scaling
             if of_bias:
                 to_bias = gradient.sum(0).to(ctx.dtype_of_bias)
+            factor, products = (magnitude / norm).to(setting.base_dtype), None
             if of_magnitude:
-                to_magnitude = (gradient.to(magnitude.dtype) * z).sum(0) / norm.to(magnitude.dtype)
-            gradient = gradient * (magnitude / norm).to(setting.base_dtype)
+                products = gradient.to(magnitude.dtype) * z
+                to_magnitude = products.sum(0) / norm.to(magnitude.dtype)
+            if products is None or products.dtype != gradient.dtype or torch.is_grad_enabled():
+                gradient = gradient * factor
+            else:
+                # Memory that is in the cache by now.
+                gradient = torch.mul(gradient, factor, out=products)
             in_rank = in_dtype(gradient, setting.rank_dtype)
             through_b: Any = scaled_product(in_rank, matrix_b, setting.scaling) if of_x or of_a else None
             if of_x:

@@ -127,6 +127,7 @@ class TemporalImportance(Mechanism):
         self.weights = torch.ones(layout.total, device=device)
         self.changed = torch.zeros(layout.total, device=device)
         self._acted = torch.zeros((), dtype=torch.bool, device=device)
+        self._one = torch.ones((), device=device)
         self._gradient_mask = GradientMask(sites, layout) if options.mask_gradient_to_a and sites else None
 
     @classmethod
@@ -177,7 +178,7 @@ class TemporalImportance(Mechanism):
         valid = statistics.tokens > 0
         tokens = self.layout.spread(statistics.tokens)
         valid_columns = tokens > 0
-        mean = statistics.sums[0] / tokens.clamp(min=1.0)
+        mean = statistics.sums[0] / tokens
         self.responsiveness = torch.where(valid_columns, mean, self.responsiveness)
         value, usable, usable_columns = mean, valid, valid_columns
         if self.options.criterion == "output_derivative_change":
@@ -188,8 +189,7 @@ class TemporalImportance(Mechanism):
             self._seen |= valid
         beta = self.options.beta
         self._average = moving_average(self._average, value, usable_columns, beta)
-        ones = torch.ones_like(self._average_weight)
-        self._average_weight = moving_average(self._average_weight, ones, usable, beta)
+        self._average_weight = moving_average(self._average_weight, self._one, usable, beta)
         if self.options.refreshes_at(self.steps):
             self._refresh()
         self._share_mask()

@@ -120,7 +120,9 @@ class Mechanism(ABC):
 
 
 def moving_average(average: Tensor, value: Tensor, valid: Tensor | None, beta: float) -> Tensor:
-    """β·average + (1−β)·value where ``valid`` (None for everywhere), and ``average`` elsewhere; all of one shape.
+    """β·average + (1−β)·value where ``valid`` (None for everywhere), and ``average`` elsewhere.
+
+    All are of one shape, or ``value`` is one for all.
 
     The average starts at zero. Averaging ones in the same way gives its total weight, 1 − β^t after t valid steps,
     and the quotient is the bias-corrected average.

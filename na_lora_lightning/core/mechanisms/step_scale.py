@@ -62,15 +62,17 @@ class RegimeCollector:
 
     def collect(self, values: ActivationValues, token_weight: Tensor) -> Tensor:
         """``[6, columns]``: mass of the three regimes, then mass·|E−1| of the three."""
-        gap, signed_gap, mass = values.rounded_gap.abs(), values.rounded_gap, values.output.abs()
-        amounts = torch.empty(self.components, *mass.shape, dtype=mass.dtype, device=mass.device)
-        by_regime, gap_mass = amounts.view(2, len(REGIMES), *mass.shape)
+        signed_gap, output = values.rounded_gap, values.output
+        gap = signed_gap.abs()
+        amounts = torch.empty(self.components, *output.shape, dtype=output.dtype, device=output.device)
+        by_regime, gap_mass = amounts.view(2, len(REGIMES), *output.shape)
         suppressed, transitional, homogeneous = by_regime
+        mass = torch.abs(output, out=transitional)
         # Indicators as numbers: products are several times faster than a choice by booleans on a CPU.
         torch.lt(signed_gap, -1.0, out=suppressed).mul_(mass)
         torch.le(gap, self._tau, out=homogeneous).mul_(mass)
         # By element, where it is exact; a difference of sums would cancel where suppressed tokens hold nearly all mass.
-        torch.sub(mass, suppressed, out=transitional).sub_(homogeneous)
+        mass.sub_(suppressed).sub_(homogeneous)
         torch.mul(by_regime, gap, out=gap_mass)
         per_channel = token_weight @ amounts
         return (per_channel if self._per_channel else per_channel.sum(dim=-1)).reshape(self.components, -1)
@@ -87,8 +89,9 @@ def scale_of_shares(shares: Tensor, gap_shares: Tensor, eta_min: float) -> Tenso
     Returns:
         η, ``[groups]``, in [eta_min, 1].
     """
-    mean_gap = gap_shares / shares.clamp(min=1e-12)
-    factor = (1.0 / (1.0 + mean_gap)).clamp(min=eta_min, max=1.0)
+    held = shares.clamp(min=1e-12)
+    # 1 / (1 + g_R), which is exactly 1 where g_R is 0.
+    factor = (held / (held + gap_shares)).clamp(min=eta_min, max=1.0)
     # Written as a reduction from 1, so that factors of exactly 1 give exactly 1.
     return 1.0 - (shares * (1.0 - factor)).sum(dim=0)
 
@@ -144,6 +147,7 @@ class StepScale(Mechanism):
         self._weight = torch.zeros((), device=device)
         self.scale = torch.ones(layout.total, device=device)
         self._acted = torch.zeros((), dtype=torch.bool, device=device)
+        self._one = torch.ones((), device=device)
 
     @classmethod
     def collector(cls, options: StepScaleOptions) -> RegimeCollector:
@@ -193,8 +197,7 @@ class StepScale(Mechanism):
         by_activation = self.options.granularity == "activation"
         grouped = per_network @ self._network_in_activation if by_activation else statistics.sums
         self._take_in(torch.cat([grouped, per_network], dim=1))
-        one = torch.ones_like(self._weight)
-        self._weight = moving_average(self._weight, one, None, self.options.beta)
+        self._weight = moving_average(self._weight, self._one, None, self.options.beta)
         self.scale = self._scale()
 
     def row_weights(self, channels: Layout) -> Tensor:
@@ -230,7 +233,7 @@ class StepScale(Mechanism):
         scaled = self.layout.spread(scaled_networks)
         if self.options.normalize:
             per_group = self._normalized(per_group, scaled)
-        return torch.where(scaled, per_group, torch.ones_like(per_group))
+        return torch.where(scaled, per_group, self._one)
 
     def _normalized(self, scale: Tensor, scaled: Tensor) -> Tensor:
         """Divides by the mean over the enclosing span, columns of unscaled networks left out."""

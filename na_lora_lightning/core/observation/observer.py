@@ -120,6 +120,7 @@ class GateObserver(ForwardPasses):
         self._buffer: Tensor | None = None
         self._sums: dict[str, Tensor] = {}
         self._tokens: Tensor | None = None
+        self._zero = torch.zeros((), device=self.device)
         self._taken = TakenRows()
         self._calls: dict[int, int] = {}
         self._routed: dict[nn.Module, RoutedCall] = {}
@@ -213,11 +214,15 @@ class GateObserver(ForwardPasses):
         due = {name: self._sums[name] for name in self._due()}
         # What is not finite makes the sum over its network so.
         totals = [self._layouts[name].over_networks(each, lambda x: x.sum(dim=(0, -1))) for name, each in due.items()]
-        usable = sum(totals, self._tokens).isfinite()
-        self.nonfinite = ~usable if self.nonfinite is None else self.nonfinite.logical_or(~usable)
-        tokens = torch.where(usable, self._tokens, 0.0)
+        total = sum(totals, self._tokens)
+        broken = total - total != 0
+        self.nonfinite = broken if self.nonfinite is None else self.nonfinite.logical_or_(broken)
+        tokens = torch.where(broken, self._zero, self._tokens)
+        # Columns are channels or networks, so that as many are the same ones.
+        layouts = {self._layouts[name].total: self._layouts[name] for name in due}
+        by_column = {columns: layout.spread(broken) for columns, layout in layouts.items()}
         statistics = {
-            name: StepStatistics(torch.where(self._layouts[name].spread(usable), sums, 0.0), tokens)
+            name: StepStatistics(torch.where(by_column[self._layouts[name].total], self._zero, sums), tokens)
             for name, sums in due.items()
         }
         self.reset()
