@@ -127,14 +127,16 @@ def make_arm(name: str, base: nn.Module, stack: ExitStack, fused: bool | None = 
         looked_at = None if "all tokens" in name else 128
         options: dict[str, Any] = {"importance": ImportanceOptions(warmup_steps=0), "step_scale": StepScaleOptions()}
         observer = ObserverOptions(max_tokens=looked_at)
-        options |= {"measure_every": 0, "allow_unmasked_gates": True}
+        options |= {"measure_every": 1 if name == MEASURED else 0, "allow_unmasked_gates": True}
         stack.enter_context(
             nonlinearity_aware(arm.model, arm.optimizer, observer=observer, **options)  # type: ignore[arg-type]
         )
     return arm
 
 
-ARMS = ("floor", REFERENCE, "LoRA", "NA-LoRA, 128 tokens a site", "NA-LoRA, all tokens", "PEFT DoRA", "DoRA")
+# What a step costs from which curves are drawn; all others are without.
+MEASURED = "NA-LoRA, on a logging step"
+ARMS = ("floor", REFERENCE, "LoRA", "NA-LoRA, 128 tokens a site", "NA-LoRA, all tokens", MEASURED, "PEFT DoRA", "DoRA")
 
 
 def where(device: str) -> dict[str, Any]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from na_lora_lightning.cli.errors import CommandParser
 from na_lora_lightning.errors import ConfigurationError, DataError
 
 if TYPE_CHECKING:
@@ -165,14 +165,9 @@ def _side_by_side(answers: list[str]) -> Table:
     return table
 
 
-class _Parser(ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"{message}; see 'na-lora chat --help'.")
-
-
-def options_parser() -> _Parser:
+def options_parser() -> CommandParser:
     """The parser of its options."""
-    parser = _Parser(
+    parser = CommandParser(
         prog="na-lora chat",
         description="Talk with a model, or with an adapter on its base model; /help lists what can be asked for.",
     )

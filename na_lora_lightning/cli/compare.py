@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from na_lora_lightning.cli.errors import CommandParser
 from na_lora_lightning.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -32,16 +33,11 @@ Options that are not below, such as --data.batch_size 4, go to every fit.
 """
 
 
-class _Parser(ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"{message}; see na-lora compare --help.")
-
-
-def options_parser() -> _Parser:
+def options_parser() -> CommandParser:
     """The parser of its options."""
     from na_lora_lightning.compare.plan import ARMS
 
-    parser = _Parser(
+    parser = CommandParser(
         prog="na-lora compare",
         description=_DESCRIPTION.format(arms=", ".join(ARMS)),
         formatter_class=RawDescriptionHelpFormatter,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import traceback
+from argparse import ArgumentParser
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
+from typing_extensions import override
 
 from na_lora_lightning.errors import ConfigurationError, NALoRAError
 
@@ -65,6 +67,15 @@ _SENTENCES = (
 )
 # Of a message that is quoted in full.
 _LONGEST = 400
+
+
+class CommandParser(ArgumentParser):
+    """The parser of a command that trains nothing, whose errors end as those of all others."""
+
+    @override
+    def error(self, message: str) -> NoReturn:
+        """Raises :class:`~na_lora_lightning.errors.ConfigurationError`."""
+        raise ConfigurationError(f"{message}; see '{self.prog} --help'.")
 
 
 def explain(message: str, known: Collection[str], switches: Collection[str], config_files: Sequence[str]) -> str:

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, NoReturn
+from typing import Any
 
+from na_lora_lightning.cli.errors import CommandParser
 from na_lora_lightning.errors import ConfigurationError
 
 _PACKAGE = Path(__file__).parents[1]
@@ -94,14 +95,9 @@ def completion(shell: str) -> str:
     return str(shtab.complete(root, shell=shell)) + "\n"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"{message}; see 'na-lora init --help'.")
-
-
-def options_parser() -> _Parser:
+def options_parser() -> CommandParser:
     """The parser of its options."""
-    parser = _Parser(
+    parser = CommandParser(
         prog="na-lora init",
         description="Write a configuration to begin with; without a name, list those that there are.",
     )

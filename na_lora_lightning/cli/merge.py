@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from na_lora_lightning.checkpoints.adapter_folder import end_token_ids
 from na_lora_lightning.cli.adapters import base_of_adapter
+from na_lora_lightning.cli.errors import CommandParser
 from na_lora_lightning.cli.merge_output import (
     copy_tokenizer,
     push,
@@ -251,14 +251,9 @@ def _no_checkpoint(path: Path, error: Exception) -> ConfigurationError:
     )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"{message}; see 'na-lora merge --help'.")
-
-
-def options_parser() -> _Parser:
+def options_parser() -> CommandParser:
     """The parser of its options."""
-    parser = _Parser(prog="na-lora merge", description="Merges an adapter into its base model.")
+    parser = CommandParser(prog="na-lora merge", description="Merges an adapter into its base model.")
     parser.add_argument("--adapter", type=Path, required=True, help="folder of an adapter or run, or .ckpt file")
     parser.add_argument("--output", type=Path, required=True, help="folder for the merged model and its tokenizer")
     parser.add_argument("--base", help="folder or hub name of the base model (default: the one the adapter names)")

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
-from typing import NoReturn
-
+from na_lora_lightning.cli.errors import CommandParser
 from na_lora_lightning.errors import ConfigurationError
 
 
-class _Parser(ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"{message}; see na-lora report --help.")
-
-
-def options_parser() -> _Parser:
+def options_parser() -> CommandParser:
     """The parser of its options."""
     # Not the parser of the other commands, for which torch is imported.
-    parser = _Parser(
+    parser = CommandParser(
         prog="na-lora report",
         description=(
             "Write one page about a run, or about several side by side: what was trained, whether it learnt, what LoRA "

@@ -133,11 +133,11 @@ class DoRAProduct(torch.autograd.Function):
             in_rank = in_dtype(gradient, setting.rank_dtype)
             through_b: Any = scaled_product(in_rank, matrix_b, setting.scaling) if of_x or of_a else None
             if of_x:
-                to_x = gradient @ in_dtype(matrix, setting.base_dtype)
+                of_adapter, matrix = through_b @ matrix_a, in_dtype(matrix, setting.base_dtype)
                 if setting.rank_dtype == setting.base_dtype:
-                    to_x = to_x.addmm_(through_b, matrix_a)
+                    to_x = of_adapter.addmm_(gradient, matrix)
                 else:
-                    to_x = to_x.add_(through_b @ matrix_a)
+                    to_x = (gradient @ matrix).add_(of_adapter)
                 to_x = to_x.view(ctx.shape)
             if of_weight:
                 by_rows = gradient.t() @ rows_of(x)

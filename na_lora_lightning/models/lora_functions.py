@@ -54,6 +54,27 @@ def scaled_product(one: Tensor, other: Tensor, factor: float) -> Tensor:
     return torch.addmm(unread, one, other, beta=0.0, alpha=factor)
 
 
+def empty_answer(x: Tensor, across: Tensor) -> Tensor:
+    """``[..., out]`` for x ``[..., in]`` and a matrix ``[in, out]``, to be written.
+
+    Models change what a layer answers in place, which autograd forbids for views from a function, and what torch
+    answers with a bias is one.
+    """
+    return x.new_empty(*x.shape[:-1], across.shape[1])
+
+
+def added_products(x: Tensor, across: Tensor, h: Tensor, b: Tensor, factor: float, bias: Tensor | None) -> Tensor:
+    """``x·across + factor · h·b + bias`` of matrices of one dtype, ``[..., out]``.
+
+    The small product comes first, as the large one adds to what it finds without a pass of its own.
+    """
+    result = empty_answer(x, across)
+    y = rows_of(result)
+    torch.addmm(y if bias is None else bias, h, b, beta=0.0 if bias is None else 1.0, alpha=factor, out=y)
+    y.addmm_(rows_of(x), across)
+    return result
+
+
 def gradient_of_b(gradient: Tensor, h: Tensor, scaling: float) -> Tensor:
     """``s·∂yᵀ·h``, ``[out, r]``."""
     if gradient.is_cpu:
@@ -105,21 +126,22 @@ class LoRAProduct(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         with without_autocast(x.device):
             matrix, matrix_b = in_dtype(weight, setting.base_dtype), in_dtype(b, setting.rank_dtype)
-            # Models change what a layer answers in place, which autograd forbids for views from a function, and with
-            # a bias torch answers with one.
-            if bias is None:
-                result = functional.linear(x, matrix.t() if setting.transposed else matrix)
-            else:
-                result = x.new_empty(*x.shape[:-1], b.shape[0], dtype=setting.base_dtype)
-                across = matrix if setting.transposed else matrix.t()
-                torch.addmm(in_dtype(bias, setting.base_dtype), rows_of(x), across, out=rows_of(result))
+            across = matrix if setting.transposed else matrix.t()
+            of_base = None if bias is None else in_dtype(bias, setting.base_dtype)
             dropped, kept = _drop(x, a.dtype, setting)
             rank_activations = functional.linear(dropped, in_dtype(a, setting.rank_dtype))
             del dropped
-            y, h = rows_of(result), rows_of(rank_activations)
+            h = rows_of(rank_activations)
             if setting.rank_dtype == setting.base_dtype:
-                y.addmm_(h, matrix_b.t(), alpha=setting.scaling)
+                result = added_products(x, across, h, matrix_b.t(), setting.scaling, of_base)
+                y = rows_of(result)
             else:
+                result = empty_answer(x, across)
+                y = rows_of(result)
+                if of_base is None:
+                    torch.mm(rows_of(x), across, out=y)
+                else:
+                    torch.addmm(of_base, rows_of(x), across, out=y)
                 y.add_(h @ matrix_b.t(), alpha=setting.scaling)
             if bias_b is not None:
                 y.add_(in_dtype(bias_b, setting.rank_dtype), alpha=setting.scaling)
@@ -147,11 +169,12 @@ class LoRAProduct(torch.autograd.Function):
             through_b: Any = scaled_product(in_rank, matrix_b, setting.scaling) if of_x or of_a else None
             if of_x:
                 matrix = in_dtype(weight, setting.base_dtype)
-                to_x = gradient @ (matrix.t() if setting.transposed else matrix)
-                if kept is None and setting.rank_dtype == setting.base_dtype:
-                    to_x = to_x.addmm_(through_b, matrix_a)
+                matrix = matrix.t() if setting.transposed else matrix
+                of_adapter = _dropped_again(through_b @ matrix_a, kept, setting)
+                if setting.rank_dtype == setting.base_dtype:
+                    to_x = of_adapter.addmm_(gradient, matrix)
                 else:
-                    to_x = to_x.add_(_dropped_again(through_b @ matrix_a, kept, setting))
+                    to_x = (gradient @ matrix).add_(of_adapter)
                 to_x = to_x.view(ctx.shape)
             if of_weight:
                 by_rows = gradient.t() @ rows_of(x)

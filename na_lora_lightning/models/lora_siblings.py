@@ -21,7 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from na_lora_lightning.models.lora_functions import gradient_of_b, in_dtype, rows_of, scaled_product, without_autocast
+from na_lora_lightning.models.lora_functions import (
+    added_products,
+    gradient_of_b,
+    in_dtype,
+    rows_of,
+    scaled_product,
+    without_autocast,
+)
 
 FAMILIES = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
 # There keys and values are made of another network's output.
@@ -142,15 +149,9 @@ class LoRAProducts(torch.autograd.Function):
             h = functional.linear(x, torch.cat([in_dtype(a, dtype) for a in all_a]))
             parts = rows_of(h).split([a.shape[0] for a in all_a], dim=1)
             for weight, bias, b, part, scaling in zip(weights, biases, all_b, parts, scalings, strict=True):
-                matrix = in_dtype(weight, dtype)
-                if bias is None:
-                    result = functional.linear(x, matrix)
-                else:
-                    # With a bias torch answers with a view, which models may not change in place.
-                    result = x.new_empty(*x.shape[:-1], b.shape[0])
-                    torch.addmm(in_dtype(bias, dtype), rows_of(x), matrix.t(), out=rows_of(result))
-                rows_of(result).addmm_(part, in_dtype(b, dtype).t(), alpha=scaling)
-                results.append(result)
+                of_base = None if bias is None else in_dtype(bias, dtype)
+                across, matrix_b = in_dtype(weight, dtype).t(), in_dtype(b, dtype).t()
+                results.append(added_products(x, across, part, matrix_b, scaling, of_base))
         ctx.save_for_backward(x, h, *weights, *all_a, *all_b)
         ctx.dtype, ctx.scalings = dtype, scalings
         ctx.mark_non_differentiable(h)
@@ -172,10 +173,9 @@ class LoRAProducts(torch.autograd.Function):
         with without_autocast(x.device):
             through_b = _side_by_side([(each, in_dtype(all_b[i], dtype), ctx.scalings[i]) for i, each in used.items()])
             if ctx.needs_input_grad[0]:
+                to_x = through_b @ torch.cat([in_dtype(all_a[index], dtype) for index in used])
                 for index, each in used.items():
-                    matrix = in_dtype(weights[index], dtype)
-                    to_x = each @ matrix if to_x is None else to_x.addmm_(each, matrix)
-                to_x = to_x.addmm_(through_b, torch.cat([in_dtype(all_a[index], dtype) for index in used]))
+                    to_x.addmm_(each, in_dtype(weights[index], dtype))
                 to_x = to_x.view(x.shape)
             parts = rows_of(h).split(ranks, dim=1)
             to_a = (through_b.t() @ rows_of(x)).split([ranks[index] for index in used])
