@@ -230,7 +230,7 @@ KEEPS_REASONING = (
 
 
 def trl_with(monkeypatch: pytest.MonkeyPatch, template: str | None) -> None:
-    """As TRL 1.16, which the tests do without."""
+    """In the place of TRL, as its release 1.16 answers."""
 
     def get_training_chat_template(reader: Any) -> str | None:
         if reader.chat_template != DROPS_REASONING:
@@ -277,7 +277,8 @@ def test_chat_template_by_file_and_by_name(tmp_path: Path, monkeypatch: pytest.M
         (str(tmp_path / "absent"), "the tokenizer folder '.*absent' does not exist; correct"),
         ("training", r"chat_template='training' needs TRL \(.*\); install trl, or mark the answers of the template"),
     ):
-        monkeypatch.setitem(sys.modules, "trl", None)
+        for module in ("trl", "trl.chat_template_utils"):
+            monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(ConfigurationError, match=reason) as raised:
             choose_chat_template(other_eos(chat_template="A"), name)
         assert "\n" not in str(raised.value)
