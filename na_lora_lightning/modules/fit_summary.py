@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from textwrap import wrap
 from time import perf_counter
 from typing import Any
 
@@ -25,6 +26,8 @@ from na_lora_lightning.report.runs import read_runs
 # The order of the table; what else validation logs comes below.
 _FIRST_METRICS = ("contains_match", "exact_match", "loss", "perplexity", "token_accuracy")
 _LONGEST_TEXT = 200
+# Of what follows a label.
+_INDENT = 9
 
 
 class FitSummaryCallback(Callback):
@@ -142,7 +145,7 @@ class FitSummaryCallback(Callback):
         lines += self._gates(trainer)
         for label, value in lines:
             # A path is there to be copied: no wrapping, and no markup in what a user named.
-            console.print(Text(f"{label:<8} {value}"), soft_wrap=True)
+            console.print(Text(f"{label:<{_INDENT}}{value}"), soft_wrap=True)
 
     def _gates(self, trainer: Trainer) -> list[tuple[str, str]]:
         """What the fit did to the gates, and the page about it."""
@@ -151,7 +154,8 @@ class FitSummaryCallback(Callback):
         if folder is None or not (folder / FILE).is_file():
             return []
         (run,) = read_runs([str(folder)])
-        lines = [("" if index else "Gates", sentence) for index, sentence in enumerate(hints(run))]
+        pieces = [piece for sentence in hints(run) for piece in wrap(sentence, max(20, self._console.width - _INDENT))]
+        lines = [("" if index else "Gates", piece) for index, piece in enumerate(pieces)]
         if self.report:
             # Drawing is loaded where something is drawn.
             from na_lora_lightning.report.page import write_report
