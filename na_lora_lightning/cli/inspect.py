@@ -152,6 +152,7 @@ def as_tables(gates: GateMap) -> list[Table]:
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     lines = [(others[0], _ranges(layers), *others[1:]) for others, layers in groups.items()]
     # A column in which no line has anything is left out.
