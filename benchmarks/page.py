@@ -122,6 +122,8 @@ def frameworks(found: dict[str, Any]) -> Iterator[str]:
         ]
         head = ["arm", "s a step", "targets/s", "real tokens/s", "× Trainer's", "peak GiB"]
         yield f"**{WORKLOADS[workload].capitalize()}**:\n\n{table(head, lines)}"
+    if absent := [said for name, said in WORKLOADS.items() if all(row["workload"] != name for row in found["rows"])]:
+        yield f"Not measured yet: {'; '.join(absent)}.\n"
 
 
 def growth(found: dict[str, Any]) -> str:
@@ -149,7 +151,7 @@ def curves(found: dict[str, Any]) -> str:
 def draw(results: dict[str, Any], path: Path) -> None:
     """Tokens a second of frameworks by workload, and how the ratios grow."""
     plt.rcParams["svg.hashsalt"] = "benchmarks"
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     rows = results.get("frameworks", {"rows": []})["rows"]
     arms = [arm for arm in ARMS if any(row["arm"] == arm for row in rows)]
     workloads = list(dict.fromkeys(row["workload"] for row in rows))
@@ -162,8 +164,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
     left.invert_yaxis()
     left.axvline(1, color="grey", linewidth=0.8)
     left.set_xlabel("tokens a second, of Trainer and PEFT's")
+    beside = {"fontsize": 7, "loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "ncol": 2}
     if workloads:
-        left.legend(fontsize=7)
+        left.legend(**beside)
     cells = results.get("growth", {"rows": []})["rows"]
     for axis in dict.fromkeys(row["axis"] for row in cells):
         of_axis = [row for row in cells if row["axis"] == axis]
@@ -176,7 +179,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     right.set_xlabel("the model grows")
     right.set_ylabel("NA-LoRA's step, of PEFT LoRA's")
     if cells:
-        right.legend(fontsize=7)
+        right.legend(**beside)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
