@@ -101,7 +101,8 @@ def test_weights_and_updates_equal_the_reference(
         expected = oracle.weights(step, tokens)
         found = controller.weights.split(list(widths))
         for site in range(2):
-            assert found[site].tolist() == pytest.approx(expected[site], abs=1e-6, rel=1e-6)
+            # E - 1 is rounded as E is, in float32.
+            assert found[site].tolist() == pytest.approx(expected[site], abs=4e-6, rel=1e-6)
             columns = controller.layout.site_slices[site]
             if oracle.history[site]:
                 average = oracle.average(oracle.history[site], importance.beta)
