@@ -171,6 +171,7 @@ def names_option(arguments: Sequence[str], option: str) -> bool:
 
 
 _OPTION = "--model.optimizer"
+_RESOLVE = "resolve_class_path_by_name"
 
 
 @contextmanager
@@ -183,9 +184,12 @@ def functions_as_classes(arguments: Sequence[str]) -> Iterator[None]:
     Args:
         arguments: The command line.
     """
-    resolve = _typehints.resolve_class_path_by_name
-    replaced: list[tuple[Any, str, Any]] = [(_typehints, resolve.__name__, resolve)]
-    setattr(_typehints, resolve.__name__, lambda kind, name: _of_torch(kind, name) or resolve(kind, name))
+    replaced: list[tuple[Any, str, Any]] = []
+    # Not public: without it a name that several packages use is ambiguous, and the parser says so.
+    resolve = getattr(_typehints, _RESOLVE, None)
+    if resolve is not None:
+        replaced.append((_typehints, _RESOLVE, resolve))
+        setattr(_typehints, _RESOLVE, lambda kind, name: _of_torch(kind, name) or resolve(kind, name))
     try:
         for path in sorted(_named(arguments)):
             module_name, _, name = path.rpartition(".")
