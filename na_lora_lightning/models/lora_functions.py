@@ -70,9 +70,14 @@ def added_products(x: Tensor, across: Tensor, h: Tensor, b: Tensor, factor: floa
     """
     result = empty_answer(x, across)
     y = rows_of(result)
-    torch.addmm(y if bias is None else bias, h, b, beta=0.0 if bias is None else 1.0, alpha=factor, out=y)
+    _write_product(y, h, b, bias, factor)
     y.addmm_(rows_of(x), across)
     return result
+
+
+def _write_product(y: Tensor, one: Tensor, other: Tensor, bias: Tensor | None, factor: float = 1.0) -> None:
+    # With a beta of 0 what is there is not read.
+    torch.addmm(y if bias is None else bias, one, other, beta=0.0 if bias is None else 1.0, alpha=factor, out=y)
 
 
 def gradient_of_b(gradient: Tensor, h: Tensor, scaling: float) -> Tensor:
@@ -138,10 +143,7 @@ class LoRAProduct(torch.autograd.Function):
             else:
                 result = empty_answer(x, across)
                 y = rows_of(result)
-                if of_base is None:
-                    torch.mm(rows_of(x), across, out=y)
-                else:
-                    torch.addmm(of_base, rows_of(x), across, out=y)
+                _write_product(y, rows_of(x), across, of_base)
                 y.add_(h @ matrix_b.t(), alpha=setting.scaling)
             if bias_b is not None:
                 y.add_(in_dtype(bias_b, setting.rank_dtype), alpha=setting.scaling)

@@ -19,9 +19,8 @@ from na_lora_lightning.cli.init import command_parser, shipped_configurations
 from na_lora_lightning.cli.main import main
 
 ROOT = Path(__file__).parents[2]
-needs_schema = pytest.mark.skipif(
-    Version(version("jsonargparse")) < Version("4.53"), reason="jsonargparse makes schemas from 4.53 on"
-)
+before_schemas = Version(version("jsonargparse")) < Version("4.53")
+needs_schema = pytest.mark.skipif(before_schemas, reason="jsonargparse makes schemas from 4.53 on")
 
 
 @pytest.fixture(autouse=True)

@@ -75,9 +75,7 @@ def test_an_adapter_for_other_layers_is_refused(tmp_path: Path) -> None:
         merge_adapter(MergeOptions(tmp_path / "adapter", tmp_path / "merged", base=str(tmp_path / "shallow")))
 
 
-@pytest.mark.skipif(
-    Version(version("transformers")) < Version("5.1"), reason="transformers 5.0 makes an empty tokenizer where none is"
-)
+@pytest.mark.skipif(Version(version("transformers")) < Version("5.1"), reason="5.0 makes an empty tokenizer if none is")
 def test_a_base_without_tokenizer_merges_with_that_of_the_adapter(tmp_path: Path) -> None:
     trained(saved_model(tmp_path / "base"), tmp_path)
     for file in (tmp_path / "base").glob("tokenizer*"):
