@@ -70,7 +70,9 @@ HYPOTHESES: dict[str, tuple[str, list[Claim]]] = {
     ),
     "R10": ("Dropping tokens costs", [Claim("m6", 0.0, math.inf)]),
     "R11": ("Step scales are rates", _equal("s1", "s2", "s3")),
+    "R14": ("The step scale that the abstract names costs nothing", _equal("activation_scale", against="na_lora")),
 }
+_SHORTENING = ("short_step", "plain_reading", "s2")
 
 
 class Export:
@@ -174,21 +176,34 @@ def _measured(claim: Claim, row: Row | None) -> str:
 
 
 def answers(export: Export) -> list[list[str]]:
-    """Each hypothesis with its prediction, the change of test loss in % with its 95 % interval, and a verdict."""
+    """Each hypothesis that has an arm here: its prediction, what was measured (95 %), a verdict, and those by task."""
     rows = []
     for name, (says, claims) in HYPOTHESES.items():
         found = [(claim, export.row(claim)) for claim in claims]
+        if not any(row for _, row in found):
+            continue
         ranges = list(dict.fromkeys(_predicted(claim) for claim in claims))
         verdict = _together([judged(claim, row) for claim, row in found])
-        rows.append([f"{name}. {says}", "; ".join(ranges), "; ".join(_measured(*each) for each in found), verdict])
-    return [*rows, _untuned(export), _forgotten(export)]
+        measured = "; ".join(_measured(*each) for each in found)
+        rows.append([f"{name}. {says}", "; ".join(ranges), measured, verdict, _by_task(export, found)])
+    rows += [_untuned(export)] if set(_SHORTENING) & set(export.arms) else []
+    return [*rows, _forgotten(export)]
+
+
+def _by_task(export: Export, found: Sequence[tuple[Claim, Row | None]]) -> str:
+    """The verdicts on the tasks one by one, of a hypothesis that names none."""
+    tasks: dict[Verdict, list[str]] = {}
+    for task in export.plan.tasks:
+        own = [judged(claim._replace(task=task), row) for claim, row in found if claim.task is None]
+        tasks.setdefault(_together(own), []).append(task)
+    return "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in sorted(tasks.items(), reverse=True))
 
 
 def _untuned(export: Export) -> list[str]:
     highest = export.common[-1]
     verdicts: list[Verdict] = []
     parts = []
-    for arm in ("short_step", "plain_reading", "s2"):
+    for arm in _SHORTENING:
         at_common, at_tuned = row_of(highest, arm), row_of(export.tuned, arm)
         claim = Claim(arm, -math.inf, 0.0)
         parts.append(
@@ -203,6 +218,7 @@ def _untuned(export: Export) -> list[str]:
         f"below 0 at {highest.rate:g}",
         "; ".join(parts),
         _together(verdicts),
+        "",
     ]
 
 
@@ -213,7 +229,7 @@ def _forgotten(export: Export) -> list[str]:
     verdict: Verdict = "not" if against else "supported" if export.tuned.rows and told else "open"
     parts = [f"`{row.arm}` KL {signed(row.forgetting_change)}, loss {signed(row.estimate.mean)}" for row in less]
     prediction = "KL 10 % lower only where the loss is higher"
-    return ["R13. Less is forgotten where less is moved", prediction, "; ".join(parts) or "no KL that low", verdict]
+    return ["R13. Less is forgotten where less is moved", prediction, "; ".join(parts) or "no KL that low", verdict, ""]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -225,15 +241,13 @@ def scope(export: Export) -> str:
     """One line that says what was run and what is missing."""
     hours = sum(entry.result["seconds"] for entry in export.cells) / 3600
     devices = ", ".join(sorted({entry.result["device"] for entry in export.cells})) or "nothing"
-    left, wanted = missing(export.cells, export.plan), {claim.arm for _, own in HYPOTHESES.values() for claim in own}
-    absent = sorted(wanted - set(export.arms))
-    text = (
+    left = missing(export.cells, export.plan)
+    return (
         f"`{export.name}`: {len(export.cells)} cells, {hours:.1f} hours of training on {devices}; "
         f"{len(export.plan.tasks)} tasks ({', '.join(export.plan.tasks)}), {len(export.arms)} arms, rates "
         f"{', '.join(f'{rate:g}' for rate in export.plan.rates)}, {export.plan.seeds} seeds; {left or 'no'} cells of "
-        f"that grid are missing or left out"
+        f"that grid are missing or left out."
     )
-    return f"{text}{'; **partial**: no cell of ' + ', '.join(absent) if absent else ''}."
 
 
 def draw_figures(output: Path, folder: Path = RESULTS) -> None:
@@ -247,22 +261,56 @@ def _exports(folder: Path) -> list[Export]:
     return [export for export in exports if export.cells]
 
 
-def page_parts(folder: Path = RESULTS) -> dict[str, str]:
-    """``real_weights``, the answers, and ``real_weights_tables``, what they rest on."""
+def page_parts(folder: Path = RESULTS) -> dict[str, Any]:
+    """What the pages take: ``real_weights``, the answers; ``real_weights_tables``, what they rest on; ``weights``,
+    ``weights.COMPARISON.ARM.TASK``, the change of test loss in % with its interval, of all tasks as ``pooled``."""
     exports = _exports(folder)
+    values = {export.name: _values(export) for export in exports}
     if not exports:
-        return {"real_weights": "No cell on real weights is in the tree yet.", "real_weights_tables": "None yet."}
-    head = ["Hypothesis", "Predicted, %", "Measured, % (95 %)", "Verdict"]
+        return {
+            "real_weights": "No cell on real weights is in the tree yet.",
+            "real_weights_tables": "None yet.",
+            "weights": values,
+        }
+    head = ["Hypothesis", "Predicted, %", "Measured, % (95 %)", "Verdict", "Task by task"]
     screens = [
-        f"{scope(export)}\n\n{_table(head, answers(export))}\n\n"
+        f"### {export.name}\n\n{scope(export)}\n\n{_table(head, answers(export))}\n\n"
         f"![Test loss against LoRA at common rates and at tuned ones](figures/{export.name}_untuned.svg)\n\n"
         f"![KL to the base model over test loss](figures/{export.name}_forgetting.svg)"
         for export in exports
     ]
+    claimed = {claim.arm for _, own in HYPOTHESES.values() for claim in own}
+    absent = sorted(claimed - {arm for export in exports for arm in export.arms})
+    if absent:
+        screens.append(f"Not run: {', '.join(f'`{arm}`' for arm in absent)}.")
+    tables = [f"### {export.name}\n\n{_arms(export)}\n\n{_tasks(export)}" for export in exports]
     return {
         "real_weights": "\n\n".join(screens),
-        "real_weights_tables": "\n\n".join(f"### {export.name}\n\n{_arms(export)}" for export in exports),
+        "real_weights_tables": "\n\n".join(tables),
+        "weights": values,
     }
+
+
+def _values(export: Export) -> dict[str, dict[str, str]]:
+    found = {}
+    for row in export.tuned.rows:
+        own = {"pooled": row.estimate, **row.by_task}
+        found[row.arm] = {name: f"{signed(each.mean)} {interval(each.low, each.high)}" for name, each in own.items()}
+    return found
+
+
+def _tasks(export: Export) -> str:
+    tasks = list(export.plan.tasks)
+    rows = []
+    for arm, values in _values(export).items():
+        row = row_of(export.tuned, arm)
+        rates = row.rates if row else {}
+        cells = (f"{values[task]} at {rates[task]:g}" if task in values else "" for task in tasks)
+        rows.append([f"`{arm}`", *cells])
+    at = export.tuned.baseline_rates
+    losses = export.tuned.baseline_losses
+    own = (f"{losses[task]:.4f} nats at {at[task]:g}" if task in at else "" for task in tasks)
+    return _table(["Arm", *tasks], [[f"`{BASELINE}`", *own], *rows])
 
 
 def _arms(export: Export) -> str:

@@ -15,6 +15,9 @@ from na_lora_lightning.compare.plan import Plan
 from na_lora_lightning.compare.statistics import Estimate, estimate, holm, record_interval
 
 
+_SIGNIFICANT = 0.05
+
+
 @dataclass(frozen=True)
 class Row:
     """An arm against the first one.
@@ -232,7 +235,22 @@ def headline(table: Table, plan: Plan, margin: float) -> str:
         else (f"no difference below {table.detectable:.2g} % can be told")
     )
     tasks = len(plan.tasks)
-    return f"At tuned rates {'; '.join(parts)}: with {most} pairs on {tasks} task{'s' if tasks > 1 else ''} {reach}."
+    pooled = f"At tuned rates {'; '.join(parts)}: with {most} pairs on {tasks} task{'s' if tasks > 1 else ''} {reach}."
+    return " ".join(filter(None, (pooled, _on_single_tasks(table) if tasks > 1 else "")))
+
+
+def _on_single_tasks(table: Table) -> str:
+    """What is told on a task by itself, which a task whose seeds differ more would hide in the mean."""
+    found = [(row.arm, task, each) for row in table.rows for task, each in row.by_task.items()]
+    adjusted = holm([each.p_value for *_, each in found])
+    tasks: dict[tuple[str, str], list[str]] = {}
+    for (arm, task, each), p_value in zip(found, adjusted, strict=True):
+        if p_value < _SIGNIFICANT:
+            tasks.setdefault((arm, "better" if each.mean < 0 else "worse"), []).append(task)
+    if not tasks:
+        return ""
+    parts = (f"{arm} is {word} on {', '.join(names)}" for (arm, word), names in tasks.items())
+    return f"On single tasks, after Holm's adjustment for all {len(found)}: {'; '.join(parts)}."
 
 
 def missing(scored: Sequence[ScoredCell], plan: Plan) -> int:

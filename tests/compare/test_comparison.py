@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from na_lora_lightning.cli.compare import make_fit
 from na_lora_lightning.cli.main import main
 from na_lora_lightning.compare.cells import CellScorer
-from na_lora_lightning.compare.grid import extensions
+from na_lora_lightning.compare.grid import ScoredCell, extensions
 from na_lora_lightning.compare.opening import open_storage
 from na_lora_lightning.compare.page import as_csv, as_html, as_markdown
 from na_lora_lightning.compare.plan import ARMS, Cell, Plan, merged, nested, read_configs, read_named
@@ -320,6 +320,23 @@ def test_the_tables_say_what_was_put_in(tmp_path: Path) -> None:
     assert sentence.startswith("At tuned rates better is better than lora; worse is worse than lora: with 6 pairs on 2")
     assert f"no difference below {table.detectable:.2g} % can be told" in sentence
     assert sentence in as_markdown("t", scored, given, 0.5)
+
+
+def test_a_task_whose_seeds_differ_does_not_hide_the_others() -> None:
+    def scored(task: str, arm: str, seed: int) -> ScoredCell:
+        change = {("quiet", "better"): 0.99, ("noisy", "better"): 0.5 + seed / 2}.get((task, arm), 1.0)
+        test = change * (1 + 1e-4 * seed * (arm == "better"))
+        return ScoredCell(Cell(task, arm, 0.1, seed), test, made_up(Cell(task, "lora", 0.1, seed)) | {"test": test})
+
+    arms: dict[str, dict[str, Any]] = {"lora": {}, "better": {}}
+    given = plan(tasks={"quiet": {}, "noisy": {}}, arms=arms, rates=(0.1,), seeds=3)
+    cells = [scored(task, arm, seed) for task in given.tasks for arm in arms for seed in range(3)]
+    table = tuned_table(cells, given, 0.5)
+    assert [row.verdict for row in table.rows] == ["open"]
+    # The noisy one's differences are -50, 0 and 50 %, the quiet one's -1.00, -0.99 and -0.98.
+    assert table.rows[0].by_task["quiet"].mean == pytest.approx(-0.99, abs=1e-3)
+    last = "On single tasks, after Holm's adjustment for all 2: better is better on quiet."
+    assert headline(table, given, 0.5).endswith(last)
 
 
 def test_a_name_is_shown_as_text(tmp_path: Path) -> None:

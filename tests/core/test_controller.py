@@ -380,6 +380,7 @@ def test_unreachable_rows_are_refused(make_peft_model: Callable[..., PeftModel])
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_steps_do_not_wait_for_the_device(make_peft_model: Callable[..., PeftModel]) -> None:
     model = make_peft_model().cuda()
     controller = GateController(model, discover_gates(model).require())
