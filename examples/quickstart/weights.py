@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from pretrained import Package, PretrainedModel, QuickstartError
+from pretrained import SENTENCE, Package, PretrainedModel, QuickstartError
 
 HUB_FILES = (
     "chat_template.jinja",  # absent where tokenizer_config.json holds the template
@@ -181,7 +181,7 @@ def convert_gguf(model: PretrainedModel, gguf: Path, folder: Path) -> None:
         folder: Existing folder that the model is written to.
 
     Raises:
-        QuickstartError: Package ``gguf`` is missing.
+        QuickstartError: Package ``gguf`` is missing, or the installed transformers reads the tokenizer wrong.
     """
     if importlib.util.find_spec("gguf") is None:
         raise QuickstartError(
@@ -189,6 +189,7 @@ def convert_gguf(model: PretrainedModel, gguf: Path, folder: Path) -> None:
             "pip install 'na-lora-lightning[quickstart]'."
         )
     import torch
+    import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
@@ -208,6 +209,12 @@ def convert_gguf(model: PretrainedModel, gguf: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.model_max_length = model.context_length
     tokenizer.save_pretrained(folder)
+    found = AutoTokenizer.from_pretrained(folder)(SENTENCE, add_special_tokens=False)["input_ids"]
+    if model.sentence_tokens and tuple(found) != model.sentence_tokens:
+        raise QuickstartError(
+            f"The tokenizer of {model.name} was refused because transformers {transformers.__version__} makes "
+            f"{len(found)} tokens of a sentence that has {len(model.sentence_tokens)}: install a newer transformers."
+        )
 
 
 def link_model(source: Path, destination: Path) -> Path:
