@@ -262,8 +262,10 @@ def _exports(folder: Path) -> list[Export]:
 
 
 def page_parts(folder: Path = RESULTS) -> dict[str, Any]:
-    """What the pages take: ``real_weights``, the answers; ``real_weights_tables``, what they rest on; ``weights``,
-    ``weights.COMPARISON.ARM.TASK``, the change of test loss in % with its interval, of all tasks as ``pooled``."""
+    """What the pages take: ``real_weights``, the answers, and ``real_weights_tables``, what they rest on.
+
+    ``weights.COMPARISON.ARM.TASK`` is the change of test loss in % with its interval; ``pooled`` is all tasks.
+    """
     exports = _exports(folder)
     values = {export.name: _values(export) for export in exports}
     if not exports:

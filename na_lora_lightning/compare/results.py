@@ -14,7 +14,6 @@ from na_lora_lightning.compare.grid import ScoredCell, best_rate, mean_validatio
 from na_lora_lightning.compare.plan import Plan
 from na_lora_lightning.compare.statistics import Estimate, estimate, holm, record_interval
 
-
 _SIGNIFICANT = 0.05
 
 
