@@ -22,9 +22,14 @@ _REMEDY = "cannot be {value!r}; '--help' shows what it takes."
 # What is said of a value, and how that is said here; the first that fits.
 _SENTENCES = (
     (
-        r"[Oo]ption '(?P<name>streaming|shuffle_buffer|validation_fraction)' is not accepted",
+        r"[Oo]ption '(?P<name>streaming|shuffle_buffer)' is not accepted",
         "the class given for {key!r} has no option {name!r}, which InstructionDataModule alone has, for texts; leave "
-        "it out, and give images that are kept for validation as data.validation.",
+        "it out.",
+    ),
+    (
+        r"[Oo]ption '(?P<name>validation_fraction|stopping_strategy)' is not accepted",
+        "the class given for {key!r} has no option {name!r}, which data for language models alone have; leave it out, "
+        "and give what is kept for validation as data.validation.",
     ),
     (
         r"[Oo]ption '(?P<name>[^']*)' is not accepted",
@@ -49,8 +54,8 @@ _SENTENCES = (
     (
         r"(?s)Subtypes: \[<class 'str'>, <class 'NoneType'>\]\s.*?Given value type: <class '(list|dict)'>\s+"
         r"Given value: (?P<value>[^\n]*)",
-        "the option {key!r} is {value}, and must be one source, as InstructionDataModule alone takes several, for "
-        "texts; put the records into one file.",
+        "the option {key!r} is {value}, and must be one source, as data for language models alone take several; "
+        "put the records into one file.",
     ),
     (
         r'Unable to load config "(?P<value>[^"]*)"',

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,15 @@ class RecordImages:
         records: The records.
         source: The name of the data, for messages.
         reader: What to read images with.
+        numbers: The places that the records have in the data, by which they are asked for; None where these are all.
 
     Raises:
         DataError: The data has no such column.
     """
 
-    def __init__(self, records: Dataset, source: str, reader: ImageReader) -> None:
+    def __init__(
+        self, records: Dataset, source: str, reader: ImageReader, numbers: Sequence[int] | None = None
+    ) -> None:
         self.columns = [name for name in IMAGE_COLUMNS if name in records.column_names]
         if not self.columns:
             present = ", ".join(repr(name) for name in records.column_names)
@@ -43,6 +46,8 @@ class RecordImages:
             )
         self.source = source
         self.reader = reader
+        self._numbers = range(len(records)) if numbers is None else numbers
+        self._rows = {number: row for row, number in enumerate(self._numbers)}
         self._records = records.select_columns(self.columns)
         for name in self.columns:
             feature = self._records.features[name]
@@ -56,16 +61,17 @@ class RecordImages:
         """Counts the images of each record and looks for their files, without opening any.
 
         Returns:
-            The numbers of images, and for the index of each record with a missing file the reason, as a sentence
+            The numbers of images, and for the place of each record with a missing file the reason, as a sentence
             without its remedy of leaving the record out.
         """
         counts = [0] * len(self._records)
         missing: dict[int, str] = {}
         for name in reversed(self.columns):
-            for index, paths in enumerate(_paths(self._records, name)):
+            for row, paths in enumerate(_paths(self._records, name)):
                 if paths is None:
                     continue
-                counts[index] = len(paths)
+                index = self._numbers[row]
+                counts[row] = len(paths)
                 missing.pop(index, None)
                 for path in paths:
                     reason = None if path is None else self.reader.reason_to_miss(path)
@@ -77,13 +83,13 @@ class RecordImages:
         """Decodes the first images of a record.
 
         Args:
-            index: The position of the record.
+            index: The place of the record in the data.
             count: How many images.
 
         Raises:
             ImageError: One of them cannot be used; the message names the record.
         """
-        record = self._records[index]
+        record = self._records[self._rows[index]]
         values = next((_as_list(record[name]) for name in self.columns if record[name] is not None), [])
         try:
             return [self.reader.read(value, number) for number, value in enumerate(values[:count], start=1)]

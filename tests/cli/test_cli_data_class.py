@@ -145,15 +145,14 @@ def test_text_is_the_default_and_can_be_named(
             "the option 'data.batch_size' cannot be 'x'; '-",
         ),
         (None, ["--data", VISION, "--data.streaming", "true"], "'data' has no option 'streaming', which Instr"),
-        (None, ["--data", VISION, "--data.validation_fraction", "0.1"], "no option 'validation_fraction', which Instr"),
+        (None, ["--data", LABELLED, "--data.validation_fraction", "0.1"], "no option 'validation_fraction', which data"),
         (
             None,
             ["--data", LABELLED, "--data.streaming", "true"],
-            "'data' has no option 'streaming', which InstructionDataModule alone has, for texts; leave it out, and",
+            "'data' has no option 'streaming', which InstructionDataModule alone has, for texts; leave it out",
         ),
         *(
-            (None, ["--data", kind, "--data.train", mixed], ", and must be one source, as InstructionDataModule alone")
-            for kind in (VISION, LABELLED)
+            (None, ["--data", LABELLED, "--data.train", mixed], ", and must be one source, as data for language models")
             for mixed in ('[{"path": "a.jsonl", "weight": 2}]', '["a.jsonl", "b.jsonl"]', '{"path": "a.jsonl"}')
         ),
         (None, ["--data", VISION, "--data.batch_size", "0"], "batch_size=0 is too small; set it to 1 or more"),

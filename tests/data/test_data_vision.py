@@ -30,6 +30,8 @@ from vision_helpers import (  # noqa: F401
 
 from na_lora_lightning.arguments import EvaluationOptions
 from na_lora_lightning.data import SplitSummary, VisionInstructionDataModule
+from na_lora_lightning.data.text.splits import LeftOutRecordsWarning
+from na_lora_lightning.errors import ImageError
 from na_lora_lightning.modules.evaluation import generate_answers, prompt_inputs
 from na_lora_lightning.modules.losses import model_inputs
 
@@ -53,6 +55,44 @@ def loss_of(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, int]:
     logits = model(**model_inputs(model, batch)).logits[:, :-1].flatten(0, 1)
     targets = batch["labels"][:, 1:].flatten()
     return cross_entropy(logits, targets, reduction="sum"), int((targets != -100).sum())
+
+
+def contents(datamodule: VisionInstructionDataModule, split: str = "train") -> list[tuple[str, float]]:
+    """The sources and places of the records of a split in their order, and the first pixel of their pictures."""
+    rows = datamodule._dataset(split)
+    return [(rows[n]["name"], rows[n]["pictures"][0].getpixel((0, 0))) for n in range(len(rows))]
+
+
+def test_each_record_of_several_sources_has_its_own_pictures(vlm: Vlm, tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in "ab"]
+    a, b = (write_vision_records(folder, count) for folder, count in zip(folders, (20, 10), strict=True))
+    for number in range(10):
+        picture(100 + number).save(folders[1] / "pictures" / f"{number}.png")
+    pixels = {f"record {n + 1} of {a!r}": picture(n).getpixel((0, 0)) for n in range(20)}
+    pixels |= {f"record {n + 1} of {b!r}": picture(100 + n).getpixel((0, 0)) for n in range(10)}
+
+    def names(found: list[tuple[str, float]]) -> list[str]:
+        assert all(pixels[name] == pixel for name, pixel in found)
+        return [name for name, _ in found]
+
+    assert sorted(names(contents(module_of(vlm("llava"), train=[a, b])))) == sorted(pixels)
+    weighted = [{"path": a, "weight": 1}, {"path": b, "weight": 1}]
+    drawn = names(contents(module_of(vlm("llava"), train=weighted)))
+    assert len(set(drawn)) == len(drawn)
+    assert all(source in "".join(drawn) for source in (a, b))
+    kept = module_of(vlm("llava"), train=weighted, validation_fraction=0.2, stopping_strategy="all_exhausted")
+    train, validation = names(contents(kept)), names(contents(kept, "validation"))
+    # A fifth of each, and all of the others.
+    assert (sum(a in name for name in validation), sum(b in name for name in validation)) == (4, 2)
+    assert set(train) | set(validation) == set(pixels)
+    assert not set(train) & set(validation)
+    assert next(iter(kept.val_dataloader()))["references"]
+    (folders[1] / "pictures" / "3.png").unlink()
+    with pytest.raises(ImageError, match=r"^record 4 of '.*b/data\.jsonl' .*, or set skip_broken_images"):
+        module_of(vlm("llava"), train=[a, b], validation_fraction=0.5)
+    with pytest.warns(LeftOutRecordsWarning, match="1 of 10 records of"):
+        found = contents(module_of(vlm("llava"), train=[a, b], skip_broken_images=True))
+    assert sorted(names(found)) == sorted(set(pixels) - {f"record 4 of {b!r}"})
 
 
 @pytest.mark.parametrize("kind", KINDS)

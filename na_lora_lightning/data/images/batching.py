@@ -16,6 +16,7 @@ from torch.utils.data import Dataset as TorchDataset
 from na_lora_lightning.data.batching import ResumableDataLoader
 from na_lora_lightning.data.images.encoding import NUMBER_OF_IMAGES, VisionRecordEncoder
 from na_lora_lightning.data.record_images import RecordImages
+from na_lora_lightning.data.text.mixture import PART
 from na_lora_lightning.errors import DataError, ImageError
 from na_lora_lightning.labels import IGNORED_LABEL
 
@@ -29,10 +30,10 @@ class VisionRecords(TorchDataset[Row]):
 
     Args:
         encoded: The encoded records.
-        images: The images of the records, by their ``index``.
+        images: The images of each source, by the ``index`` of the records.
     """
 
-    def __init__(self, encoded: Dataset, images: RecordImages) -> None:
+    def __init__(self, encoded: Dataset, images: Sequence[RecordImages]) -> None:
         self.encoded = encoded
         self.images = images
 
@@ -43,9 +44,10 @@ class VisionRecords(TorchDataset[Row]):
     def __getitem__(self, position: int) -> Row:
         """Returns an encoded record with ``name`` and ``pictures``, or with the ``error`` that its images raise."""
         row = dict(self.encoded[position])
-        row["name"] = self.images.name_of(row["index"])
+        images = self.images[row.pop(PART, 0)]
+        row["name"] = images.name_of(row["index"])
         try:
-            row["pictures"] = self.images.read(row["index"], row["images"])
+            row["pictures"] = images.read(row["index"], row["images"])
         except ImageError as error:
             # An exception that leaves a loading process arrives as a traceback; see VisionDataLoader.
             row["error"] = error

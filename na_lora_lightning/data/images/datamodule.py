@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from datasets import Dataset
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
+from typing_extensions import override
 
 from na_lora_lightning.data.image_reading import ImageReader
 from na_lora_lightning.data.images.batching import (
@@ -21,15 +23,16 @@ from na_lora_lightning.data.options import TextOptions, require_at_least
 from na_lora_lightning.data.processors import load_processor
 from na_lora_lightning.data.record_images import RecordImages, folder_of
 from na_lora_lightning.data.text.formats import COLUMNS
+from na_lora_lightning.data.text.mixture import Source, StoppingStrategy
+from na_lora_lightning.data.text.sourced import SourcedDataModule
 from na_lora_lightning.data.text.splits import LeftOutRecordsWarning, encode_split
-from na_lora_lightning.data.text.supervised import SupervisedDataModule
 from na_lora_lightning.data.text.tokenizer import choose_chat_template
 from na_lora_lightning.errors import ImageError
 
 _WARNINGS_IN_FULL = 5
 
 
-class VisionInstructionDataModule(SupervisedDataModule):
+class VisionInstructionDataModule(SourcedDataModule):
     """Prompts with images and completions, or conversations, for fine-tuning of a vision-language model.
 
     A record has ``image``, one image, or ``images``, a list; and the columns of a format of
@@ -56,10 +59,15 @@ class VisionInstructionDataModule(SupervisedDataModule):
 
     Args:
         processor_name_or_path: The folder or hub name of the model, whose processor is used.
-        train: The training data.
-        validation: The validation data.
+        train: The training data: a source, or a list of sources, with weights or not; see
+            :class:`~na_lora_lightning.data.text.datamodule.InstructionDataModule`.
+        validation: The validation data, a source or a list of sources without weights, as are the next two.
         test: The test data.
         predict: The data to predict completions for.
+        validation_fraction: The share of the records of each source of the training data that is kept for validation in
+            place of other data, drawn at random by the seed.
+        stopping_strategy: Whether an epoch of sources with weights ends where the first has no more records, or where
+            all have been through, the others repeating theirs.
         dataset_config: The configuration of hub data sets that have several.
         format: What records are; None stands for what their columns tell, which a line says.
         columns: The names that the data has for ``image``, ``images`` and the columns of its format, for example
@@ -101,10 +109,12 @@ class VisionInstructionDataModule(SupervisedDataModule):
     def __init__(
         self,
         processor_name_or_path: str,
-        train: str | None = None,
-        validation: str | None = None,
-        test: str | None = None,
-        predict: str | None = None,
+        train: list[str | dict[str, Any]] | str | None = None,
+        validation: list[str | dict[str, Any]] | str | None = None,
+        test: list[str | dict[str, Any]] | str | None = None,
+        predict: list[str | dict[str, Any]] | str | None = None,
+        validation_fraction: float | None = None,
+        stopping_strategy: StoppingStrategy = "first_exhausted",
         dataset_config: str | None = None,
         format: Literal["messages", "prompt_completion", "alpaca", "sharegpt"] | None = None,
         columns: dict[str, str] | None = None,
@@ -127,7 +137,9 @@ class VisionInstructionDataModule(SupervisedDataModule):
         processor_revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        super().__init__(TextOptions.among(locals()))
+        super().__init__(
+            TextOptions.among(locals()), validation_fraction=validation_fraction, stopping_strategy=stopping_strategy
+        )
         require_at_least(
             1,
             max_image_pixels=max_image_pixels,
@@ -148,7 +160,8 @@ class VisionInstructionDataModule(SupervisedDataModule):
         self._processor: Any = None
         self._training_template: str | None = None
         self._encoder: VisionRecordEncoder | None = None
-        self._images: dict[str, RecordImages] = {}
+        # Of each source of a split.
+        self._images: dict[str, list[RecordImages]] = {}
 
     @property
     def processor(self) -> Any:
@@ -196,19 +209,28 @@ class VisionInstructionDataModule(SupervisedDataModule):
         row = encoded[index]
         return self._collator("train").inputs_of([{**row, "pictures": [noise_image()] * row["images"]}])
 
-    def _prepare(self, split: str, source: str) -> Dataset:
-        records = self._load(split, source)
-        reader = ImageReader(folder_of(source), self.max_image_pixels, self.max_image_bytes, self.resize_longest_side)
-        images = self._images[split] = RecordImages(records, source, reader)
+    @override
+    def _prepare(self, split: str, source: Any) -> Dataset:
+        self._images[split] = []
+        return super()._prepare(split, source)
+
+    @override
+    def _encoded(self, split: str, source: Source, records: Dataset, numbers: Sequence[int] | None) -> Dataset:
+        reader = ImageReader(
+            folder_of(source.path), self.max_image_pixels, self.max_image_bytes, self.resize_longest_side
+        )
+        images = RecordImages(records, source.path, reader, numbers)
+        self._images[split].append(images)
         counts, missing = images.survey()
         if missing and not self.skip_broken_images:
             raise ImageError(next(iter(missing.values())) + SKIP_REMEDY)
         encoded = encode_split(
             records.add_column(NUMBER_OF_IMAGES, counts).remove_columns(images.columns),
             self._record_encoder(),
-            source=source,
+            source=source.path,
             split=split,
-            form=self.options.format,
+            form=source.format,
+            numbers=numbers,
         )
         if not missing:
             return encoded
@@ -216,7 +238,7 @@ class VisionInstructionDataModule(SupervisedDataModule):
             raise ImageError(f"{next(iter(missing.values()))}, as no record of the data has its images.")
         self.left_out.update(missing.values())
         rank_zero_warn(
-            f"{len(missing)} of {len(encoded)} records of {source!r} are left out because their images are missing: "
+            f"{len(missing)} of {len(encoded)} records of {source.path!r} are left out because their images are missing: "
             f"{next(iter(missing.values()))}.",
             category=LeftOutRecordsWarning,
         )

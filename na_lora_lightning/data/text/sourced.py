@@ -14,7 +14,7 @@ from na_lora_lightning.data.base import DEFAULT_SPLITS
 from na_lora_lightning.data.files.sources import load_records
 from na_lora_lightning.data.options import TextOptions, require_at_least
 from na_lora_lightning.data.text.extent import Limits
-from na_lora_lightning.data.text.mixture import StoppingStrategy, mix, read_sources, share_for
+from na_lora_lightning.data.text.mixture import Source, StoppingStrategy, mix, read_sources, share_for
 from na_lora_lightning.data.text.splits import encode_split
 from na_lora_lightning.data.text.streaming import RecordStream, StreamLoader
 from na_lora_lightning.data.text.supervised import SupervisedDataModule
@@ -22,7 +22,7 @@ from na_lora_lightning.errors import ConfigurationError
 
 
 class SourcedDataModule(SupervisedDataModule):
-    """A data module for texts of one or several sources, of which training data can be streamed.
+    """A data module for records of one or several sources, of which training data can be streamed.
 
     Args:
         options: Those of the constructor.
@@ -42,9 +42,9 @@ class SourcedDataModule(SupervisedDataModule):
         *,
         validation_fraction: float | None,
         stopping_strategy: StoppingStrategy,
-        streaming: bool,
-        shuffle_buffer: int,
-        num_proc: int | None,
+        streaming: bool = False,
+        shuffle_buffer: int = 1,
+        num_proc: int | None = None,
     ) -> None:
         require_at_least(1, num_proc=num_proc, shuffle_buffer=shuffle_buffer)
         if validation_fraction is not None and not 0 < validation_fraction < 1:
@@ -102,16 +102,7 @@ class SourcedDataModule(SupervisedDataModule):
             if self.validation_fraction is not None and split in ("train", "validation"):
                 numbers = share_for(split, len(records), self.validation_fraction, self.options.seed, each.path)
                 records = records.select(numbers)
-            encoded = encode_split(
-                records,
-                self._record_encoder(),
-                source=each.path,
-                split=split,
-                form=each.format,
-                numbers=numbers,
-                num_proc=self.num_proc,
-            )
-            parts.append((each.path, encoded))
+            parts.append((each.path, self._encoded(split, each, records, numbers)))
         self._parts[split] = parts
         return mix(
             [encoded for _, encoded in parts],
@@ -119,6 +110,18 @@ class SourcedDataModule(SupervisedDataModule):
             seed=self.options.seed,
             shuffle=self.options.shuffle,
             stopping_strategy=self.stopping_strategy,
+        )
+
+    def _encoded(self, split: str, source: Source, records: Dataset, numbers: Sequence[int] | None) -> Dataset:
+        """Encodes what is taken of a source; ``numbers`` are the places that the records have in it, None for all."""
+        return encode_split(
+            records,
+            self._record_encoder(),
+            source=source.path,
+            split=split,
+            form=source.format,
+            numbers=numbers,
+            num_proc=self.num_proc,
         )
 
     @override
