@@ -145,7 +145,7 @@ def test_text_is_the_default_and_can_be_named(
             "the option 'data.batch_size' cannot be 'x'; '-",
         ),
         (None, ["--data", VISION, "--data.streaming", "true"], "'data' has no option 'streaming', which Instr"),
-        (None, ["--data", LABELLED, "--data.validation_fraction", "0.1"], "no option 'validation_fraction', which data"),
+        (None, ["--data", LABELLED, "--data.validation_fraction", "0.1"], "'validation_fraction', which data for"),
         (
             None,
             ["--data", LABELLED, "--data.streaming", "true"],

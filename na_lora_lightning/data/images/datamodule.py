@@ -238,8 +238,8 @@ class VisionInstructionDataModule(SourcedDataModule):
             raise ImageError(f"{next(iter(missing.values()))}, as no record of the data has its images.")
         self.left_out.update(missing.values())
         rank_zero_warn(
-            f"{len(missing)} of {len(encoded)} records of {source.path!r} are left out because their images are missing: "
-            f"{next(iter(missing.values()))}.",
+            f"{len(missing)} of {len(encoded)} records of {source.path!r} are left out because their images are "
+            f"missing: {next(iter(missing.values()))}.",
             category=LeftOutRecordsWarning,
         )
         return encoded.select([place for place, index in enumerate(encoded["index"]) if index not in missing])
