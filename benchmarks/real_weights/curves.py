@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from benchmarks.real_weights.evidence import Export
 
 # The others are gray.
-_NAMED = ("na_lora", "plain_reading", "random_mask", "short_step", "dora", "lora_plus")
+_NAMED = ("na_lora", "plain_reading", "random_mask", "short_step", "dora", "lora_plus", "rslora")
 
 
 def pyplot() -> Any:
@@ -70,56 +70,82 @@ def means(export: Export, task: str, arm: str) -> list[tuple[float, float, float
 
 
 def draw(export: Export, folder: Path) -> list[Path]:
-    """Draws ``NAME_untuned.svg`` and ``NAME_forgetting.svg``."""
+    """Draws ``NAME_rates.svg`` and ``NAME_forgetting.svg``."""
     plt = pyplot()
-    files = [folder / f"{export.name}_{kind}.svg" for kind in ("untuned", "forgetting")]
-    save(plt, _untuned(plt, export), files[0])
+    files = [folder / f"{export.name}_{kind}.svg" for kind in ("rates", "forgetting")]
+    save(plt, _rates(plt, export), files[0])
     save(plt, _forgetting(plt, export), files[1])
     return files
 
 
-def _untuned(plt: object, export: Export) -> object:
-    """The difference to the first arm at each common rate, and at the right at tuned ones with its interval."""
-    figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")  # type: ignore[attr-defined]
-    places = [*range(len(export.common)), len(export.common) + 0.5]
-    for arm in export.arms[1:]:
-        rows = [next((row for row in table.rows if row.arm == arm), None) for table in (*export.common, export.tuned)]
-        values = [math.nan if row is None else row.estimate.mean for row in rows]
-        is_named = arm in _NAMED
-        look = {"color": f"C{_NAMED.index(arm)}", "label": arm} if is_named else {"color": "0.8", "linewidth": 0.8}
-        axes.plot(places[:-1], values[:-1], marker="o", markersize=3, **look)
-        if is_named and (row := rows[-1]) is not None and not math.isnan(row.estimate.low):
-            place = places[-1] + 0.08 * _NAMED.index(arm)
-            ends = [[values[-1] - row.estimate.low], [row.estimate.high - values[-1]]]
-            axes.errorbar(place, values[-1], yerr=ends, fmt="o", markersize=4, color=look["color"])
-    axes.axhline(0.0, color="black", linewidth=0.8)
-    axes.set_xticks(places, [*(f"all at {table.rate:g}" for table in export.common), "each at its best"])
-    axes.set_ylabel(f"test loss against {export.plan.baseline}, %")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="small")
+def _rates(plt: Any, export: Export) -> Any:
+    """Test loss of each arm over rates, paired by seed with the first arm's at its best rate.
+
+    Arms that differ in nothing but their rates meet at their bottoms; gaps at one rate are what an untuned comparison
+    reports.
+    """
+    tasks = list(export.plan.tasks)
+    figure, panels = _panels(plt, tasks)
+    chosen = tuned_rates(export.cells, export.plan)
+    rates = sorted({entry.cell.rate for entry in export.cells})
+    for axes, task in zip(panels, tasks, strict=False):
+        own = [entry for entry in export.cells if entry.cell.task == task]
+        best = chosen.get((task, export.plan.baseline))
+        at_best = [entry for entry in own if (entry.cell.arm, entry.cell.rate) == (export.plan.baseline, best)]
+        level = {entry.cell.seed: entry.result["test"] for entry in at_best}
+        for arm in export.arms:
+            points = []
+            for rate in sorted({entry.cell.rate for entry in own if entry.cell.arm == arm}):
+                at = [e for e in own if (e.cell.arm, e.cell.rate) == (arm, rate) and e.cell.seed in level]
+                changes = [100 * (e.result["test"] / level[e.cell.seed] - 1) for e in at]
+                if changes and all(map(math.isfinite, changes)):
+                    points.append((rate, sum(changes) / len(changes)))
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, **_look(export, arm))
+        axes.axhline(0.0, color="black", linewidth=0.6)
+        axes.set(xscale="log", title=task, xlabel="learning rate")
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        axes.minorticks_off()
+        axes.set_ylim(-8, 16)
+    return _finished(figure, panels, f"test loss against {export.plan.baseline}'s best, %")
+
+
+def _look(export: Export, arm: str) -> dict[str, Any]:
+    if arm == export.plan.baseline:
+        return {"color": "black", "label": arm}
+    return {"color": f"C{_NAMED.index(arm)}", "label": arm} if arm in _NAMED else {"color": "0.75", "linewidth": 0.8}
+
+
+def _panels(plt: Any, tasks: list[str]) -> tuple[Any, Any]:
+    count = max(1, len(tasks))
+    # Two in a row, as wide as a page's text.
+    rows = (count + 1) // 2
+    figure, panels = plt.subplots(
+        rows, min(2, count), figsize=(4 * min(2, count), 2.8 * rows), layout="constrained", squeeze=False
+    )
+    return figure, panels.flatten()
+
+
+def _finished(figure: Any, panels: Any, label: str) -> Any:
+    figure.supylabel(label, fontsize="medium")
+    if panels[0].get_legend_handles_labels()[0]:
+        panels[0].legend(fontsize="x-small")
     return figure
 
 
-def _forgetting(plt: object, export: Export) -> object:
+def _forgetting(plt: Any, export: Export) -> Any:
     """KL to the base model over test loss: the first arm's line over its rates, and the others at their best rates."""
     tasks = list(export.plan.tasks)
-    figure, panels = plt.subplots(  # type: ignore[attr-defined]
-        1, max(1, len(tasks)), figsize=(3.2 * max(1, len(tasks)), 3.2), layout="constrained", squeeze=False
-    )
+    figure, panels = _panels(plt, tasks)
     chosen = tuned_rates(export.cells, export.plan)
-    for axes, task in zip(panels[0], tasks, strict=False):
+    for axes, task in zip(panels, tasks, strict=False):
         for arm in export.arms:
             points = means(export, task, arm)
+            look = _look(export, arm)
             if arm == export.plan.baseline:
-                axes.plot([loss for _, loss, _ in points], [kl for *_, kl in points], "k.-", label=arm)
+                axes.plot([loss for _, loss, _ in points], [kl for *_, kl in points], ".-", **look)
                 continue
-            look = {"color": f"C{_NAMED.index(arm)}", "label": arm} if arm in _NAMED else {"color": "0.8"}
-            best = [(loss, kl) for rate, loss, kl in points if rate == chosen.get((task, arm))]
-            for loss, kl in best:
+            for loss, kl in [(loss, kl) for rate, loss, kl in points if rate == chosen.get((task, arm))]:
                 axes.plot(loss, kl, "o", markersize=4, **look)
-        axes.set_title(task)
-        axes.set_xlabel("test loss")
-    panels[0][0].set_ylabel("KL to the base model")
-    if panels[0][0].get_legend_handles_labels()[0]:
-        panels[0][0].legend(fontsize="x-small")
-    return figure
+        axes.set(title=task, xlabel="test loss")
+    return _finished(figure, panels, "KL to the base model, nats")

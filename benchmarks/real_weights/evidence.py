@@ -91,9 +91,10 @@ class Export:
             self.cells = sorted((_scored(line) for line in csv.DictReader(lines)), key=lambda entry: entry.cell)
         found = [entry.cell for entry in self.cells]
         arms = {cell.arm for cell in found}
-        at = {rate: {cell.arm for cell in found if cell.rate == rate} for rate in {cell.rate for cell in found}}
-        # Rates that were added for one arm are not of the grid.
-        rates = [rate for rate, those in at.items() if 2 * len(those) >= len(arms)]
+        series = {(cell.task, cell.arm) for cell in found}
+        at = {rate: {(c.task, c.arm) for c in found if c.rate == rate} for rate in {cell.rate for cell in found}}
+        # Rates that were added for some arms are not of the grid.
+        rates = [rate for rate, those in at.items() if 2 * len(those) >= len(series)]
         self.name = file.stem
         self.arms = [BASELINE, *sorted(arms - {BASELINE})]
         self.plan = Plan(
@@ -252,42 +253,46 @@ def scope(export: Export) -> str:
 
 def draw_figures(output: Path, folder: Path = RESULTS) -> None:
     """Draws the figures of each comparison."""
-    for export in _exports(folder):
+    for export in exports(folder):
         draw(export, output)
 
 
-def _exports(folder: Path) -> list[Export]:
-    exports = [Export(file) for file in sorted(folder.glob("*.csv"))]
-    return [export for export in exports if export.cells]
+def exports(folder: Path = RESULTS) -> list[Export]:
+    """The comparisons that are in the tree."""
+    found = [Export(file) for file in sorted(folder.glob("*.csv"))]
+    return [export for export in found if export.cells]
 
 
 def page_parts(folder: Path = RESULTS) -> dict[str, Any]:
     """What the pages take: ``real_weights``, the answers, and ``real_weights_tables``, what they rest on.
 
-    ``weights.COMPARISON.ARM.TASK`` is the change of test loss in % with its interval; ``pooled`` is all tasks.
+    ``weights.COMPARISON.ARM.TASK`` is the change of test loss in % with its interval; ``pooled`` is all tasks. So is
+    ``weights.COMPARISON.ARM["TASK at RATE"]`` at a common rate.
     """
-    exports = _exports(folder)
-    values = {export.name: _values(export) for export in exports}
-    if not exports:
+    found = exports(folder)
+    values = {export.name: _values(export) for export in found}
+    if not found:
         return {
             "real_weights": "No cell on real weights is in the tree yet.",
+            "real_weights_scope": "",
             "real_weights_tables": "None yet.",
             "weights": values,
         }
     head = ["Hypothesis", "Predicted, %", "Measured, % (95 %)", "Verdict", "Task by task"]
     screens = [
-        f"### {export.name}\n\n{scope(export)}\n\n{_table(head, answers(export))}\n\n"
-        f"![Test loss against LoRA at common rates and at tuned ones](figures/{export.name}_untuned.svg)\n\n"
+        f"### Hypotheses in {export.name}\n\n{scope(export)}\n\n{_table(head, answers(export))}\n\n"
+        f"![Test loss by rate, against LoRA at its best rate](figures/{export.name}_rates.svg)\n\n"
         f"![KL to the base model over test loss](figures/{export.name}_forgetting.svg)"
-        for export in exports
+        for export in found
     ]
     claimed = {claim.arm for _, own in HYPOTHESES.values() for claim in own}
-    absent = sorted(claimed - {arm for export in exports for arm in export.arms})
+    absent = sorted(claimed - {arm for export in found for arm in export.arms})
     if absent:
         screens.append(f"Not run: {', '.join(f'`{arm}`' for arm in absent)}.")
-    tables = [f"### {export.name}\n\n{_arms(export)}\n\n{_tasks(export)}" for export in exports]
+    tables = [f"### Arms in {export.name}\n\n{_arms(export)}\n\n{_tasks(export)}" for export in found]
     return {
         "real_weights": "\n\n".join(screens),
+        "real_weights_scope": "\n".join(f"- {scope(export)}" for export in found),
         "real_weights_tables": "\n\n".join(tables),
         "weights": values,
     }
@@ -297,6 +302,9 @@ def _values(export: Export) -> dict[str, dict[str, str]]:
     found = {}
     for row in export.tuned.rows:
         own = {"pooled": row.estimate, **row.by_task}
+        for table in export.common:
+            at = row_of(table, row.arm)
+            own |= {f"{task} at {table.rate:g}": each for task, each in (at.by_task if at else {}).items()}
         found[row.arm] = {name: f"{signed(each.mean)} {interval(each.low, each.high)}" for name, each in own.items()}
     return found
 

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.real_weights.curves import at_equal_loss, draw
 from benchmarks.real_weights.evidence import HYPOTHESES, Claim, Export, answers, judged, page_parts
@@ -97,6 +98,39 @@ def test_a_part_of_a_comparison_is_a_page_that_says_so(tmp_path: Path) -> None:
     figures = [file.read_bytes() for file in draw(export, tmp_path)]
     assert figures == [file.read_bytes() for file in draw(export, tmp_path)]
     assert page_parts(tmp_path) == text
+
+
+def test_a_magnitude_can_move_by_its_rate_in_each_step(tmp_path: Path) -> None:
+    from benchmarks.real_weights.magnitudes import of_export, of_study, page_part, rank_correlation, row_norm
+
+    weights = {
+        "layer": torch.tensor([[3.0, 4.0], [0.0, 1.0], [0.0, 2.0]]),
+        "embed": torch.ones(9, 9),
+        "b": torch.ones(3),
+    }
+    assert (row_norm(weights, False), row_norm(weights, True)) == (2.0, pytest.approx((9**0.5 + 21**0.5) / 2))
+    results = [
+        {
+            "run_info": {"train_config": {
+                "setting": "tiny.x", "arm_name": arm, "rate": rate, "seed": seed, "training": {"steps": 200},
+            }},
+            "train_info": {"status": "success", "metrics": [{"test loss": loss * (1 + seed)}]},
+        }
+        for rate, plain in ((0.01, 1.0), (0.02, 0.9), (0.04, 1.2))
+        for arm, loss in (("lora", plain), ("dora", plain * (1 - rate)))
+        for seed in range(2)
+    ]  # fmt: skip
+    points = of_study(results, {"tiny": 4.0})
+    assert [point.move for point in points] == pytest.approx([0.25, 0.5, 1.0])
+    assert [point.gain for point in points] == pytest.approx([-1.0, -2.0, -4.0])
+    assert [point.is_usual for point in points] == [True, True, False]
+    assert rank_correlation(points) == pytest.approx(-1.0)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(LEVELS, "dora", (0.99, 0.97))
+        own = of_export(written(tmp_path, arms=("lora", "dora")), 3.0)
+    assert [point.move for point in own] == pytest.approx([60 * rate / 6 for rate in RATES] * 2)
+    assert [point.gain for point in own] == pytest.approx([-1.0, -1.0, -3.0] * 2, abs=0.05)
+    assert page_part([*points, *own])["here"] == "0.5 to 1.0"
 
 
 def test_one_arm_is_a_page_too(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 
 from benchmarks.real_weights.curves import pyplot, save
-from benchmarks.real_weights.evidence import draw_figures, page_parts
+from benchmarks.real_weights.evidence import draw_figures, exports, page_parts
+from benchmarks.real_weights.magnitudes import all_points, draw, page_part
 from benchmarks.study import StudyError
 from benchmarks.study.report import mechanism, tables
 from benchmarks.study.report.comparison import bootstrap_interval, score_of, verdicts
@@ -63,7 +64,7 @@ def make_tables(sources: Sources, wanted: Mapping[str, Mapping[str, Any]]) -> di
     return made
 
 
-def make_pages(parts: Mapping[str, EvidenceTable | str], templates: Path = PAGES) -> dict[str, str]:
+def make_pages(parts: Mapping[str, Any], templates: Path = PAGES) -> dict[str, str]:
     """The text of every page, by file name.
 
     Raises:
@@ -96,14 +97,18 @@ def write_evidence(results: Iterable[dict[str, Any]], check: bool = False) -> bo
         Whether the pages already said what the results say.
     """
     specification = yaml.safe_load(SPECIFICATION.read_text())
+    results = list(results)
     sources = Sources(results, specification["studies"])
-    pages = make_pages({**make_tables(sources, specification["tables"]), **page_parts()})
+    points = all_points(results, exports())
+    tables = make_tables(sources, specification["tables"])
+    pages = make_pages({**tables, **page_parts(), "magnitudes": page_part(points)})
     same = all((file := DOCUMENTS / name).is_file() and file.read_text() == text for name, text in pages.items())
     if not check:
         for name, text in pages.items():
             (DOCUMENTS / name).write_text(text)
         draw_all(sources, DOCUMENTS / "figures")
         draw_figures(DOCUMENTS / "figures")
+        draw(points, DOCUMENTS / "figures" / "dora_magnitudes.svg")
     return same
 
 
