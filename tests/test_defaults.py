@@ -28,13 +28,12 @@ WARMUP_STEPS, STEPS = 10, 12
 
 
 def scales_of_sites(controller: GateController) -> list[Tensor]:
-    """Scales of the channels of each site, whose mean is 1 and which differ."""
+    """Scales of the channels of each site: one number for the activation that all of them have, below 1."""
     assert controller.step_scale is not None
-    scales = list(controller.step_scale.scale.split([site.channels for site in controller.gates]))
-    for scale in scales:
-        assert scale.mean().item() == pytest.approx(1.0, abs=1e-6)
-        assert float(scale.std()) > 1e-4
-    return scales
+    scale = controller.step_scale.scale
+    assert bool((scale == scale[0]).all())
+    assert 0.1 < float(scale[0]) < 1.0
+    return [scale[:1].expand(site.channels) for site in controller.gates]
 
 
 def check_first_step(
@@ -86,23 +85,19 @@ def check_statistics(controller: GateController, seen: list[list[list[float]]]) 
     assert controller.importance is not None
     sizes = [site.channels for site in controller.gates]
     found = controller.importance.responsiveness.split(sizes)
-    for site, tokens, responsiveness, scale in zip(
-        controller.gates, seen, found, scales_of_sites(controller), strict=True
-    ):
+    for site, tokens, responsiveness in zip(controller.gates, seen, found, strict=True):
         expected = reference.responsiveness("output_derivative", site.activation.name, tokens)
         assert responsiveness.tolist() == pytest.approx(expected, rel=1e-5)
-        etas = []
-        for channel in range(site.channels):
-            shares = reference.regime_shares(site.activation.name, [token[channel] for token in tokens], 0.1)
-            etas.append(reference.step_scale(*shares, 0.1))
-        mean = sum(etas) / len(etas)
-        assert scale.tolist() == pytest.approx([eta / mean for eta in etas], rel=1e-5)
+    (name,) = {site.activation.name for site in controller.gates}
+    shares = reference.regime_shares(name, [value for tokens in seen for token in tokens for value in token], 0.1)
+    for scale in scales_of_sites(controller):
+        assert scale.tolist() == pytest.approx([reference.step_scale(*shares, 0.1)] * len(scale), rel=1e-5)
 
 
 def test_the_callbacks_take_the_defaults_of_the_options() -> None:
     mask = ImportanceOptions(keep_fraction=0.9, criterion="output_derivative", warmup_steps=WARMUP_STEPS)
     assert GateImportanceCallback().options == ImportanceOptions() == mask
-    scale = StepScaleOptions(granularity="channel", normalize=True, matrix_a_factor=1.0)
+    scale = StepScaleOptions(granularity="activation", normalize=False, matrix_a_factor=1.0)
     assert StepScaleCallback().options == StepScaleOptions() == scale
 
 

@@ -263,7 +263,7 @@ def test_metrics_have_the_tags_of_tensorboard() -> None:
     groups = {"gate_responsiveness", "gate_mask_churn", "gate_step_scale_deviation"}
     groups |= {f"gate_regime_{name}" for name in ("suppressed", "homogeneous")}
     measured = {"selection_misalignment", "selection_share"}
-    with nonlinearity_aware(model, optimizer, importance=IMPORTANCE, measure_every=3) as controller:
+    with nonlinearity_aware(model, optimizer, importance=IMPORTANCE, step_scale=SCALE, measure_every=3) as controller:
         for step in range(1, 7):
             train(model, optimizer, batches(1, first=step))
             metrics = controller.metrics()

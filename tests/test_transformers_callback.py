@@ -282,7 +282,7 @@ GROUPS |= {"selection_misalignment", "selection_share"}
 
 @pytest.mark.parametrize("layers", [False, True])
 def test_metrics_are_in_the_log_history_of_logging_steps(tmp_path: Path, layers: bool) -> None:
-    callback = NALoRATrainerCallback(IMPORTANCE, log_layers=layers)
+    callback = NALoRATrainerCallback(IMPORTANCE, SCALE, log_layers=layers)
     trainer = make_trainer(tmp_path, llama(), [callback], eval_strategy="epoch")
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -30,6 +30,7 @@ ARMS: dict[str, Options] = {
         "step_scale.normalize": False,
     },
     "mask": {"step_scale": False},
+    "channel_scale": {"step_scale.granularity": "channel", "step_scale.normalize": True},
     "step_scale": {"gate_importance": False},
     "random_mask": {"gate_importance.variant.control": "random"},
     "reversed_mask": {"gate_importance.variant.control": "reversed"},

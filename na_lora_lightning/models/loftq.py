@@ -51,13 +51,12 @@ def begin_with_loftq(model: PeftModel, source: BaseModelSource) -> int:
         ConfigurationError: No layer is on four-bit weights.
     """
     from bitsandbytes.functional import dequantize_4bit
-    from peft.tuners.lora import LoraLayer
 
     stored = load_base_model(replace(source, quantization=QuantizationOptions(), dtype="float32"), None)
     count = 0
     for name, module in model.get_base_model().named_modules():
         layer: Any = module
-        if not isinstance(module, LoraLayer) or "default" not in layer.lora_A:
+        if "default" not in getattr(layer, "lora_A", {}):
             continue
         weight = layer.get_base_layer().weight
         state = getattr(weight, "quant_state", None)

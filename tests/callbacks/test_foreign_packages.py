@@ -58,7 +58,8 @@ def make_trainer(package: Any, folder: Path, callbacks: Any, **options: Any) -> 
 
 
 def both(keep_fraction: float = 0.5) -> list[Any]:
-    return [GateImportanceCallback(keep_fraction, warmup_steps=1, histogram_every_n_steps=4), StepScaleCallback()]
+    importance = GateImportanceCallback(keep_fraction, warmup_steps=1, histogram_every_n_steps=4)
+    return [importance, StepScaleCallback("channel", normalize=True)]
 
 
 def curves(folder: Path) -> dict[str, list[tuple[int, Any]]]:

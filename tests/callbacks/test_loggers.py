@@ -75,7 +75,8 @@ def test_manual_accumulation_logs_its_steps(tmp_path: Path) -> None:
 def test_files_of_the_loggers(tmp_path: Path) -> None:
     loggers = [CSVLogger(tmp_path, "csv"), TensorBoardLogger(tmp_path, "tensorboard")]
     view = ViewOptions(layer_curves=True)
-    callbacks = [GateImportanceCallback(0.5, histogram_every_n_steps=4, view=view), StepScaleCallback(view=view)]
+    importance = GateImportanceCallback(0.5, histogram_every_n_steps=4, view=view)
+    callbacks = [importance, StepScaleCallback("channel", normalize=True, view=view)]
     make_trainer(tmp_path, callbacks=callbacks, logger=loggers, log_every_n_steps=4).fit(ForeignModule(), loader())
     header, *rows = (tmp_path / "csv" / "version_0" / "metrics.csv").read_text().splitlines()
     assert {"gates/mask_churn", "gate_step_scale_deviation/layer_00", "gates/selection_share"} <= set(header.split(","))

@@ -72,7 +72,7 @@ def test_tensorboard_holds_curves_over_all_layers_and_of_each_where_asked(tmp_pa
         (GateImportanceCallback(0.5), IMPORTANCE | MISALIGNMENT),
         (GateImportanceCallback(0.5, scope="global"), IMPORTANCE | MISALIGNMENT),
         (StepScaleCallback(**PLAIN_SCALE), SCALE | {"gate_step_scale"} | MISALIGNMENT),
-        (StepScaleCallback(), SCALE | {"gate_step_scale_deviation"} | MISALIGNMENT),
+        (StepScaleCallback("channel", normalize=True), SCALE | {"gate_step_scale_deviation"} | MISALIGNMENT),
     ],
     ids=["importance", "importance_global", "scale", "scale_per_channel"],
 )

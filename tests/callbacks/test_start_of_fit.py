@@ -24,7 +24,7 @@ from na_lora_lightning.core.observation.observer import ObserverOptions
 from na_lora_lightning.errors import ConfigurationError, PlainLoRAWarning
 
 LINE = "NA-LoRA: 2 silu gates, 48 channels; rows of the least responsive 50 % (24) held from step 5; no step scale."
-BOTH = LINE.replace("no step scale", "step scale by channel")
+BOTH = LINE.replace("no step scale", "step scale by activation, not normalised")
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -150,7 +150,8 @@ def test_watching_shows_the_regimes_and_the_scale_that_would_be(tmp_path: Path) 
 def test_a_watched_step_is_measured_as_the_step_scale_measures_it() -> None:
     found: list[dict[str, float]] = []
     # With no memory and no part in the update, the step scale sees of each step what watching does.
-    for importance, scale in ((ImportanceOptions(keep_fraction=1.0), None), (None, StepScaleOptions(beta=0.0))):
+    of_channels = StepScaleOptions(granularity="channel", normalize=True, beta=0.0)
+    for importance, scale in ((ImportanceOptions(keep_fraction=1.0), None), (None, of_channels)):
         model = with_lora(tiny_llama(), LLAMA_TARGETS)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
         with nonlinearity_aware(model, optimizer, importance=importance, step_scale=scale, measure_every=2) as gates:
@@ -231,7 +232,7 @@ def test_a_longer_warmup_takes_the_mask_off(tmp_path: Path) -> None:
             StepScaleCallback(tau=0.3),
             "averaged with tau=0.1 and this run has 0.3, which cannot be continued; set tau as",
         ),
-        (StepScaleCallback(granularity="site"), "averaged with granularity='channel' and this run has 'site'"),
+        (StepScaleCallback(granularity="site"), "averaged with granularity='activation' and this run has 'site'"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")

@@ -197,6 +197,8 @@ def test_step_scales_multiply_the_step(base: str, tmp_path: Path) -> None:
 
 def test_every_arm_names_a_reading() -> None:
     arms = yaml.safe_load((ROOT / "benchmarks" / "real_weights" / "arms.yaml").read_text())
+    # The other is the package's own.
+    assert arms.pop("activation_scale").keys() == {"step_scale.granularity", "step_scale.normalize"}
     for options in arms.values():
         (callback,) = options["trainer.callbacks"]
         name = callback["class_path"].rpartition(".")[2]

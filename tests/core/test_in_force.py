@@ -65,7 +65,7 @@ def told(caplog: pytest.LogCaptureFixture) -> list[str]:
     ("importance", "scale", "expected"),
     [
         # 0.9 of 24 channels is 22, the nearest whole number.
-        ({}, {}, "rows of the least responsive 10 % (4) held from step 11; step scale by channel"),
+        ({}, {}, "rows of the least responsive 10 % (4) held from step 11; step scale by activation, not normalised"),
         (
             {"keep_fraction": 0.5, "warmup_steps": 0},
             None,
@@ -106,9 +106,13 @@ def told(caplog: pytest.LogCaptureFixture) -> list[str]:
             {"eta_min": 1.0},
             "no row held (keep_fraction 1); step scale exactly 1 (eta_min 1); plain LoRA, watched",
         ),
-        ({"keep_fraction": 0.99}, {}, "no row held (keep_fraction 0.99 rounds to all channels); step scale by channel"),
+        (
+            {"keep_fraction": 0.99},
+            {},
+            "no row held (keep_fraction 0.99 rounds to all channels); step scale by activation, not normalised",
+        ),
         (None, {"granularity": "site", "normalize": False}, "no mask; step scale by site, not normalised"),
-        (None, {"matrix_a_factor": 0.25}, "no mask; step scale by channel, steps of A times 0.25"),
+        (None, {"matrix_a_factor": 0.25}, "no mask; step scale by activation, not normalised, steps of A times 0.25"),
     ],
 )
 def test_the_line_says_what_is_held_and_scaled_and_from_which_step(
@@ -258,7 +262,7 @@ def test_a_step_scale_without_a_meaningful_partition_is_told_at_the_end() -> Non
 
 def test_a_normalised_scale_of_one_gate_is_told_before_training() -> None:
     model = with_lora(tiny_llama(layers=1), LLAMA_TARGETS)
-    sentences = train(model, 1, importance=None, step_scale=StepScaleOptions(granularity="site"))
+    sentences = train(model, 1, importance=None, step_scale=StepScaleOptions(granularity="site", normalize=True))
     assert sentences[0].startswith("normalize with granularity 'site' makes the step scale exactly 1")
 
 

@@ -14,7 +14,7 @@ _NAME = "watched"
 
 
 class Watching:
-    """Shows the default step scale by each measured step alone, and corrects nothing.
+    """Shows the step scale of channels by each measured step alone, and corrects nothing.
 
     Args:
         observer: Of the model.
@@ -30,7 +30,7 @@ class Watching:
         self, observer: GateObserver, sites: Sequence[GateSite], layout: Layout, is_due: Callable[[], bool]
     ) -> None:
         self.scale: StepScale | None = None
-        self._options = StepScaleOptions(granularity="channel", beta=0.0)
+        self._options = StepScaleOptions(granularity="channel", normalize=True, beta=0.0)
         self._sites = sites
         self._layout = layout
         observer.add(_NAME, StepScale.collector(self._options), is_due=is_due)

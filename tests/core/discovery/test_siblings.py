@@ -254,7 +254,7 @@ def moved(blocks: int) -> Tensor:
     inputs = {name: value.double() for name, value in INPUTS.items()}
     controller = GateController(model, discover_gates(model, inputs), ObserverOptions(max_tokens=None))
     controller.set_importance(ImportanceOptions(keep_fraction=1.0, warmup_steps=0))
-    controller.set_step_scale(StepScaleOptions())
+    controller.set_step_scale(StepScaleOptions(granularity="channel", normalize=True))
     (site,) = controller.gates
     parameter = site.parameters()[0].parameter
     optimizer = torch.optim.SGD([parameter], lr=1e-6)
