@@ -63,7 +63,7 @@ def begin_with_loftq(model: PeftModel, source: BaseModelSource) -> int:
         if state is None:
             continue
         held = dequantize_4bit(weight.data, state).float()
-        lost = stored.get_submodule(name).weight.to(held) - held
+        lost = stored.get_parameter(f"{name}.weight").to(held) - held
         left, values, right = torch.linalg.svd(lost, full_matrices=False)
         rank = layer.r["default"]
         roots = values[:rank].sqrt()
