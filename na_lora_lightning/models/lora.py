@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 from na_lora_lightning.arguments import LoRAOptions
-from na_lora_lightning.models.loftq import begin_with_loftq, require_four_bits
 from na_lora_lightning.models.lora_inputs import keep_inputs_uncast
 from na_lora_lightning.models.source import DUAL_ENCODERS, BaseModelSource
 from na_lora_lightning.models.target_names import require_names_in_use, require_names_of_model
@@ -46,10 +45,6 @@ def add_lora(model: PreTrainedModel, lora: LoRAOptions, source: BaseModelSource)
 
     from na_lora_lightning.models.fast_lora import use_fast_lora_layers
 
-    # Nothing is computed from a model without weights.
-    begins_with_loftq = lora.init_lora_weights == "loftq" and not next(model.parameters()).is_meta
-    if begins_with_loftq:
-        require_four_bits(source)
     require_names_of_model(model, lora)
     targets = _targets(model, lora, source)
     config = LoraConfig(
@@ -71,8 +66,7 @@ def add_lora(model: PreTrainedModel, lora: LoRAOptions, source: BaseModelSource)
         bias=lora.bias,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
-        # PEFT's LoftQ asks for a GPU and quantises by itself.
-        init_lora_weights=True if lora.init_lora_weights == "loftq" else lora.init_lora_weights,  # type: ignore[arg-type]
+        init_lora_weights=lora.init_lora_weights,  # type: ignore[arg-type]
         # All ranks stay as they are given.
         eva_config=EvaConfig(rho=1.0, use_label_mask=False) if lora.init_lora_weights == "eva" else None,
     )
@@ -96,8 +90,6 @@ def add_lora(model: PreTrainedModel, lora: LoRAOptions, source: BaseModelSource)
     _require_usable_initialisation(lora, peft_model, source)
     require_names_in_use(peft_model, lora)
     require_untiable(peft_model)
-    if begins_with_loftq:
-        begin_with_loftq(peft_model, source)
     keep_inputs_uncast(peft_model)
     use_fast_lora_layers(peft_model, enable=lora.layers == "fast")
     return peft_model.train()

@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 from module_helpers import Batches, logits, quiet_trainer, saved_model, some_batches
-from peft import PeftModel
-from peft.utils.integrations import dequantize_module_weight
 from transformers import AutoModelForCausalLM
 
 from na_lora_lightning import (
@@ -78,47 +76,6 @@ def test_lora_trains_on_quantised_weights_which_stay_as_they_are(tmp_path: Path,
     assert report.fast == ()
     assert sum(map(len, report.left.values())) == 14
     assert module.hparams["quantization"]["kind"] == kind
-
-
-@needs_bitsandbytes
-def test_loftq_begins_with_the_best_part_of_what_four_bits_lost(tmp_path: Path) -> None:
-    base = saved_model(tmp_path / "base")
-
-    def begun(initialisation: bool | str, **options: Any) -> Any:
-        torch.manual_seed(1)
-        module = NALoRALightningModule(
-            base,
-            LoRAOptions(r=4, alpha=12, init_lora_weights=initialisation, rank_pattern={"down_proj": 2}, **options),
-            quantization=QuantizationOptions("nf4"),
-        )
-        module.configure_model()
-        return module.peft_model
-
-    model, again, plain = begun("loftq"), begun("loftq"), begun(True)
-    stored = dict(AutoModelForCausalLM.from_pretrained(base).named_parameters())
-    layers = {name: layer for name, layer in model.get_base_model().named_modules() if hasattr(layer, "lora_A")}
-    assert len(layers) == 14
-    for name, layer in layers.items():
-        held, added = dequantize_module_weight(layer.base_layer), layer.get_delta_weight("default")
-        lost = stored[f"{name}.weight"] - held
-        # By Eckart and Young no matrix of the rank is nearer.
-        rank = 2 if "down_proj" in name else 4
-        rest = torch.linalg.svdvals(lost)[rank:].square().sum()
-        torch.testing.assert_close((lost - added).square().sum(), rest, rtol=1e-3, atol=1e-9)
-        other = again.get_base_model().get_submodule(name)
-        assert torch.equal(layer.lora_A["default"].weight, other.lora_A["default"].weight)
-        assert torch.equal(layer.lora_B["default"].weight, other.lora_B["default"].weight)
-    expected = logits(AutoModelForCausalLM.from_pretrained(base))
-    assert (logits(model) - expected).square().sum() < 0.9 * (logits(plain) - expected).square().sum()
-    # Plain PEFT has the base that it quantises, and the adapter.
-    model.save_pretrained(tmp_path / "adapter")
-    fresh = begun(True).unload()
-    loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter")
-    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-6)
-    with pytest.raises(ConfigurationError, match=r"quantization\.kind is None; set it to 'nf4' or 'fp4'"):
-        NALoRALightningModule(base, LoRAOptions(init_lora_weights="loftq")).configure_model()
-    with pytest.raises(ConfigurationError, match=r"lora\.use_dora does not go with init_lora_weights='loftq'"):
-        LoRAOptions(init_lora_weights="loftq", use_dora=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
