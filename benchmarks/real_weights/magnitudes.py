@@ -1,4 +1,4 @@
-"""DoRA's gain over how far magnitudes can move: ``python -m benchmarks.real_weights.magnitudes MODEL`` measures rows.
+"""DoRA's gain over how far magnitudes can move: ``python -m benchmarks.real_weights.magnitudes MODEL ...`` measures.
 
 A step of Adam moves a magnitude by about the rate η, whatever its size, which is at first the norm ‖w‖ of a row of the
 frozen weight. So magnitudes can move by η·T/‖w‖ of themselves in T steps, half of it under a cosine. Where that is
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 NORMS = Path(__file__).with_name("row_norms.json")
 STUDY_MODELS = Path(__file__).parents[1] / "study" / "models"
-REAL = "SmolLM2-135M"
+# Real models, by the folders that they are prepared in; comparisons but those named here are of the first.
+REAL = {"SmolLM2-135M-Instruct": "SmolLM2-135M", "gemma-3-270m": "Gemma 3 270M"}
+_OF_COMPARISON = {"gemma": REAL["gemma-3-270m"]}
 # Embeddings and heads have no LoRA.
 _NOT_LORA = ("embed", "wte", "wpe", "lm_head", "vision", "norm")
 
@@ -54,8 +56,8 @@ def row_norm(tensors: Mapping[str, Any], is_transposed: bool) -> float:
     return median(norms)
 
 
-def measured(real: Path) -> dict[str, float]:
-    """Row norms of the study's models and of the real one."""
+def measured(folders: Iterable[Path]) -> dict[str, float]:
+    """Row norms of the study's models and of real ones."""
     from safetensors.torch import load, load_file
 
     found = {}
@@ -63,7 +65,8 @@ def measured(real: Path) -> dict[str, float]:
         with zipfile.ZipFile(file) as archive:
             weights = load(archive.read("model.safetensors"))
         found[file.stem] = row_norm(weights, file.stem.startswith("gpt2"))
-    return {**found, REAL: row_norm(load_file(real / "model.safetensors"), False)}
+    real = {REAL[folder.name]: row_norm(load_file(folder / "model.safetensors"), False) for folder in folders}
+    return {**found, **real}
 
 
 def of_study(results: Iterable[Mapping[str, Any]], norms: Mapping[str, float]) -> list[Point]:
@@ -83,9 +86,10 @@ def of_study(results: Iterable[Mapping[str, Any]], norms: Mapping[str, float]) -
     return points
 
 
-def of_export(export: Export, norm: float) -> list[Point]:
-    """Points of a comparison on the real model, each a task and a rate."""
+def of_export(export: Export, norms: Mapping[str, float]) -> list[Point]:
+    """Points of a comparison on a real model, each a task and a rate."""
     points = []
+    model = _OF_COMPARISON.get(export.name, next(iter(REAL.values())))
     for task in export.plan.tasks:
         rates: dict[float, dict[str, dict[int, float]]] = defaultdict(dict)
         steps = 0.0
@@ -93,7 +97,7 @@ def of_export(export: Export, norm: float) -> list[Point]:
             if entry.cell.task == task and math.isfinite(entry.result["test"]):
                 rates[entry.cell.rate].setdefault(entry.cell.arm, {})[entry.cell.seed] = entry.result["test"]
                 steps = max(steps, entry.result["steps"])
-        points += _points(REAL, rates, steps / (2 * norm))
+        points += _points(model, rates, steps / (2 * norms[model]))
     return points
 
 
@@ -122,15 +126,15 @@ def page_part(points: Sequence[Point]) -> dict[str, str]:
     moves: dict[bool, list[float]] = {True: [], False: []}
     for point in points:
         if point.is_usual:
-            moves[point.model == REAL].append(100 * point.move)
+            moves[point.model in REAL.values()].append(100 * point.move)
     here, study = (f"{min(own):.1f} to {max(own):.1f}" if own else "none" for own in (moves[True], moves[False]))
     return {"correlation": f"{rank_correlation(points):.2f}", "here": here, "study": study}
 
 
 def all_points(results: Iterable[Mapping[str, Any]], exports: Iterable[Export]) -> list[Point]:
-    """Points of the study and of comparisons on the real model."""
+    """Points of the study and of comparisons on real models."""
     norms: dict[str, float] = json.loads(NORMS.read_text())
-    return of_study(results, norms) + [point for export in exports for point in of_export(export, norms[REAL])]
+    return of_study(results, norms) + [point for export in exports for point in of_export(export, norms)]
 
 
 def draw(points: Iterable[Point], file: Path) -> None:
@@ -161,9 +165,10 @@ def draw(points: Iterable[Point], file: Path) -> None:
 
 def main(folders: list[str]) -> None:
     """Measures the row norms."""
-    if len(folders) != 1 or not Path(folders[0]).is_dir():
-        sys.exit("error: name the folder of SmolLM2-135M-Instruct, which make quickstart leaves in .cache/quickstart.")
-    NORMS.write_text(json.dumps(measured(Path(folders[0])), indent=1) + "\n")
+    found = [Path(folder) for folder in folders]
+    if {folder.name for folder in found if folder.is_dir()} != REAL.keys():
+        sys.exit(f"error: name the folders {' and '.join(REAL)}, which quick starts leave in .cache/quickstart.")
+    NORMS.write_text(json.dumps(measured(found), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def test_a_magnitude_can_move_by_its_rate_in_each_step(tmp_path: Path) -> None:
     assert rank_correlation(points) == pytest.approx(-1.0)
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(LEVELS, "dora", (0.99, 0.97))
-        own = of_export(written(tmp_path, arms=("lora", "dora")), 3.0)
+        own = of_export(written(tmp_path, arms=("lora", "dora")), {"SmolLM2-135M": 3.0})
     assert [point.move for point in own] == pytest.approx([60 * rate / 6 for rate in RATES] * 2)
     assert [point.gain for point in own] == pytest.approx([-1.0, -1.0, -3.0] * 2, abs=0.05)
     assert page_part([*points, *own])["here"] == "0.5 to 1.0"
