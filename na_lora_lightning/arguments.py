@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from na_lora_lightning.errors import ConfigurationError
 
-_REPRODUCIBLE_INITIALISATIONS = ("gaussian", "pissa", "olora", "orthogonal", "eva")
+_REPRODUCIBLE_INITIALISATIONS = ("gaussian", "pissa", "olora", "orthogonal", "eva", "loftq")
 
 Group = TypeVar("Group")
 
@@ -43,8 +43,9 @@ class LoRAOptions:
         use_rslora: Scale by ``alpha / sqrt(r)`` (rank-stabilised LoRA).
         use_dora: Train each weight's magnitude beside its direction (DoRA).
         init_lora_weights: True starts from no change; ``"gaussian"``, ``"orthogonal"``, ``"pissa"``, ``"olora"`` and
-            ``"eva"`` as in PEFT; the last looks at training data when a fit begins. False starts from a random change,
-            which is for debugging alone.
+            ``"eva"`` as in PEFT; the last looks at training data when a fit begins. ``"loftq"`` starts from what a
+            quantisation to four bits lost, and the adapter then belongs to the base in those. False starts from a
+            random change, which is for debugging alone.
         layers: ``"fast"`` computes a layer and what LoRA adds to it in one function, with the same numbers to rounding,
             where :func:`~na_lora_lightning.use_fast_lora_layers` can; ``"peft"`` leaves all to PEFT.
 
@@ -89,12 +90,16 @@ class LoRAOptions:
             raise ConfigurationError(f"lora.layers={self.layers!r} is unknown; use 'fast' or 'peft'.")
         initialisation = self.init_lora_weights
         if isinstance(initialisation, str) and initialisation not in _REPRODUCIBLE_INITIALISATIONS:
-            # The others need other data, a random decomposition or (LoftQ) a GPU and a quantisation of its own, so the
-            # base weights that they leave behind could not be made again when the adapter is loaded.
-            reason = " (the base that it leaves behind could not be made again)" * (initialisation == "loftq")
+            # The others need other data or a random decomposition, so the base weights that they leave behind could not
+            # be made again when the adapter is loaded.
             raise ConfigurationError(
-                f"lora.init_lora_weights={initialisation!r} is not supported{reason}; use true, "
+                f"lora.init_lora_weights={initialisation!r} is not supported; use true, "
                 f"{', '.join(repr(name) for name in _REPRODUCIBLE_INITIALISATIONS)}."
+            )
+        if initialisation == "loftq" and self.use_dora:
+            raise ConfigurationError(
+                "lora.use_dora does not go with init_lora_weights='loftq', which begins with a change of the weights; "
+                "leave one of the two out."
             )
         if initialisation == "eva" and self.rank_pattern:
             raise ConfigurationError(

@@ -6,6 +6,7 @@ it: ``Trainer.global_step`` counts otherwise where several optimizers step in on
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from importlib.metadata import version
 from operator import attrgetter
@@ -21,6 +22,11 @@ from na_lora_lightning.errors import ConfigurationError
 
 _IS_LOGGING_STEP = "_logger_connector.should_update_logs"
 _LOGGED_STEP = "fit_loop.epoch_loop._batches_that_stepped"
+# Functions that make a module and then load a checkpoint into it: what they call the two.
+_LOADERS = {
+    "trainer.trainer._run": ("model", "ckpt_path"),
+    "core.saving._load_state": ("obj", "checkpoint"),
+}
 # Attributes by which modules and data know what runs them.
 BACK_REFERENCES = ("_trainer", "_fabric")
 _PACKAGES = ("lightning", "pytorch_lightning")
@@ -140,6 +146,22 @@ def attached_trainer(module: LightningModule) -> Trainer | None:
     """The trainer of a module; None where it has none, which ``module.trainer`` raises for."""
     trainer: Trainer | None = _read(module, "_trainer")
     return trainer
+
+
+def loads_checkpoint(module: LightningModule) -> bool:
+    """Whether a trainer, or ``load_from_checkpoint``, will give a checkpoint's weights to the module that it makes.
+
+    Both keep to themselves what they load until the module has its model. Where it cannot be told, as in another
+    version of Lightning, the answer is no.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        home = str(frame.f_globals.get("__name__")).split(".")[-2:]
+        names = _LOADERS.get(".".join([*home, frame.f_code.co_name]))
+        if names is not None and frame.f_locals.get(names[0]) is module:
+            return bool(frame.f_locals.get(names[1]))
+        frame = frame.f_back
+    return False
 
 
 def averages_between_processes(strategy: Any) -> bool:

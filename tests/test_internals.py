@@ -164,6 +164,30 @@ def test_progress_and_trainer_of_a_fit_and_of_its_checkpoint(tmp_path: Path) -> 
     assert (epochs["ready"], batches) == (2, 2)
 
 
+def test_a_module_is_told_whether_a_checkpoint_comes(tmp_path: Path) -> None:
+    told: list[bool] = []
+
+    class Told(Line):
+        def configure_model(self) -> None:
+            told.append(internals.loads_checkpoint(self))
+            assert not internals.loads_checkpoint(Line())
+
+        forward = Line.training_step
+
+    data, trainer = DataLoader(torch.ones(1, 2)), quiet(tmp_path, max_steps=1, enable_checkpointing=False)
+    Told().configure_model()
+    trainer.fit(Told(), data)
+    trainer.save_checkpoint(tmp_path / "it.ckpt")
+    assert told == [False] * 2
+    Told.load_from_checkpoint(tmp_path / "it.ckpt")
+    quiet(tmp_path, max_steps=2, enable_checkpointing=False).fit(Told(), data, ckpt_path=tmp_path / "it.ckpt")
+    trainer.predict(Told(), data, ckpt_path=tmp_path / "it.ckpt")
+    assert told == [False] * 2 + [True] * 3
+    # What was loaded before is no sign.
+    trainer.predict(Told(), data)
+    assert told[-1] is False
+
+
 def test_strategies_are_asked() -> None:
     asked = [internals.averages_between_processes(each) for each in (SingleDeviceStrategy("cpu"), DDPStrategy())]
     assert asked == [False, False]

@@ -15,6 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from na_lora_lightning.base_quantization import FILE, BaseQuantization
 from na_lora_lightning.data.answers import as_list
 
 if TYPE_CHECKING:
@@ -37,7 +38,9 @@ _READER_FILES = (
 )
 
 
-def complete_folder(model: PeftModel, partial: Path, folder: Path, reader: Any, card: str | None) -> None:
+def complete_folder(
+    model: PeftModel, partial: Path, folder: Path, reader: Any, card: str | None, own_base: BaseQuantization | None
+) -> None:
     """Adds to what PEFT has written of an adapter.
 
     Args:
@@ -46,6 +49,7 @@ def complete_folder(model: PeftModel, partial: Path, folder: Path, reader: Any, 
         folder: The adapter folder that this will be.
         reader: The tokenizer or processor of the model; None leaves it out.
         card: The text of the model card; None leaves it out.
+        own_base: The base to which alone the adapter belongs; None stands for its base in any form.
     """
     path = partial / _CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -55,6 +59,8 @@ def complete_folder(model: PeftModel, partial: Path, folder: Path, reader: Any, 
     if generation is not None:
         # Not save_pretrained, which refuses settings that some models are published with.
         generation.to_json_file(partial / _GENERATION_CONFIG)
+    if own_base is not None:
+        own_base.write(partial)
     if reader is not None:
         reader.save_pretrained(str(partial))
     # PEFT's own card names the base by its path.
@@ -65,7 +71,7 @@ def complete_folder(model: PeftModel, partial: Path, folder: Path, reader: Any, 
 
 def is_ours(file: Path) -> bool:
     """Whether a file of an adapter folder is one that this package or PEFT writes."""
-    names = (_CONFIG, _GENERATION_CONFIG, _CARD, "adapter_model.*", *_READER_FILES)
+    names = (_CONFIG, _GENERATION_CONFIG, _CARD, FILE, "adapter_model.*", *_READER_FILES)
     return any(fnmatch(file.name, name) for name in names)
 
 

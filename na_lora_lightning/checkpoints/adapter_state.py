@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from na_lora_lightning.arguments import LoRAOptions
+from na_lora_lightning.base_quantization import BaseQuantization
 from na_lora_lightning.checkpoints.adapter_folder import complete_folder, exchange, is_ours
 from na_lora_lightning.checkpoints.run_record import RunRecord
 from na_lora_lightning.errors import CheckpointError, ConfigurationError
@@ -61,14 +62,21 @@ def without_base_weights(
     return {name: tensor for name, tensor in state.items() if not name.startswith(prefix) or name in keys}
 
 
-def describe_adapter(model: PeftModel, lora: LoRAOptions) -> dict[str, Any]:
+def describe_adapter(model: PeftModel, lora: LoRAOptions, own_base: BaseQuantization | None = None) -> dict[str, Any]:
     """Plain values that say which base model and options an adapter belongs to."""
     base = model.get_base_model()
     return {
         "base_model_type": str(getattr(base.config, "model_type", type(base).__name__)),
         "base_model": str(model.peft_config["default"].base_model_name_or_path),
         "lora": asdict(lora),
+        "base_quantization": None if own_base is None else asdict(own_base),
     }
+
+
+def own_base_of_checkpoint(description: Mapping[str, Any]) -> BaseQuantization | None:
+    """The base to which alone an adapter belongs of which :func:`describe_adapter` says so; None for all others."""
+    found = description.get("base_quantization")
+    return None if found is None else BaseQuantization(**found)
 
 
 def require_same_adapter(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
@@ -94,19 +102,23 @@ def require_same_adapter(saved: Mapping[str, Any], current: Mapping[str, Any]) -
         for option, default in defaults.items()
         if option not in _FREE_OPTIONS
     ]
-    # It matters only if it moved base weights into LoRA, which changes what the saved weights are added to.
-    differences.append(("init_lora_weights", _moves_base(saved["lora"]), _moves_base(current["lora"])))
+    # It matters only if the saved weights are for a base that it has changed, or that it was made for.
+    differences.append(("init_lora_weights", _of_own_base(saved["lora"]), _of_own_base(current["lora"])))
     for option, then, now in differences:
         if then != now:
             raise ConfigurationError(
                 f"the checkpoint was trained with lora.{option}={then!r} and the current model has {now!r}; set "
                 "lora as it was."
             )
+    then_on, now_on = own_base_of_checkpoint(saved), own_base_of_checkpoint(current)
+    if then_on is not None and now_on is not None:
+        then_on.require("the checkpoint", now_on.kind, now_on.double, then_on.settings)
 
 
-def _moves_base(lora: Mapping[str, Any]) -> bool | str:
+def _of_own_base(lora: Mapping[str, Any]) -> bool | str:
     arguments = LoRAOptions(init_lora_weights=lora.get("init_lora_weights", True))
-    return arguments.init_lora_weights if arguments.changes_base_weights else True
+    belongs = arguments.changes_base_weights or arguments.init_lora_weights == "loftq"
+    return arguments.init_lora_weights if belongs else True
 
 
 def require_same_tensors(saved: Mapping[str, Tensor], current: Mapping[str, Tensor], keys: Collection[str]) -> None:
@@ -148,6 +160,7 @@ def write_adapter_folder(
     reader: Any = None,
     card: str | None = None,
     run: str | None = None,
+    own_base: BaseQuantization | None = None,
 ) -> Path:
     """Writes the adapter as ``peft`` itself does, for ``PeftModel.from_pretrained(base, folder)``.
 
@@ -163,6 +176,7 @@ def write_adapter_folder(
         reader: The tokenizer or processor of the model.
         card: The text of its model card.
         run: The run whose adapter it is, so that no other run replaces it.
+        own_base: The base to which alone the adapter belongs; None stands for its base in any form.
 
     Returns:
         The folder.
@@ -186,7 +200,7 @@ def write_adapter_folder(
         shutil.rmtree(partial, ignore_errors=True)
         # Left to itself PEFT asks the hub whether the vocabulary was resized, and it never is here.
         model.save_pretrained(str(partial), safe_serialization=True, save_embedding_layers=False, **options)
-        complete_folder(model, partial, place, reader, card)
+        complete_folder(model, partial, place, reader, card, own_base)
         if run is not None:
             RunRecord(run, "ended").write(partial)
         _take_place(partial, place)
@@ -225,11 +239,15 @@ def _take_place(partial: Path, folder: Path) -> None:
         if exchange(partial, folder):
             shutil.rmtree(partial, ignore_errors=True)
             return
+    former = [file for file in folder.iterdir() if is_ours(file) and not (partial / file.name).exists()]
     # The adapter comes last, as it is what the rest is about.
     for file in sorted(partial.iterdir(), key=lambda file: file.name.startswith("adapter_")):
         if file.is_dir():
             shutil.rmtree(folder / file.name, ignore_errors=True)
         file.replace(folder / file.name)
+    for file in former:
+        # What is no longer so would be said of the new one.
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
     partial.rmdir()
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from na_lora_lightning.base_quantization import BaseQuantization
 from na_lora_lightning.checkpoints.adapter_folder import hub_name, portable_base
 from na_lora_lightning.checkpoints.measurements import Measurement, heading
 
@@ -40,6 +41,7 @@ def adapter_card(
     weights: str,
     measurements: Sequence[Measurement],
     folder: Path,
+    own_base: BaseQuantization | None = None,
 ) -> str:
     """Writes the card of an adapter.
 
@@ -50,6 +52,7 @@ def adapter_card(
         weights: Which step they are of, in words.
         measurements: In the order in which they are shown.
         folder: The adapter's folder.
+        own_base: The base to which alone the adapter belongs; None stands for its base in any form.
 
     Returns:
         Markdown with a YAML header, without absolute paths; text from data is shown as code.
@@ -68,7 +71,7 @@ def adapter_card(
         f"A LoRA adapter in the format of PEFT for {_code(name)}"
         + ("" if hub_name(base) else ", a local folder where it was trained")
         + f". It was trained with NA-LoRA for PyTorch Lightning; its weights are those of {weights}.",
-        *_usage(name, folder.name, task),
+        *_usage(name, folder.name, task, own_base),
         *_data_section(getattr(trainer, "datamodule", None)),
         *_metrics_section(measurements),
         "## Training",
@@ -96,23 +99,37 @@ def _task(model: PeftModel) -> str:
     return "image-text-to-text" if with_images and hasattr(base.config, "vision_config") else "text-generation"
 
 
-def _usage(base: str, folder: str, task: str) -> Iterator[str]:
+def _usage(base: str, folder: str, task: str, own_base: BaseQuantization | None) -> Iterator[str]:
     kind, reader = _CLASSES[task], "AutoTokenizer" if task == "text-generation" else "AutoProcessor"
     generates = task != "zero-shot-image-classification"
+    name, merge = json.dumps(base), f"na-lora merge --adapter {json.dumps(folder)} --output merged"
+    settings: list[str] = []
+    if own_base is not None:
+        options = f"load_in_4bit=True, bnb_4bit_quant_type={json.dumps(own_base.kind)}"
+        settings = [f"four_bits = BitsAndBytesConfig({options}, bnb_4bit_use_double_quant={own_base.double})"]
+        name, merge = f"{name}, quantization_config=four_bits", f"{merge} {own_base.arguments}"
     lines = [
         "from peft import PeftModel",
-        f"from transformers import {kind}, {reader}" + (", GenerationConfig" if generates else ""),
+        f"from transformers import {kind}, {reader}"
+        + (", BitsAndBytesConfig" if settings else "")
+        + (", GenerationConfig" if generates else ""),
         "",
+        *settings,
         f"adapter = {json.dumps(folder)}  # this folder",
         f"reader = {reader}.from_pretrained(adapter)",
-        f"model = PeftModel.from_pretrained({kind}.from_pretrained({json.dumps(base)}), adapter)",
+        f"model = PeftModel.from_pretrained({kind}.from_pretrained({name}), adapter)",
     ]
     if generates:
         lines.append("model.generation_config = GenerationConfig.from_pretrained(adapter)  # stops where answers end")
     yield "## Use"
     yield _fenced("\n".join(lines), "python")
+    if own_base is not None:
+        yield (
+            f"It began with what {own_base.kind} lost of the base (LoftQ), so that it is for the base in those four "
+            "bits alone; on any other, what was lost would count twice."
+        )
     yield "A model of its own, without LoRA:"
-    yield _fenced(f"na-lora merge --adapter {json.dumps(folder)} --output merged", "console")
+    yield _fenced(merge, "console")
 
 
 def _data_section(datamodule: Any) -> Iterator[str]:

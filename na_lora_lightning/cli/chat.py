@@ -188,6 +188,9 @@ def options_parser() -> CommandParser:
         help="of the weights (default: auto, the checkpoint's on a GPU and float32 elsewhere)",
     )
     parser.add_argument("--quantization", metavar="KIND", help="hold the base weights as nf4, fp4, int8, ...")
+    parser.add_argument(
+        "--no_double_quantization", dest="double_quantization", action="store_false", help="of their scales"
+    )
     parser.add_argument("--device", metavar="NAME", help="such as cpu or cuda:1 (default: a GPU where there is one)")
     parser.add_argument("--trust_remote_code", action="store_true", help="let a model run code of its own")
     return parser
@@ -218,7 +221,7 @@ def main(arguments: list[str]) -> int:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigurationError(f"there is no device {options.device!r} here; use 'cpu' or 'cuda'.") from error
-    quantization = QuantizationOptions(options.quantization)
+    quantization = QuantizationOptions(options.quantization, options.double_quantization)
     speaker = Speaker(options.model, options.base, options.dtype, device, options.trust_remote_code, quantization)
     if options.system is not None and not speaker.has_template:
         raise ConfigurationError(

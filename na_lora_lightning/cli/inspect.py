@@ -59,12 +59,14 @@ def inspect_layers(
     """
     from na_lora_lightning.core.discovery.gates import discover_gates
     from na_lora_lightning.models.fast_lora import LoRALayerReport, lora_layer_report
+    from na_lora_lightning.models.loftq import own_base
     from na_lora_lightning.models.lora import add_lora
     from na_lora_lightning.models.quantization import stored_quantization
     from na_lora_lightning.models.source import load_config
     from na_lora_lightning.models.weightless import fill_in, model_without_weights
     from na_lora_lightning.modules.losses import model_inputs
 
+    own_base(lora, quantization)
     base = model_without_weights(source)
     inputs = _example_inputs(base, source, lora)
     model = add_lora(base, lora, source)

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from na_lora_lightning.checkpoints.adapter_folder import end_token_ids
+from na_lora_lightning.checkpoints.adapter_state import CHECKPOINT_KEY, own_base_of_checkpoint
 from na_lora_lightning.cli.adapters import base_of_adapter
 from na_lora_lightning.cli.errors import CommandParser
 from na_lora_lightning.cli.merge_output import (
@@ -26,7 +27,7 @@ from na_lora_lightning.data.answers import stop_at
 from na_lora_lightning.errors import ConfigurationError, one_line
 from na_lora_lightning.models.loading import load_base_model
 from na_lora_lightning.models.quantization import Kind, QuantizationOptions, dequantized, stored_quantization
-from na_lora_lightning.models.saved_adapter import TIED, adapter_folder, with_adapter
+from na_lora_lightning.models.saved_adapter import TIED, adapter_folder, require_own_base, with_adapter
 from na_lora_lightning.models.source import BaseModelSource, Dtype, load_config, require_model, without_progress_bars
 from na_lora_lightning.models.ties import has_ties, match_config, unmerged, untie_adapted_weights
 
@@ -157,9 +158,10 @@ def merge_into_base(model: PeftModel) -> PreTrainedModel:
 
 def _from_folder(arguments: MergeOptions) -> tuple[PeftModel, BaseModelSource]:
     adapter = arguments.adapter
+    quantization = QuantizationOptions(arguments.quantization, arguments.double_quantization)
+    require_own_base(adapter, quantization, on_command_line=True)
     base, revision = (arguments.base, None) if arguments.base else base_of_adapter(adapter)
     refuse_inputs_as_output(arguments.output, adapter, base)
-    quantization = QuantizationOptions(arguments.quantization, arguments.double_quantization)
     source = BaseModelSource(base, revision, arguments.trust_remote_code, arguments.dtype, quantization=quantization)
     _require_base(source, arguments)
     # Nothing is trained, so that "auto" is the checkpoint's dtype: the merged model is to be as large as the base.
@@ -204,13 +206,10 @@ def _from_checkpoint(arguments: MergeOptions) -> tuple[PeftModel, BaseModelSourc
     from na_lora_lightning.modules.language import NALoRALightningModule
 
     path = arguments.adapter
-    if arguments.quantization is not None or arguments.dequantize:
-        raise ConfigurationError(
-            f"{str(path)!r} is a checkpoint, which is merged into the base as it is stored; give the adapter's folder, "
-            "or leave --quantization and --dequantize out."
-        )
+    quantization = QuantizationOptions(arguments.quantization, arguments.double_quantization)
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["hyper_parameters"]
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        own, saved = own_base_of_checkpoint(checkpoint.get(CHECKPOINT_KEY, {})), checkpoint["hyper_parameters"]
         source = BaseModelSource(
             arguments.base or saved["model_name_or_path"],
             None if arguments.base else saved["revision"],
@@ -219,6 +218,8 @@ def _from_checkpoint(arguments: MergeOptions) -> tuple[PeftModel, BaseModelSourc
     except Exception as error:
         # Whatever a file that is not a checkpoint makes torch raise.
         raise _no_checkpoint(path, error) from error
+    if own is not None:
+        own.require(f"the checkpoint {str(path)!r}", quantization.kind, quantization.double, f"give {own.arguments}")
     refuse_inputs_as_output(arguments.output, path, source.name_or_path)
     _require_base(source, arguments)
     dtype: str = arguments.dtype
@@ -231,12 +232,20 @@ def _from_checkpoint(arguments: MergeOptions) -> tuple[PeftModel, BaseModelSourc
         "revision": source.revision,
         "trust_remote_code": source.trust_remote_code,
         "dtype": dtype,
-        "quantization": QuantizationOptions(),
+        "quantization": quantization,
     }
+
+    class MergedModule(NALoRALightningModule):
+        """With ordinary weights under its LoRA."""
+
+        def configure_model(self) -> None:
+            self.load_base = lambda source, device: dequantized(load_base_model(source, device), source.name_or_path)
+            super().configure_model()
+
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=TIED)
-            module = NALoRALightningModule.load_from_checkpoint(path, map_location="cpu", **options)
+            module = MergedModule.load_from_checkpoint(path, map_location="cpu", **options)
     except ConfigurationError:
         raise
     except Exception as error:

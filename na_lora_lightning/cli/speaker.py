@@ -23,7 +23,12 @@ from na_lora_lightning.errors import ConfigurationError, DataError
 from na_lora_lightning.models.limits import ModelLimits
 from na_lora_lightning.models.loading import load_base_model
 from na_lora_lightning.models.quantization import QuantizationOptions
-from na_lora_lightning.models.saved_adapter import adapter_folder, read_adapter_config, with_adapter
+from na_lora_lightning.models.saved_adapter import (
+    adapter_folder,
+    read_adapter_config,
+    require_own_base,
+    with_adapter,
+)
 from na_lora_lightning.models.source import BaseModelSource, Dtype
 
 if TYPE_CHECKING:
@@ -94,6 +99,8 @@ class Speaker:
         revision = None
         if self.adapter is None and base is not None:
             raise ConfigurationError(f"--base is given, and {place!r} is no adapter; leave it out.")
+        if self.adapter is not None:
+            require_own_base(self.adapter, quantization, on_command_line=True)
         name = place if self.adapter is None else base
         if name is None:
             assert self.adapter is not None

@@ -38,8 +38,14 @@ def lora_parts(parts: Collection[EncoderPart], lora: LoRAOptions) -> LoRAOptions
         lora: Options that leave ``parts`` at its default.
 
     Raises:
-        ConfigurationError: There is no such part, or ``lora.parts`` is set to something else.
+        ConfigurationError: There is no such part, ``lora.parts`` is set to something else, or LoRA is to begin with
+            what a quantisation lost.
     """
+    if lora.init_lora_weights == "loftq":
+        raise ConfigurationError(
+            "lora.init_lora_weights='loftq' begins with what four bits lost of the base, and dual encoders are not "
+            "quantised here; use 'orthogonal' or true."
+        )
     if not parts or any(part not in _PARTS for part in parts):
         raise ConfigurationError(
             f"parts={list(parts)!r} names no part, or an unknown one; use 'text', 'vision' and 'projection'."

@@ -36,7 +36,8 @@ def add_lora(model: PreTrainedModel, lora: LoRAOptions, source: BaseModelSource)
         source: Where ``model`` came from, to be named in the adapter.
 
     Returns:
-        The PEFT model in training mode, its LoRA parameters in float32, of whose inputs no float32 copy is kept.
+        The PEFT model in training mode, its LoRA parameters in float32, of whose inputs no float32 copy is kept. What
+        needs more than the model to begin (``"eva"``, ``"loftq"``) begins with no change.
 
     Raises:
         ConfigurationError: The options do not fit the model.
@@ -66,7 +67,8 @@ def add_lora(model: PreTrainedModel, lora: LoRAOptions, source: BaseModelSource)
         bias=lora.bias,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
-        init_lora_weights=lora.init_lora_weights,  # type: ignore[arg-type]
+        # PEFT's LoftQ quantises by itself, on a GPU alone.
+        init_lora_weights=True if lora.init_lora_weights == "loftq" else lora.init_lora_weights,  # type: ignore[arg-type]
         # All ranks stay as they are given.
         eva_config=EvaConfig(rho=1.0, use_label_mask=False) if lora.init_lora_weights == "eva" else None,
     )

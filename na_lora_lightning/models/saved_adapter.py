@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from na_lora_lightning.arguments import LoRAOptions
+from na_lora_lightning.base_quantization import BaseQuantization
 from na_lora_lightning.errors import ConfigurationError, one_line
+from na_lora_lightning.models.quantization import QuantizationOptions
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -78,6 +80,23 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def require_own_base(folder: Path, quantization: QuantizationOptions, on_command_line: bool = False) -> None:
+    """Checks, before it is loaded, that a base will be the one to which an adapter belongs.
+
+    Args:
+        folder: The adapter's.
+        quantization: How the base is held.
+        on_command_line: Whether that is said by ``--quantization``, and not by options of a module.
+
+    Raises:
+        ConfigurationError: The adapter began with what another quantisation lost.
+    """
+    own = BaseQuantization.of_folder(folder)
+    if own is not None:
+        remedy = f"give {own.arguments}" if on_command_line else own.settings
+        own.require(f"the adapter {str(folder)!r}", quantization.kind, quantization.double, remedy)
+
+
 def lora_of_adapter(folder: Path, given: LoRAOptions) -> LoRAOptions:
     """The options of LoRA under which an adapter trains on.
 
@@ -104,9 +123,11 @@ def lora_of_adapter(folder: Path, given: LoRAOptions) -> LoRAOptions:
     plain = LoraConfig()
     for name, value in config.items():
         option = _NAMES_OF_PEFT.get(name, name)
-        if option in known:
+        # PEFT's own LoftQ quantises the base again whenever the adapter is loaded.
+        is_own = name == "init_lora_weights" and value == "loftq"
+        if option in known and not is_own:
             options[option] = value
-        elif name not in _NOT_OF_LORA and value and value != getattr(plain, name, None):
+        elif is_own or (name not in _NOT_OF_LORA and value and value != getattr(plain, name, None)):
             raise ConfigurationError(
                 f"the adapter {str(folder)!r} has {name}={value!r}, for which there is no option here; use it with "
                 "PEFT, or merge it and train a new one."
@@ -119,7 +140,15 @@ def lora_of_adapter(folder: Path, given: LoRAOptions) -> LoRAOptions:
         options["target_modules"] = named or options["target_modules"]
     if options.get("init_lora_weights") in _ONLY_BEFORE:
         options["init_lora_weights"] = True
+    if BaseQuantization.of_folder(folder) is not None:
+        options["init_lora_weights"] = "loftq"
     of_adapter = LoRAOptions(**options)
+    begins, asked = of_adapter.init_lora_weights, given.init_lora_weights
+    if "loftq" in (begins, asked) and asked not in (True, begins):
+        raise ConfigurationError(
+            f"the adapter {str(folder)!r} began with init_lora_weights={begins!r}, and lora.init_lora_weights is "
+            f"{asked!r}; leave it out."
+        )
     changed = {
         field.name: getattr(given, field.name)
         for field in fields(LoRAOptions)
@@ -145,10 +174,16 @@ def with_adapter(model: PreTrainedModel, folder: Path, base: str) -> PeftModel:
         base: What the base model is called.
 
     Raises:
-        ConfigurationError: It belongs to another model.
+        ConfigurationError: It belongs to another model, or to one that PEFT makes on a GPU alone.
     """
+    import torch
     from peft import PeftModel
 
+    if read_adapter_config(folder).get("init_lora_weights") == "loftq" and not torch.cuda.is_available():
+        raise ConfigurationError(
+            f"the adapter {str(folder)!r} has init_lora_weights='loftq', for which PEFT quantises its base again on a "
+            "GPU, and there is none; use it on a machine with one."
+        )
     try:
         with warnings.catch_warnings():
             # Said of an adapter that lacks layers; it is refused below.

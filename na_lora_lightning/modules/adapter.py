@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from na_lora_lightning.arguments import AdapterOptions, LoRAOptions
+from na_lora_lightning.base_quantization import BaseQuantization
 from na_lora_lightning.checkpoints.adapter_state import (
     CHECKPOINT_KEY,
     adapter_keys,
@@ -60,6 +61,7 @@ class AdapterModule(LightningModule):
     Args:
         lora: What the adapter is.
         adapter: When and where it is written as a PEFT folder.
+        own_base: The base to which alone the adapter belongs; None stands for its base in any form.
 
     Attributes:
         draws_seed: Whether the seed of a run was drawn, and is not an option of it.
@@ -67,9 +69,10 @@ class AdapterModule(LightningModule):
 
     model: PeftModel | None
 
-    def __init__(self, lora: LoRAOptions, adapter: AdapterOptions) -> None:
+    def __init__(self, lora: LoRAOptions, adapter: AdapterOptions, own_base: BaseQuantization | None = None) -> None:
         super().__init__()
         self.lora = lora
+        self.own_base = own_base
         self.adapter = adapter
         # The base weights are not in checkpoints; load_state_dict checks what is.
         self.strict_loading = False
@@ -173,7 +176,7 @@ class AdapterModule(LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves the base model out."""
-        checkpoint[CHECKPOINT_KEY] = describe_adapter(self.peft_model, self.lora)
+        checkpoint[CHECKPOINT_KEY] = describe_adapter(self.peft_model, self.lora, self.own_base)
         if attached_trainer(self) is not None:
             # Only the first process writes, and each has random numbers of its own.
             checkpoint[RANDOM_STATE_KEY] = gather_random_states(self.device, self.trainer.world_size)
@@ -190,7 +193,8 @@ class AdapterModule(LightningModule):
         """Refuses a checkpoint of another model or LoRA."""
         if CHECKPOINT_KEY not in checkpoint:
             raise ConfigurationError(f"the checkpoint was not written by {type(self).__name__}; load one that was.")
-        require_same_adapter(checkpoint[CHECKPOINT_KEY], describe_adapter(self.peft_model, self.lora))
+        current = describe_adapter(self.peft_model, self.lora, self.own_base)
+        require_same_adapter(checkpoint[CHECKPOINT_KEY], current)
         if attached_trainer(self) is None or self.trainer.state.fn != "fit":
             return
         restore_averages(checkpoint, self.state_dict(), bool(weight_averaging(self.trainer)))
@@ -250,9 +254,12 @@ class AdapterModule(LightningModule):
     def _write_adapter(self, state: Mapping[str, Tensor], weights: str, best: Measurement | None = None) -> None:
         folder, run = self._adapter_folder(), run_callback(self.trainer)
         if self.trainer.is_global_zero:
-            card = adapter_card(self.peft_model, self.trainer, self.hparams, weights, self._measurements(best), folder)
+            measured, own_base = self._measurements(best), self.own_base
+            card = adapter_card(self.peft_model, self.trainer, self.hparams, weights, measured, folder, own_base)
             owner = None if run is None or self.adapter.folder is None else run.record.run
-            path = write_adapter_folder(self.peft_model, folder, state, reader=self._reader(), card=card, run=owner)
+            path = write_adapter_folder(
+                self.peft_model, folder, state, reader=self._reader(), card=card, run=owner, own_base=own_base
+            )
             self.written_adapter = WrittenAdapter(path, weights)
         self.trainer.strategy.barrier()
 

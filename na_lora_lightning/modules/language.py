@@ -26,7 +26,7 @@ from na_lora_lightning.checkpoints.adapter_state import CHECKPOINT_KEY
 from na_lora_lightning.data.answers import stop_at
 from na_lora_lightning.data.text.supervised import SupervisedDataModule
 from na_lora_lightning.errors import ConfigurationError, one_line
-from na_lora_lightning.lightning_internals import attached_trainer
+from na_lora_lightning.lightning_internals import attached_trainer, loads_checkpoint
 from na_lora_lightning.models.eva import begin_with_eva
 from na_lora_lightning.models.limits import ModelLimits
 from na_lora_lightning.models.loading import compile_blocks, enable_gradient_checkpointing, load_base_model
@@ -203,7 +203,7 @@ class NALoRALightningModule(AdapterTrainingModule):
     def _begin_with_data(self, model: PeftModel) -> None:
         """Looks at training data before the first step of a fit, for an initialisation that depends on them."""
         trainer = attached_trainer(self)
-        fits = trainer is not None and trainer.state.fn == "fit" and not trainer.ckpt_path
+        fits = trainer is not None and trainer.state.fn == "fit" and not loads_checkpoint(self)
         if trainer is None or not fits or self.lora.init_lora_weights != "eva" or self._start or self._has_begun:
             return
         datamodule = trainer.datamodule  # type: ignore[attr-defined]

@@ -21,8 +21,9 @@ from typing_extensions import override
 from na_lora_lightning.arguments import AdapterOptions, LoRAOptions, LossOptions, ScheduleOptions, as_group
 from na_lora_lightning.checkpoints.model_card import weights_of
 from na_lora_lightning.errors import ConfigurationError
-from na_lora_lightning.lightning_internals import attached_trainer
-from na_lora_lightning.models.saved_adapter import adapter_folder, load_adapter, lora_of_adapter
+from na_lora_lightning.lightning_internals import attached_trainer, loads_checkpoint
+from na_lora_lightning.models.loftq import begin_with_loftq, own_base
+from na_lora_lightning.models.saved_adapter import adapter_folder, load_adapter, lora_of_adapter, require_own_base
 from na_lora_lightning.models.source import BaseModelSource
 from na_lora_lightning.modules.adapter import AdapterModule
 from na_lora_lightning.modules.losses import StepAverage, TokenSums
@@ -79,8 +80,12 @@ class AdapterTrainingModule(AdapterModule, ABC):
         gradient_checkpointing: bool | Literal["offload"],
     ) -> None:
         lora, adapter = as_group(LoRAOptions, lora, "lora"), as_group(AdapterOptions, adapter, "adapter")
-        self._start = None if adapter.start is None else adapter_folder(adapter.start)
-        super().__init__(lora if self._start is None else lora_of_adapter(self._start, lora), adapter)
+        start, quantization = None if adapter.start is None else adapter_folder(adapter.start), source.quantization
+        if start is not None:
+            lora = lora_of_adapter(start, lora)
+            require_own_base(start, quantization)
+        super().__init__(lora, adapter, own_base(lora, quantization.kind, quantization.double))
+        self._start = start
         self.source = source
         self.schedule = as_group(ScheduleOptions, schedule, "schedule")
         self.loss = as_group(LossOptions, loss, "loss")
@@ -123,10 +128,13 @@ class AdapterTrainingModule(AdapterModule, ABC):
         self._rate, self._rate_is_new = rate, True
 
     def _start_adapter(self, model: PeftModel) -> PeftModel:
-        """Gives LoRA the weights to begin with, if there are any."""
+        """Gives LoRA the weights to begin with, if there are any that a checkpoint does not replace."""
         if self._start is not None:
             load_adapter(model, self._start)
             rank_zero_info(f"Begins with the adapter {str(self._start)!r}{weights_of(self._start)}.")
+        elif self.own_base is not None and not loads_checkpoint(self):
+            count = begin_with_loftq(model, self.source)
+            rank_zero_info(f"LoRA begins with what {self.own_base.kind} lost of the weights of {count} layers (LoftQ).")
         return model
 
     # ---- training ----

@@ -22,7 +22,7 @@ from na_lora_lightning.models.dual_encoder import add_lora_to_encoders
 from na_lora_lightning.modules.language import NALoRALightningModule
 
 WORK = [True, "gaussian", "orthogonal", "pissa", "olora", "eva"]
-REFUSED = ["loftq", "corda", "lora_ga", "mica", "pissa_niter_4", "evil"]
+REFUSED = ["corda", "lora_ga", "mica", "pissa_niter_4", "evil"]
 # The resumed fit goes on in the folder of the first.
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
 
@@ -71,7 +71,6 @@ def test_the_same_seed_is_the_same_start(base: str, tmp_path: Path, initialisati
 
 @pytest.mark.parametrize("initialisation", REFUSED)
 def test_others_are_refused_by_name(initialisation: str) -> None:
-    # PEFT's LoftQ computes on a GPU alone, and the base that it quantises is not the one that is loaded again.
     with pytest.raises(
         ConfigurationError, match=rf"lora\.init_lora_weights='{initialisation}' is not supported.*; use"
     ):
