@@ -19,6 +19,7 @@ from na_lora_lightning.checkpoints.callbacks import RunCheckpoint
 from na_lora_lightning.data import InstructionDataModule
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.models.dual_encoder import add_lora_to_encoders
+from na_lora_lightning.models.eva import begin_with_eva
 from na_lora_lightning.modules.language import NALoRALightningModule
 
 WORK = [True, "gaussian", "orthogonal", "pissa", "olora", "eva"]
@@ -100,7 +101,15 @@ def test_eva_finds_the_directions_of_the_inputs(base: str, tmp_path: Path) -> No
     assert all(not value.any() for name, value in lora_of(model).items() if "lora_B" in name)
 
 
-def test_eva_trains_resumes_and_is_loaded_by_peft(base: str, tmp_path: Path) -> None:
+def test_eva_trains_resumes_and_is_loaded_by_peft(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[int] = []
+
+    def begin(*arguments: Any) -> int:
+        begun.append(begin_with_eva(*arguments))
+        return begun[-1]
+
+    monkeypatch.setattr("na_lora_lightning.modules.language.begin_with_eva", begin)
+
     def fit(checkpoint: Path | None = None) -> NALoRALightningModule:
         seed_everything(0, verbose=False)
         module = module_of(base, "eva", rate=0.5)
@@ -115,6 +124,8 @@ def test_eva_trains_resumes_and_is_loaded_by_peft(base: str, tmp_path: Path) -> 
     (middle,) = (tmp_path / "steps").glob("*step=5.ckpt")
     resumed = lora_of(fit(middle).peft_model)
     assert all(torch.equal(value, resumed[name]) for name, value in expected.items())
+    # What a checkpoint replaces is not computed.
+    assert begun == [4]
     assert whole.written_adapter_folder is not None
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), whole.written_adapter_folder)
     torch.testing.assert_close(logits(loaded), logits(whole.peft_model), rtol=0, atol=2e-6)

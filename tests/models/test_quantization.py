@@ -90,6 +90,12 @@ def test_a_merge_into_dequantised_weights_says_what_was_trained(tmp_path: Path, 
     tolerance = 2e-2 if kind == "int8" else 1e-5
     expected = logits(module.peft_model).float()
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=tolerance)
+    # A checkpoint of the fit is the same.
+    module.trainer.save_checkpoint(tmp_path / "it.ckpt")
+    of_checkpoint = ["--adapter", str(tmp_path / "it.ckpt"), "--output", str(tmp_path / "again")]
+    assert main(["merge", *of_checkpoint, "--quantization", kind]) == 0
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
     # Into the weights as they are stored it is as near as those.
     assert main(["merge", "--adapter", adapter, "--output", str(tmp_path / "full")]) == 0
     full = AutoModelForCausalLM.from_pretrained(tmp_path / "full")
@@ -118,6 +124,13 @@ def test_a_base_that_is_stored_quantised(tmp_path: Path, capsys: pytest.CaptureF
     assert main([*merge, "--dequantize"]) == 0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged), logits(module.peft_model).float(), rtol=0, atol=1e-5)
+    module.trainer.save_checkpoint(tmp_path / "it.ckpt")
+    merge = ["merge", "--adapter", str(tmp_path / "it.ckpt"), "--output", str(tmp_path / "again")]
+    assert main(merge) == 2
+    assert "is quantised (bitsandbytes)" in capsys.readouterr().err
+    assert main([*merge, "--dequantize"]) == 0
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in merged.state_dict().items())
     capsys.readouterr()
     assert main(["inspect", str(tmp_path / "base"), "--json"]) == 0
     layers = json.loads(capsys.readouterr().out)["lora_layers"]
