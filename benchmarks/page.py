@@ -48,11 +48,11 @@ learns: arms are compared by step.
 """
 
 
-ON_A_GPU = """*GPU busy* is the figure to look at first. Where it is near 100 %, in the large model at 8 × 2048 tokens, LoRA in
-one function takes 0.95 of PEFT's time and 0.64 of its memory, NA-LoRA on 128 tokens a site 0.96, and DoRA 1.19 where
-PEFT's takes 1.50; on all tokens the gates' statistics are passes over memory of their own and cost a third more. Where
-the GPU is busy for a small part of the time, a step lasts as long as Python and torch take to launch its kernels: LoRA
-in one function launches 11 to 12 % fewer and takes as long as PEFT's, and both mechanisms add 5 to 18 %.
+ON_A_GPU = """*GPU busy* is the figure to look at first. Where it is near 100 %, in the large model at 8 × 2048 tokens,
+LoRA in one function takes 0.95 of PEFT's time and 0.64 of its memory, NA-LoRA on 128 tokens a site 0.96, and DoRA 1.19
+where PEFT's takes 1.50; on all tokens the gates' statistics are passes over memory of their own and cost a third more.
+Where the GPU is busy for a small part of the time, a step lasts as long as Python and torch take to launch its kernels:
+LoRA in one function launches 11 to 12 % fewer and takes as long as PEFT's, and both mechanisms add 5 to 18 %.
 """
 
 

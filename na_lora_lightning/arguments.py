@@ -36,7 +36,8 @@ class LoRAOptions:
             that the model keeps stacked in parameters. They take neither dropout nor DoRA.
         modules_to_save: Names of modules to train in full and save with the adapter.
         trainable_token_indices: Ids of tokens whose embeddings are trained and saved with the adapter, such as those
-            of special tokens that the model has never seen.
+            of special tokens that the model has never seen; or such ids by the names of modules, ``embed_tokens`` and
+            ``lm_head``.
         rank_pattern: Rank by layer name or regular expression, where it is not ``r``.
         alpha_pattern: ``alpha`` by layer name or regular expression, where it is not ``alpha``.
         bias: Which biases train: ``"none"``, ``"all"``, or those of the adapted layers (``"lora_only"``).
@@ -62,7 +63,7 @@ class LoRAOptions:
     layers_to_transform: list[int] | None = None
     target_parameters: list[str] | str | None = None
     modules_to_save: list[str] | None = None
-    trainable_token_indices: list[int] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     bias: Literal["none", "all", "lora_only"] = "none"

@@ -166,13 +166,14 @@ SHARDED_OPTIONS += ["--trainer.strategy.tensor_parallel_size", "1"]
 SHARDED_OPTIONS += ["--trainer.strategy.save_distributed_checkpoint", "false"]
 
 
+NEW_TOKENS = ["--model.new_tokens", "['<think>', '</think>']"]
 STREAM = ["--data.streaming", "true", "--data.group_by_length", "false", "--data.shuffle_buffer", "3"]
 
 
 @pytest.mark.parametrize(
     ("strategy", "more"),
-    [(["ddp"], []), (SHARDED_OPTIONS, []), (["ddp"], STREAM)],
-    ids=["ddp", "sharded", "streamed"],
+    [(["ddp"], []), (SHARDED_OPTIONS, []), (["ddp"], STREAM), (["ddp"], NEW_TOKENS), (SHARDED_OPTIONS, NEW_TOKENS)],
+    ids=["ddp", "sharded", "streamed", "new_tokens", "sharded_new_tokens"],
 )
 def test_the_command_line_in_two_processes_equals_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: list[str], more: list[str]

@@ -148,11 +148,6 @@ def end_token_ids(adapter: Path) -> list[int]:
     return as_list(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id"))
 
 
-def has_tokenizer(adapter: Path) -> bool:
-    """Whether an adapter folder has a tokenizer."""
-    return (adapter / "tokenizer_config.json").is_file()
-
-
 def copy_reader(adapter: Path, output: Path) -> None:
     """Copies tokenizer and chat template of an adapter folder, and of a processor what the output lacks.
 

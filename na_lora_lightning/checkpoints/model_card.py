@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -58,7 +58,7 @@ def adapter_card(
         Markdown with a YAML header, without absolute paths; text from data is shown as code.
     """
     base = str(model.peft_config["default"].base_model_name_or_path)
-    task = _task(model)
+    task, config = _task(model), cast(Any, model.get_base_model()).config.get_text_config()
     data = ModelCardData(
         base_model=hub_name(base),
         library_name="peft",
@@ -71,7 +71,7 @@ def adapter_card(
         f"A LoRA adapter in the format of PEFT for {_code(name)}"
         + ("" if hub_name(base) else ", a local folder where it was trained")
         + f". It was trained with NA-LoRA for PyTorch Lightning; its weights are those of {weights}.",
-        *_usage(name, folder.name, task, own_base),
+        *_usage(name, folder.name, task, own_base, config.vocab_size if settings.get("new_tokens") else None),
         *_data_section(getattr(trainer, "datamodule", None)),
         *_metrics_section(measurements),
         "## Training",
@@ -99,7 +99,7 @@ def _task(model: PeftModel) -> str:
     return "image-text-to-text" if with_images and hasattr(base.config, "vision_config") else "text-generation"
 
 
-def _usage(base: str, folder: str, task: str, own_base: BaseQuantization | None) -> Iterator[str]:
+def _usage(base: str, folder: str, task: str, own_base: BaseQuantization | None, rows: int | None) -> Iterator[str]:
     kind, reader = _CLASSES[task], "AutoTokenizer" if task == "text-generation" else "AutoProcessor"
     generates = task != "zero-shot-image-classification"
     name, merge = json.dumps(base), f"na-lora merge --adapter {json.dumps(folder)} --output merged"
@@ -117,7 +117,9 @@ def _usage(base: str, folder: str, task: str, own_base: BaseQuantization | None)
         *settings,
         f"adapter = {json.dumps(folder)}  # this folder",
         f"reader = {reader}.from_pretrained(adapter)",
-        f"model = PeftModel.from_pretrained({kind}.from_pretrained({name}), adapter)",
+        f"model = {kind}.from_pretrained({name})",
+        *([f"model.resize_token_embeddings({rows})  # for the tokens that the adapter adds"] if rows else []),
+        "model = PeftModel.from_pretrained(model, adapter)",
     ]
     if generates:
         lines.append("model.generation_config = GenerationConfig.from_pretrained(adapter)  # stops where answers end")

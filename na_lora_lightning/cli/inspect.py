@@ -45,7 +45,7 @@ def inspect_layers(
     """Makes a model from its configuration, without its weights, adds LoRA to it, and finds its gates.
 
     Args:
-        source: Which model; a folder that holds nothing but ``config.json`` will do.
+        source: Which model; a folder that holds nothing but ``config.json`` will do, and a tokenizer for new tokens.
         lora: Which layers get LoRA.
         quantization: How a fit would quantise its weights; they may be stored so already.
 
@@ -239,6 +239,7 @@ def options_parser() -> PlainParser:
     parser.add_argument("-c", "--config", type=str, help="configuration of a run to take options from")
     parser.add_argument("--memory", type=bool, default=True, help="estimate the memory of a training step")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--new_tokens", type=list[str] | None, help="texts that are one token each")
     parser.add_argument("--trust_remote_code", type=bool, default=False, help="run code that comes with the model")
     parser.add_argument(
         "--quantization", type=Kind | None, default=None, help="in what form a fit would hold the base weights"
@@ -278,7 +279,9 @@ def main(arguments: list[str]) -> int:
         raise ConfigurationError(explain(str(error), keys, (), ())) from error
     if options.model is None:
         raise ConfigurationError("no model is given; give its folder or its name on the hub.")
-    source = BaseModelSource(options.model, trust_remote_code=options.trust_remote_code)
+    source = BaseModelSource(
+        options.model, trust_remote_code=options.trust_remote_code, new_tokens=options.new_tokens or ()
+    )
     lora = LoRAOptions(**vars(options.lora))
     step = StepSize(**{field.name: options[field.name] for field in fields(StepSize)})
     gates, layers, (trainable, total) = inspect_layers(source, lora, options.quantization)

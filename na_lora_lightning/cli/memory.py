@@ -113,6 +113,7 @@ def options_of_run(file: str) -> dict[str, Any]:
     named = {
         "model": model.get("model_name_or_path"),
         "trust_remote_code": model.get("trust_remote_code"),
+        "new_tokens": model.get("new_tokens"),
         "dtype": model.get("dtype"),
         "gradient_checkpointing": model.get("gradient_checkpointing"),
         "quantization": _group(model, "quantization").get("kind"),

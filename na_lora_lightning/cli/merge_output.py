@@ -12,8 +12,9 @@ from pathlib import Path
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from safetensors import SafetensorError
 
-from na_lora_lightning.checkpoints.adapter_folder import copy_reader, has_tokenizer
+from na_lora_lightning.checkpoints.adapter_folder import copy_reader
 from na_lora_lightning.checkpoints.run_folders import is_within
+from na_lora_lightning.data.text.tokenizer import add_tokens, has_tokenizer
 from na_lora_lightning.errors import CheckpointError, ConfigurationError, one_line
 from na_lora_lightning.models.source import BaseModelSource
 
@@ -153,7 +154,7 @@ def written_whole(output: Path) -> Iterator[Path]:
 
 
 def copy_tokenizer(source: BaseModelSource, output: Path, adapter: Path) -> None:
-    """Copies the adapter's tokenizer and chat template, or else the base model's, and for images a processor.
+    """Copies the adapter's tokenizer and chat template, or else the base's with new tokens, and for images a processor.
 
     Warns where there is no tokenizer.
     """
@@ -175,6 +176,7 @@ def copy_tokenizer(source: BaseModelSource, output: Path, adapter: Path) -> None
             "merged model is without one."
         )
         return
+    add_tokens(tokenizer, source.new_tokens)
     tokenizer.save_pretrained(output)
     _copy_processor(source, output)
 

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
-from na_lora_lightning.checkpoints.adapter_folder import end_token_ids, has_tokenizer
+from na_lora_lightning.checkpoints.adapter_folder import end_token_ids
 from na_lora_lightning.checkpoints.model_card import weights_of
 from na_lora_lightning.cli.adapters import base_of_adapter
 from na_lora_lightning.data.answers import as_list, stop_at
 from na_lora_lightning.data.images.encoding import VisionRecordEncoder
 from na_lora_lightning.data.processors import load_processor
 from na_lora_lightning.data.text.encoding import RecordEncoder
-from na_lora_lightning.data.text.tokenizer import load_tokenizer
+from na_lora_lightning.data.text.tokenizer import has_tokenizer, load_tokenizer
 from na_lora_lightning.errors import ConfigurationError, DataError
 from na_lora_lightning.models.limits import ModelLimits
 from na_lora_lightning.models.loading import load_base_model
@@ -109,7 +109,6 @@ class Speaker:
         model = load_base_model(source, device)
         if getattr(model, "generation_config", None) is None:
             raise ConfigurationError(f"the model {name!r} does not write; give a causal language model.")
-        self.limits = ModelLimits(model)
         self.title = name
         self._encoder = _encoder(model, source, self.adapter)
         self.takes_images = isinstance(self._encoder, VisionRecordEncoder)
@@ -121,6 +120,7 @@ class Speaker:
             # Quantised weights are there already.
             model = model.to(device)  # type: ignore[arg-type]
         self.model: Any = model.eval()
+        self.limits = ModelLimits(self._base)
         self._own: Any = self._base.generation_config
         self.ends = [*as_list(self._own.eos_token_id)]
         self.ends += [] if self.tokenizer.eos_token_id in self.ends else [self.tokenizer.eos_token_id]

@@ -55,6 +55,7 @@ from na_lora_lightning.core.in_force import say
 from na_lora_lightning.data import InstructionDataModule
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.lightning_internals import parsers_of_commands, require_cli
+from na_lora_lightning.models.saved_adapter import adapter_folder, with_tokens_of_adapter
 from na_lora_lightning.models.source import BaseModelSource, require_model
 from na_lora_lightning.modules.fit_summary import FitSummaryCallback
 from na_lora_lightning.modules.language import NALoRALightningModule
@@ -155,7 +156,8 @@ class NALoRACLI(LightningCLI):
         for reader in readers:
             parser.link_arguments(f"{model}.model_name_or_path", f"{group}.{reader}_name_or_path")
             parser.link_arguments(f"{model}.revision", f"{group}.{reader}_revision")
-        parser.link_arguments(f"{model}.trust_remote_code", f"{group}.trust_remote_code")
+        for option in ("trust_remote_code", "new_tokens"):
+            parser.link_arguments(f"{model}.{option}", f"{group}.{option}")
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -193,10 +195,17 @@ class NALoRACLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
-        """Fails on a model that cannot be had before data is prepared."""
-        model = self._get(self.config, "model")
+        """Fails on a model that cannot be had before data is prepared, and has data read as an adapter's was."""
+        model, data = self._get(self.config, "model"), self._get(self.config, "data")
         model = model.init_args if self.subclass_mode_model else model
-        require_model(BaseModelSource(model.model_name_or_path, revision=model.revision))
+        data = data.get("init_args", {}) if self.subclass_mode_data else data
+        tokens = model.get("new_tokens") or ()
+        trust = bool(model.get("trust_remote_code"))
+        source = BaseModelSource(model.model_name_or_path, model.revision, trust, new_tokens=tokens)
+        require_model(source)
+        if "new_tokens" in model and "new_tokens" in data and model.adapter.start is not None:
+            source = with_tokens_of_adapter(source, adapter_folder(model.adapter.start))
+            model.new_tokens = data.new_tokens = list(source.new_tokens)
 
     @override
     def instantiate_classes(self) -> None:

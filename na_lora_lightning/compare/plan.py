@@ -151,6 +151,12 @@ class Plan:
         if config.get("gate_importance") is not False:
             changes["gate_importance.variant.seed"] = cell.seed
         if self.last_layers is not None:
+            lora = config["model"].get("lora") or {}
+            if config["model"].get("new_tokens") or lora.get("trainable_token_indices"):
+                raise ConfigurationError(
+                    "--last-layers keeps what the last blocks are given, which changes where embeddings of tokens are "
+                    "trained; leave it out, or model.new_tokens and model.lora.trainable_token_indices."
+                )
             layers = load_config(BaseModelSource(config["model"]["model_name_or_path"])).get_text_config()
             last = range(layers.num_hidden_layers)[-self.last_layers :]
             changes["model.lora.layers_to_transform"] = list(last)

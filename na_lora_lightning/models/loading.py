@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from na_lora_lightning.errors import ConfigurationError, one_line
+from na_lora_lightning.models.new_tokens import make_room, token_ids
 from na_lora_lightning.models.quantization import loading_options
 from na_lora_lightning.models.source import (
     BaseModelSource,
@@ -40,13 +41,14 @@ def load_base_model(source: BaseModelSource, device: torch.device | None) -> Pre
             weights are loaded to the CPU, or wherever the surrounding context says; quantised ones to the device.
 
     Returns:
-        The model, in evaluation mode and with all its parameters set.
+        The model, in evaluation mode and with all its parameters set, and with rows for new tokens.
 
     Raises:
         ConfigurationError: There is no such model, it lacks weights, or transformers is too old.
     """
     require_new_transformers()
     require_model(source)
+    ids = token_ids(source)
     options: dict[str, Any] = {
         "revision": source.revision or "main",
         "trust_remote_code": source.trust_remote_code,
@@ -77,6 +79,7 @@ def load_base_model(source: BaseModelSource, device: torch.device | None) -> Pre
     model: PreTrainedModel
     model, loading = loaded
     _require_all_weights(source, loading)
+    make_room(model, ids)
     mark_transposed_experts(model)
     return model
 

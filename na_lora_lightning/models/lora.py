@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 from na_lora_lightning.arguments import LoRAOptions
 from na_lora_lightning.models.lora_inputs import keep_inputs_uncast
+from na_lora_lightning.models.new_tokens import require_rows_free, require_rows_trained, token_ids, trained_rows
 from na_lora_lightning.models.source import DUAL_ENCODERS, BaseModelSource
 from na_lora_lightning.models.target_names import require_names_in_use, require_names_of_model
 from na_lora_lightning.models.targets import ALL_EXPERTS, LoRATargets, lora_targets
@@ -33,7 +34,7 @@ def add_lora(model: PreTrainedModel, lora: LoRAOptions, source: BaseModelSource)
     Args:
         model: The base model; its parameters are frozen.
         lora: Which layers, and what kind of LoRA.
-        source: Where ``model`` came from, to be named in the adapter.
+        source: Where ``model`` came from, to be named in the adapter, and which tokens are new in it.
 
     Returns:
         The PEFT model in training mode, its LoRA parameters in float32, of whose inputs no float32 copy is kept. What
@@ -47,7 +48,7 @@ def add_lora(model: PreTrainedModel, lora: LoRAOptions, source: BaseModelSource)
     from na_lora_lightning.models.fast_lora import use_fast_lora_layers
 
     require_names_of_model(model, lora)
-    targets = _targets(model, lora, source)
+    targets, new = _targets(model, lora, source), token_ids(source)
     config = LoraConfig(
         task_type=None if model.config.model_type in DUAL_ENCODERS else "CAUSAL_LM",
         base_model_name_or_path=source.resolved_name_or_path,
@@ -61,7 +62,7 @@ def add_lora(model: PreTrainedModel, lora: LoRAOptions, source: BaseModelSource)
         layers_to_transform=lora.layers_to_transform,
         target_parameters=targets.target_parameters,
         modules_to_save=lora.modules_to_save,
-        trainable_token_indices=_tokens_of_model(model, lora.trainable_token_indices, lora.modules_to_save),
+        trainable_token_indices=trained_rows(model, lora, new),
         rank_pattern=dict(lora.rank_pattern),
         alpha_pattern=dict(lora.alpha_pattern),
         bias=lora.bias,
@@ -72,6 +73,7 @@ def add_lora(model: PreTrainedModel, lora: LoRAOptions, source: BaseModelSource)
         # All ranks stay as they are given.
         eva_config=EvaConfig(rho=1.0, use_label_mask=False) if lora.init_lora_weights == "eva" else None,
     )
+    require_rows_free(model, config)
     try:
         with _seeded_by_seed_everything(), warnings.catch_warnings():
             # PEFT corrects the setting by itself, layer by layer, and says so for each.
@@ -91,6 +93,7 @@ def add_lora(model: PreTrainedModel, lora: LoRAOptions, source: BaseModelSource)
     peft_model.peft_config["default"].base_model_name_or_path = source.resolved_name_or_path
     _require_usable_initialisation(lora, peft_model, source)
     require_names_in_use(peft_model, lora)
+    require_rows_trained(peft_model, new)
     require_untiable(peft_model)
     keep_inputs_uncast(peft_model)
     use_fast_lora_layers(peft_model, enable=lora.layers == "fast")
@@ -145,33 +148,6 @@ def _require_usable_initialisation(lora: LoRAOptions, model: PeftModel, source: 
             f"lora.init_lora_weights='olora' does not work for the Conv1D layers of {source.name_or_path!r}; use "
             "'pissa' or true."
         )
-
-
-def _tokens_of_model(
-    model: PreTrainedModel, indices: list[int] | None, saved_modules: list[str] | None
-) -> list[int] | None:
-    """Ids of tokens, in order and each once, all of which the model has."""
-    if not indices:
-        return None
-    embeddings: Any = model.get_input_embeddings()
-    count = len(embeddings.weight)
-    wrong = next((index for index in indices if not 0 <= index < count), None)
-    if wrong is not None:
-        raise ConfigurationError(
-            f"lora.trainable_token_indices names {wrong}, and the model has embeddings of the tokens 0 to {count - 1}; "
-            "leave it out."
-        )
-    saved = next((name for name in saved_modules or () if _holds(model, name, embeddings)), None)
-    if saved is not None:
-        raise ConfigurationError(
-            f"lora.modules_to_save trains {saved!r} in full, and lora.trainable_token_indices some of its rows; leave "
-            "one of the two out."
-        )
-    return sorted(set(indices))
-
-
-def _holds(model: PreTrainedModel, ending: str, module: Any) -> bool:
-    return any(name.endswith(ending) and other is module for name, other in model.named_modules())
 
 
 @contextmanager

@@ -11,12 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from na_lora_lightning.arguments import LoRAOptions
 from na_lora_lightning.base_quantization import BaseQuantization
+from na_lora_lightning.data.text.tokenizer import add_tokens, has_tokenizer, load_tokenizer
 from na_lora_lightning.errors import ConfigurationError, one_line
+from na_lora_lightning.models.new_tokens import make_room
 from na_lora_lightning.models.quantization import QuantizationOptions
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+    from na_lora_lightning.models.source import BaseModelSource
 
 # PEFT says of tied weights what merging takes care of.
 TIED = r"(Model with|Model has) `tie_word_embeddings=True`|Input and output embeddings are no longer tied"
@@ -169,7 +173,7 @@ def with_adapter(model: PreTrainedModel, folder: Path, base: str) -> PeftModel:
     """Puts an adapter of any kind onto a model, for use and not for training.
 
     Args:
-        model: The base model.
+        model: The base model, which is given rows for tokens that the adapter adds.
         folder: The adapter's.
         base: What the base model is called.
 
@@ -189,6 +193,7 @@ def with_adapter(model: PreTrainedModel, folder: Path, base: str) -> PeftModel:
             # Said of an adapter that lacks layers; it is refused below.
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
             warnings.filterwarnings("ignore", message=TIED)
+            make_room(model, _trained_tokens(folder))
             adapted = PeftModel.from_pretrained(model, str(folder))
         require_every_tensor(adapted, folder)
     except (RuntimeError, ValueError, KeyError) as error:
@@ -197,6 +202,46 @@ def with_adapter(model: PreTrainedModel, folder: Path, base: str) -> PeftModel:
             "that it was trained on."
         ) from error
     return adapted
+
+
+def _trained_tokens(folder: Path) -> set[int]:
+    """Ids of the tokens whose rows an adapter has."""
+    indices = read_adapter_config(folder).get("trainable_token_indices") or []
+    return {index for ids in (indices.values() if isinstance(indices, dict) else [indices]) for index in ids}
+
+
+def with_tokens_of_adapter(source: BaseModelSource, folder: Path) -> BaseModelSource:
+    """A base model with the tokens that an adapter adds to it: those that its tokenizer has and the base's lacks.
+
+    Args:
+        source: The base model, with the same tokens or none.
+        folder: The adapter's.
+
+    Raises:
+        ConfigurationError: It is given others.
+    """
+    trained, trust = _trained_tokens(folder), source.trust_remote_code
+    own: dict[int, str] = {}
+    given = dict(enumerate(source.new_tokens))
+    if has_tokenizer(folder) and (trained or given):
+        try:
+            base = load_tokenizer(source.resolved_name_or_path, revision=source.revision, trust_remote_code=trust)
+        except ConfigurationError:
+            if given:
+                raise
+            # Nothing can be read with the base's own tokenizer, then.
+            return source
+        known = {str(token) for token in base.added_tokens_decoder.values()}
+        added = load_tokenizer(str(folder), revision=None, trust_remote_code=trust).added_tokens_decoder
+        own = {index: str(added[index]) for index in sorted(trained & set(added)) if str(added[index]) not in known}
+        ids = zip(add_tokens(base, source.new_tokens), source.new_tokens, strict=True)
+        given = {index: token for index, token in ids if token not in known}
+    if source.new_tokens and given != own:
+        raise ConfigurationError(
+            f"the adapter {str(folder)!r} has the new tokens {list(own.values())}, and model.new_tokens is "
+            f"{list(source.new_tokens)}; leave model.new_tokens out."
+        )
+    return replace(source, new_tokens=source.new_tokens or list(own.values()))
 
 
 def _tensor_names(folder: Path) -> set[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
+from na_lora_lightning.data.text.tokenizer import require_new_tokens
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.models.quantization import QuantizationOptions
 
@@ -38,9 +39,10 @@ class BaseModelSource:
         dtype: Of the weights; ``"auto"`` is the checkpoint's own on a CUDA device and float32 elsewhere.
         attention_implementation: As transformers names it (``"sdpa"``, ``"eager"``, ...); None lets it choose.
         quantization: In what form its weights are held.
+        new_tokens: Texts that are tokens, for which the model is given rows where it has none.
 
     Raises:
-        ConfigurationError: The dtype is unknown.
+        ConfigurationError: The dtype is unknown, or a token is none.
     """
 
     name_or_path: str
@@ -49,8 +51,11 @@ class BaseModelSource:
     dtype: Dtype = "auto"
     attention_implementation: str | None = None
     quantization: QuantizationOptions = QuantizationOptions()
+    new_tokens: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        # Sources are compared, and are keys.
+        object.__setattr__(self, "new_tokens", require_new_tokens(self.new_tokens))
         if self.dtype not in get_args(Dtype):
             raise ConfigurationError(
                 f"dtype={self.dtype!r} is unknown; use 'auto', 'float32', 'bfloat16' or 'float16'."

@@ -16,6 +16,7 @@ from na_lora_lightning.core.experts import expert_owners, stacked_parameters
 from na_lora_lightning.core.lora_layers import active_adapters, is_linear, is_lora_layer, lora_a, lora_b, scaling
 from na_lora_lightning.core.pre_activations import GATE_METHOD
 from na_lora_lightning.errors import ConfigurationError, one_line
+from na_lora_lightning.models.new_tokens import make_room, token_ids
 from na_lora_lightning.models.source import BaseModelSource, auto_class, load_config, require_model
 from na_lora_lightning.models.targets import mark_transposed_experts
 
@@ -30,7 +31,7 @@ def model_without_weights(source: BaseModelSource, dtype: torch.dtype = torch.fl
     """Makes a causal language model of a configuration on the meta device.
 
     Args:
-        source: Which model; only its configuration is read.
+        source: Which model; only its configuration is read, and its tokenizer if it has new tokens.
         dtype: Of its weights.
 
     Returns:
@@ -55,6 +56,7 @@ def model_without_weights(source: BaseModelSource, dtype: torch.dtype = torch.fl
             f"the model {source.name_or_path!r} cannot be made from its configuration ({one_line(error)}); give a "
             "causal language model, or one for images and text."
         ) from error
+    make_room(model, token_ids(source))
     model.name_or_path = source.resolved_name_or_path
     mark_transposed_experts(model)
     return model.eval()

@@ -25,12 +25,14 @@ from na_lora_lightning.callbacks.gate_callback import GateCallback
 from na_lora_lightning.checkpoints.adapter_state import CHECKPOINT_KEY
 from na_lora_lightning.data.answers import stop_at
 from na_lora_lightning.data.text.supervised import SupervisedDataModule
+from na_lora_lightning.data.text.tokenizer import add_tokens
 from na_lora_lightning.errors import ConfigurationError, one_line
 from na_lora_lightning.lightning_internals import attached_trainer, loads_checkpoint
 from na_lora_lightning.models.eva import begin_with_eva
 from na_lora_lightning.models.limits import ModelLimits
 from na_lora_lightning.models.loading import compile_blocks, enable_gradient_checkpointing, load_base_model
 from na_lora_lightning.models.lora import add_lora
+from na_lora_lightning.models.new_tokens import require_same_ids
 from na_lora_lightning.models.packing import require_packable
 from na_lora_lightning.models.quantization import QuantizationOptions
 from na_lora_lightning.models.sharding import require_shardable, shard_model
@@ -84,6 +86,8 @@ class NALoRALightningModule(AdapterTrainingModule):
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Whether a model from the hub may run code of its own.
         quantization: In what form the frozen base weights are held (QLoRA).
+        new_tokens: Texts that are one token each, such as ``["<think>", "</think>"]``; their embeddings, and their rows
+            of an output head with weights of its own, are trained. The data module takes the same list.
 
     Raises:
         ConfigurationError: An argument has a value that cannot work.
@@ -110,6 +114,7 @@ class NALoRALightningModule(AdapterTrainingModule):
         revision: str | None = None,
         trust_remote_code: bool = False,
         quantization: QuantizationOptions = QuantizationOptions(),
+        new_tokens: list[str] | None = None,
     ) -> None:
         if gradient_checkpointing not in (True, False, "offload"):
             raise ConfigurationError(
@@ -123,7 +128,13 @@ class NALoRALightningModule(AdapterTrainingModule):
         quantization = as_group(QuantizationOptions, quantization, "quantization")
         super().__init__(
             BaseModelSource(
-                model_name_or_path, revision, trust_remote_code, dtype, attention_implementation, quantization
+                model_name_or_path,
+                revision,
+                trust_remote_code,
+                dtype,
+                attention_implementation,
+                quantization,
+                new_tokens or (),
             ),
             lora=lora,
             optimizer=optimizer,
@@ -139,6 +150,7 @@ class NALoRALightningModule(AdapterTrainingModule):
                 "evaluation": asdict(self.evaluation),
                 "compile": compile,
                 "quantization": asdict(quantization),
+                "new_tokens": list(self.source.new_tokens),
             }
         )
         self.compiles_blocks = compile
@@ -228,6 +240,9 @@ class NALoRALightningModule(AdapterTrainingModule):
     def _require_data_fits(self) -> None:
         """Checks data before anything is trained on it."""
         datamodule = getattr(attached_trainer(self), "datamodule", None)
+        tokenizer = getattr(datamodule, "tokenizer", None)
+        if self.source.new_tokens and tokenizer is not None:
+            require_same_ids(tokenizer, self.source)
         if self._limits is not None and isinstance(datamodule, SupervisedDataModule):
             datamodule.require_model_takes(self._limits, self._new_tokens())
 
@@ -287,12 +302,18 @@ class NALoRALightningModule(AdapterTrainingModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves the base model out, and puts in where answers end."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint[CHECKPOINT_KEY]["end_token_ids"] = self.end_token_ids
+        checkpoint[CHECKPOINT_KEY] |= {"end_token_ids": self.end_token_ids, "new_tokens": list(self.source.new_tokens)}
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another model or LoRA, and ends answers where its data did."""
         super().on_load_checkpoint(checkpoint)
+        then, now = checkpoint[CHECKPOINT_KEY].get("new_tokens", []), list(self.source.new_tokens)
+        if then != now:
+            raise ConfigurationError(
+                f"the checkpoint was trained with new_tokens={then} and the current model has {now}; set "
+                "model.new_tokens as it was."
+            )
         self._end_answers_at(checkpoint[CHECKPOINT_KEY].get("end_token_ids", ()))
 
     # ---- evaluation ----
@@ -343,5 +364,6 @@ class NALoRALightningModule(AdapterTrainingModule):
                     revision=self.source.revision or "main",
                     trust_remote_code=self.source.trust_remote_code,
                 )
+                add_tokens(tokenizer, self.source.new_tokens)
             self._tokenizer = tokenizer
         return self._tokenizer

@@ -23,7 +23,13 @@ from na_lora_lightning.checkpoints.model_card import weights_of
 from na_lora_lightning.errors import ConfigurationError
 from na_lora_lightning.lightning_internals import attached_trainer, loads_checkpoint
 from na_lora_lightning.models.loftq import begin_with_loftq, own_base
-from na_lora_lightning.models.saved_adapter import adapter_folder, load_adapter, lora_of_adapter, require_own_base
+from na_lora_lightning.models.saved_adapter import (
+    adapter_folder,
+    load_adapter,
+    lora_of_adapter,
+    require_own_base,
+    with_tokens_of_adapter,
+)
 from na_lora_lightning.models.source import BaseModelSource
 from na_lora_lightning.modules.adapter import AdapterModule
 from na_lora_lightning.modules.losses import StepAverage, TokenSums
@@ -84,6 +90,7 @@ class AdapterTrainingModule(AdapterModule, ABC):
         if start is not None:
             lora = lora_of_adapter(start, lora)
             require_own_base(start, quantization)
+            source = with_tokens_of_adapter(source, start)
         super().__init__(lora, adapter, own_base(lora, quantization.kind, quantization.double))
         self._start = start
         self.source = source

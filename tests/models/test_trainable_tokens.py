@@ -69,7 +69,7 @@ def test_embeddings_of_chosen_tokens_are_trained_saved_and_merged(tmp_path: Path
 def test_tokens_that_were_added_are_trained_read_and_merged(tmp_path: Path) -> None:
     base = saved_model(tmp_path / "first")
     tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
-    # As docs/command_line.md has it.
+    # Before model.new_tokens, or with other tools.
     tokenizer.add_tokens(["<think>", "</think>"], special_tokens=True)
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     for part in (tokenizer, model):

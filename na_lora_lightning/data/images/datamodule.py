@@ -26,7 +26,7 @@ from na_lora_lightning.data.text.formats import COLUMNS
 from na_lora_lightning.data.text.mixture import Source, StoppingStrategy
 from na_lora_lightning.data.text.sourced import SourcedDataModule
 from na_lora_lightning.data.text.splits import LeftOutRecordsWarning, encode_split
-from na_lora_lightning.data.text.tokenizer import choose_chat_template
+from na_lora_lightning.data.text.tokenizer import add_tokens, choose_chat_template, require_new_tokens
 from na_lora_lightning.errors import ImageError
 
 _WARNINGS_IN_FULL = 5
@@ -97,6 +97,7 @@ class VisionInstructionDataModule(SourcedDataModule):
         seed: The seed of the order of the training data.
         processor_revision: The branch, tag or commit of a processor from the hub.
         trust_remote_code: Whether a processor from the hub may run code of its own.
+        new_tokens: Texts that are one token each, as the model has them.
 
     Raises:
         ConfigurationError: An argument has a value that cannot work.
@@ -136,6 +137,7 @@ class VisionInstructionDataModule(SourcedDataModule):
         seed: int = 0,
         processor_revision: str | None = None,
         trust_remote_code: bool = False,
+        new_tokens: list[str] | None = None,
     ) -> None:
         super().__init__(
             TextOptions.among(locals()), validation_fraction=validation_fraction, stopping_strategy=stopping_strategy
@@ -155,6 +157,7 @@ class VisionInstructionDataModule(SourcedDataModule):
         self.skip_broken_images = skip_broken_images
         self.processor_revision = processor_revision
         self.trust_remote_code = trust_remote_code
+        self.new_tokens = require_new_tokens(new_tokens or ())
         # A sentence about each record that has been left out so far.
         self.left_out: set[str] = set()
         self._processor: Any = None
@@ -173,6 +176,7 @@ class VisionInstructionDataModule(SourcedDataModule):
                 trust_remote_code=self.trust_remote_code,
             )
             require_options_of(self._processor, self.image_options)
+            add_tokens(self._processor.tokenizer, self.new_tokens)
             if self.options.chat_template is not None:
                 self._training_template = choose_chat_template(self._processor, self.options.chat_template)
                 self._processor.tokenizer.chat_template = self._processor.chat_template

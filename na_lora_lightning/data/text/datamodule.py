@@ -13,7 +13,12 @@ from na_lora_lightning.data.text.encoding import RecordEncoder, TooLong
 from na_lora_lightning.data.text.formats import COLUMNS
 from na_lora_lightning.data.text.mixture import PART, StoppingStrategy
 from na_lora_lightning.data.text.sourced import SourcedDataModule
-from na_lora_lightning.data.text.tokenizer import choose_chat_template, load_tokenizer
+from na_lora_lightning.data.text.tokenizer import (
+    add_tokens,
+    choose_chat_template,
+    load_tokenizer,
+    require_new_tokens,
+)
 from na_lora_lightning.errors import ConfigurationError
 
 
@@ -97,6 +102,7 @@ class InstructionDataModule(SourcedDataModule):
         seed: The seed of the order of the training data.
         tokenizer_revision: The branch, tag or commit of a tokenizer from the hub.
         trust_remote_code: Whether a tokenizer from the hub may run code of its own.
+        new_tokens: Texts that are one token each, as the model has them.
 
     Raises:
         ConfigurationError: An argument has a value that cannot work.
@@ -135,6 +141,7 @@ class InstructionDataModule(SourcedDataModule):
         seed: int = 0,
         tokenizer_revision: str | None = None,
         trust_remote_code: bool = False,
+        new_tokens: list[str] | None = None,
     ) -> None:
         if loss_on not in ("completion", "all"):
             raise ConfigurationError(f"loss_on={loss_on!r} is unknown; set it to 'completion' or 'all'.")
@@ -159,6 +166,7 @@ class InstructionDataModule(SourcedDataModule):
         self.too_long: TooLong = too_long
         self.tokenizer_revision = tokenizer_revision
         self.trust_remote_code = trust_remote_code
+        self.new_tokens = require_new_tokens(new_tokens or ())
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._training_template: str | None = None
 
@@ -171,6 +179,7 @@ class InstructionDataModule(SourcedDataModule):
                 revision=self.tokenizer_revision,
                 trust_remote_code=self.trust_remote_code,
             )
+            add_tokens(self._tokenizer, self.new_tokens)
             if self.options.chat_template is not None:
                 self._training_template = choose_chat_template(self._tokenizer, self.options.chat_template)
         return self._tokenizer

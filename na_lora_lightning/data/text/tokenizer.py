@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 from na_lora_lightning.errors import ConfigurationError, one_line
 
@@ -32,6 +33,62 @@ def load_tokenizer(name_or_path: str, *, revision: str | None, trust_remote_code
             f"the tokenizer {name_or_path!r} cannot be loaded ({reason}); give the folder of a tokenizer or "
             "its name on the hub."
         ) from error
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder, such as that of an adapter, has a tokenizer."""
+    return (folder / "tokenizer_config.json").is_file()
+
+
+def require_new_tokens(tokens: Sequence[str]) -> tuple[str, ...]:
+    """Returns a list of new tokens, if it is one.
+
+    Raises:
+        ConfigurationError: It is not, or has an empty text or a text twice.
+    """
+    if isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens):
+        raise ConfigurationError(f"new_tokens is {tokens!r}, and it is a list of texts; write it as ['<think>'].")
+    if "" in tokens:
+        raise ConfigurationError("new_tokens has an empty text, which no text has in it; leave it out.")
+    twice = next((token for token in tokens if list(tokens).count(token) > 1), None)
+    if twice is not None:
+        raise ConfigurationError(f"new_tokens has {twice!r} twice; leave one of the two out.")
+    return tuple(tokens)
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
+    """Has a tokenizer read texts as one token each, wherever they stand.
+
+    They are no special tokens, which would be missing in what is decoded.
+
+    Args:
+        tokenizer: Changed in place.
+        tokens: The texts; those that the vocabulary has keep their ids.
+
+    Returns:
+        Their ids, in that order.
+
+    Raises:
+        ConfigurationError: The list is none, or the tokenizer does not take it.
+    """
+    tokens = require_new_tokens(tokens)
+    known = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    new = [AddedToken(token, normalized=False, special=False) for token in tokens if token not in known]
+    try:
+        tokenizer.add_tokens(new)
+        read = {token: tokenizer.encode(token, add_special_tokens=False) for token in tokens}
+    except (NotImplementedError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigurationError(
+            f"the tokenizer {tokenizer.name_or_path!r} takes no new tokens ({one_line(error).rstrip('.')}); leave "
+            "model.new_tokens out."
+        ) from error
+    split = next((token for token, ids in read.items() if len(ids) != 1), None)
+    if split is not None:
+        raise ConfigurationError(
+            f"the tokenizer {tokenizer.name_or_path!r} reads {split!r} as {len(read[split])} tokens though it was "
+            "added; leave it out of model.new_tokens."
+        )
+    return [ids[0] for ids in read.values()]
 
 
 def choose_chat_template(reader: Any, name: str) -> str | None:
