@@ -16,7 +16,7 @@ from na_lora_lightning.core.activations import Activation
 
 _MOST_ELEMENTS = 1 << 22
 # So that intermediate values stay in its cache: twice as many take half as long again.
-_MOST_ELEMENTS_ON_CPU = 1 << 18
+_MOST_ELEMENTS_ON_CPU = 1 << 19
 
 
 @dataclass(frozen=True)
