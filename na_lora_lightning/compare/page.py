@@ -131,7 +131,7 @@ def _scope(scored: Sequence[ScoredCell], plan: Plan) -> str:
     devices = ", ".join(sorted({entry.result["device"] for entry in scored}))
     return (
         f"{len(scored)} fits{f' on {devices}' if devices else ''}; {left or 'none'} of the grid "
-        f"{'is' if left == 1 else 'are'} missing. Test loss against {plan.baseline}, paired by seed; below 0 is "
+        f"{'is' if left < 2 else 'are'} missing. Test loss against {plan.baseline}, paired by seed; below 0 is "
         f"better. Rates were chosen by validation loss."
     )
 

@@ -186,8 +186,14 @@ class ResumableDataModule(LightningDataModule, ABC):
             "dataset": self._dataset(split),
             "batch_size": batch_size,
             "collate_fn": self._collator(split),
-            "num_workers": self.options.num_workers,
             "persistent_workers": self.options.num_workers > 0,
+            **self._worker_options(),
+        }
+
+    def _worker_options(self) -> dict[str, Any]:
+        """Options of every loader."""
+        return {
+            "num_workers": self.options.num_workers,
             "pin_memory": torch.cuda.is_available(),
             # Otherwise each epoch would advance the global random state, which dropout depends on.
             "generator": torch.Generator().manual_seed(self.options.seed),

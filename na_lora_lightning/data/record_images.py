@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from datasets import Dataset
 from PIL import Image
 
 from na_lora_lightning.data.files.sources import local_path, separate_split
+from na_lora_lightning.data.files.streams import is_list_of_images, undecoded
 from na_lora_lightning.data.image_reading import ImageReader, content_of
 from na_lora_lightning.errors import DataError, ImageError
 
@@ -48,14 +49,7 @@ class RecordImages:
         self.reader = reader
         self._numbers = range(len(records)) if numbers is None else numbers
         self._rows = {number: row for row, number in enumerate(self._numbers)}
-        self._records = records.select_columns(self.columns)
-        for name in self.columns:
-            feature = self._records.features[name]
-            if isinstance(feature, datasets.Image):
-                self._records = self._records.cast_column(name, datasets.Image(decode=False))
-            elif _is_list_of_images(feature):
-                undecoded = type(feature)(datasets.Image(decode=False))
-                self._records = self._records.cast_column(name, undecoded)
+        self._records = undecoded(records.select_columns(self.columns))
 
     def survey(self) -> tuple[list[int], dict[int, str]]:
         """Counts the images of each record and looks for their files, without opening any.
@@ -89,16 +83,39 @@ class RecordImages:
         Raises:
             ImageError: One of them cannot be used; the message names the record.
         """
-        record = self._records[self._rows[index]]
-        values = next((_as_list(record[name]) for name in self.columns if record[name] is not None), [])
-        try:
-            return [self.reader.read(value, number) for number, value in enumerate(values[:count], start=1)]
-        except ImageError as error:
-            raise ImageError(f"{self.name_of(index)} {error}") from error.__cause__
+        values = images_of(self._records[self._rows[index]])
+        return read_images(values[:count], self.reader, self.name_of(index))
 
     def name_of(self, index: int) -> str:
         """What a record is called in messages."""
-        return f"record {index + 1} of {self.source!r}"
+        return name_of_record(index, self.source)
+
+
+def images_of(record: Mapping[str, Any]) -> list[Any]:
+    """The images of a record as its data has them."""
+    return next((_as_list(record[name]) for name in IMAGE_COLUMNS if record.get(name) is not None), [])
+
+
+def read_images(values: Sequence[Any], reader: ImageReader, name: str) -> list[Image.Image]:
+    """Decodes images of a record.
+
+    Args:
+        values: The images as the data has them.
+        reader: What to read them with.
+        name: What the record is called.
+
+    Raises:
+        ImageError: One of them cannot be used.
+    """
+    try:
+        return [reader.read(value, number) for number, value in enumerate(values, start=1)]
+    except ImageError as error:
+        raise ImageError(f"{name} {error}") from error.__cause__
+
+
+def name_of_record(index: int, source: str) -> str:
+    """What a record is called in messages, by its place in the data."""
+    return f"record {index + 1} of {source!r}"
 
 
 def folder_of(source: str) -> Path:
@@ -109,10 +126,6 @@ def folder_of(source: str) -> Path:
     return path.parent if path.is_file() else Path()
 
 
-def _is_list_of_images(feature: Any) -> bool:
-    return isinstance(getattr(feature, "feature", None), datasets.Image)
-
-
 def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
@@ -120,7 +133,7 @@ def _as_list(value: Any) -> list[Any]:
 def _paths(records: Dataset, name: str) -> Iterator[list[str | None] | None]:
     """The paths of the images of each record; None in place of one that is in the data, or of a whole empty cell."""
     feature = records.features[name]
-    is_list = _is_list_of_images(feature)
+    is_list = is_list_of_images(feature)
     if not is_list and not isinstance(feature, datasets.Image):
         for value in records[name]:
             yield None if value is None else [_path(entry) for entry in _as_list(value)]

@@ -81,7 +81,8 @@ def begin_with_loftq(model: PeftModel, source: BaseModelSource) -> int:
         if state is None:
             continue
         held = dequantize_4bit(weight.data, state).float()
-        lost = stored.get_submodule(name).weight.to(held) - held  # type: ignore[operator]
+        original: Any = stored.get_submodule(name)
+        lost = original.weight.to(held) - held
         left, values, right = torch.linalg.svd(lost, full_matrices=False)
         # A rank above that of the layer leaves rows of A as they begin, and nothing in B for them.
         roots = values[: layer.r["default"]].sqrt()

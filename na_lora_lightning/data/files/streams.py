@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import LargeList, List, load_dataset
+from datasets import Image, LargeList, List, load_dataset
 
 from na_lora_lightning.data.files.csv_files import csv_records, read_csv
 from na_lora_lightning.data.files.json_files import json_records, read_json
@@ -60,11 +60,27 @@ def stream_records(
             read = partial(_of_files, files, names)
         elif kind == "hub":
             streamed = load_dataset(path=name, name=config, split=split or default_split, streaming=True)
-            read = partial(_of_table, streamed)
+            read = partial(_of_table, undecoded(streamed))
         else:
             # Saved data, which are a table already, and whatever is wrong with the name.
-            read = partial(_of_table, load_records(source, default_split=default_split, config=config))
+            saved = load_records(source, default_split=default_split, config=config)
+            read = partial(_of_table, undecoded(saved))
     return partial(_renamed, read, source, columns or {})
+
+
+def undecoded(records: Any) -> Any:
+    """Records of ``datasets`` whose images stay the bytes or paths that they are."""
+    for name, feature in (records.features or {}).items():
+        if isinstance(feature, Image):
+            records = records.cast_column(name, Image(decode=False))
+        elif is_list_of_images(feature):
+            records = records.cast_column(name, type(feature)(Image(decode=False)))
+    return records
+
+
+def is_list_of_images(feature: Any) -> bool:
+    """Whether a column of ``datasets`` has several images for each record."""
+    return isinstance(getattr(feature, "feature", None), Image)
 
 
 def without_filling(value: Any, feature: Any) -> Any:

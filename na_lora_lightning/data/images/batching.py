@@ -11,12 +11,14 @@ from datasets import Dataset
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from na_lora_lightning.data.batching import ResumableDataLoader
 from na_lora_lightning.data.images.encoding import NUMBER_OF_IMAGES, VisionRecordEncoder
 from na_lora_lightning.data.record_images import RecordImages
 from na_lora_lightning.data.text.mixture import PART
+from na_lora_lightning.data.text.streaming import StreamLoader
 from na_lora_lightning.errors import DataError, ImageError
 from na_lora_lightning.labels import IGNORED_LABEL
 
@@ -207,16 +209,16 @@ class VisionCollator:
         return batch
 
 
-class VisionDataLoader(ResumableDataLoader):
-    """A resumable loader of batches with images.
+class _OpensBatches(DataLoader[Any]):
+    """A loader of batches with images, before the one that makes them.
 
     Loading processes hand over what is wrong with a record as a value, and it is raised here: so the message is one
     sentence and not the traceback of another process.
 
     Args:
-        *arguments: The arguments of ``ResumableDataLoader``.
+        *arguments: The arguments of the loader.
         report: Is told of the records that were left out of a batch.
-        **keywords: The keyword arguments of ``ResumableDataLoader``.
+        **keywords: The keyword arguments of the loader.
     """
 
     def __init__(self, *arguments: Any, report: Callable[[list[str]], None] | None = None, **keywords: Any) -> None:
@@ -239,6 +241,14 @@ class VisionDataLoader(ResumableDataLoader):
             if loaded.left_out and self._report is not None:
                 self._report(loaded.left_out)
             yield loaded.batch
+
+
+class VisionDataLoader(_OpensBatches, ResumableDataLoader):
+    """A resumable loader of batches with images."""
+
+
+class VisionStreamLoader(_OpensBatches, StreamLoader):
+    """The same of data that are read as they are needed."""
 
 
 def _separate(rows: Sequence[Row]) -> tuple[list[Row], list[ImageError]]:
@@ -273,6 +283,11 @@ def example_of_processor(processor: Any) -> dict[str, Tensor]:
         ConfigurationError: The processor lacks what instruction data needs.
     """
     encoder = VisionRecordEncoder(processor, max_length=_LENGTH, use_chat_template=None, system_prompt=None)
+    return example_of_collator(VisionCollator(encoder, evaluation=False))
+
+
+def example_of_collator(collator: VisionCollator) -> dict[str, Tensor]:
+    """The same, with the options of a collator."""
     record = {"prompt": "What is this?", "completion": "Noise.", NUMBER_OF_IMAGES: 1}
-    row = encoder(record, 0, source="the example", evaluation=False, needs_completion=True)
-    return VisionCollator(encoder, evaluation=False).inputs_of([{**row, "pictures": [noise_image()]}])
+    row = collator.encoder(record, 0, source="the example", evaluation=False, needs_completion=True)
+    return collator.inputs_of([{**row, "pictures": [noise_image()]}])

@@ -16,9 +16,12 @@ from na_lora_lightning.data.images.batching import (
     VisionCollator,
     VisionDataLoader,
     VisionRecords,
+    VisionStreamLoader,
+    example_of_collator,
     noise_image,
 )
 from na_lora_lightning.data.images.encoding import NUMBER_OF_IMAGES, VisionRecordEncoder, require_options_of
+from na_lora_lightning.data.images.streaming import VisionStream
 from na_lora_lightning.data.options import TextOptions, require_at_least
 from na_lora_lightning.data.processors import load_processor
 from na_lora_lightning.data.record_images import RecordImages, folder_of
@@ -68,6 +71,12 @@ class VisionInstructionDataModule(SourcedDataModule):
             place of other data, drawn at random by the seed.
         stopping_strategy: Whether an epoch of sources with weights ends where the first has no more records, or where
             all have been through, the others repeating theirs.
+        streaming: Whether training data are read as they are needed; see
+            :class:`~na_lora_lightning.data.text.datamodule.InstructionDataModule`. Images are decoded for the batches
+            that they are in, and not looked for beforehand. Needs ``group_by_length: false`` and ``num_workers`` of at
+            most 1.
+        shuffle_buffer: The number of records that the next record of streamed data is drawn from; images that are in
+            the data, and not in files of their own, are held with them.
         dataset_config: The configuration of hub data sets that have several.
         format: What records are; None stands for what their columns tell, which a line says.
         columns: The names that the data has for ``image``, ``images`` and the columns of its format, for example
@@ -106,6 +115,7 @@ class VisionInstructionDataModule(SourcedDataModule):
     COLUMNS = ("image", "images", *(name for name in COLUMNS if name != "text"))
     _train_loader = VisionDataLoader
     _evaluation_loader = VisionDataLoader
+    _stream_loader = VisionStreamLoader
 
     def __init__(
         self,
@@ -116,6 +126,8 @@ class VisionInstructionDataModule(SourcedDataModule):
         predict: list[str | dict[str, Any]] | str | None = None,
         validation_fraction: float | None = None,
         stopping_strategy: StoppingStrategy = "first_exhausted",
+        streaming: bool = False,
+        shuffle_buffer: int = 1_000,
         dataset_config: str | None = None,
         format: Literal["messages", "prompt_completion", "alpaca", "sharegpt"] | None = None,
         columns: dict[str, str] | None = None,
@@ -140,7 +152,11 @@ class VisionInstructionDataModule(SourcedDataModule):
         new_tokens: list[str] | None = None,
     ) -> None:
         super().__init__(
-            TextOptions.among(locals()), validation_fraction=validation_fraction, stopping_strategy=stopping_strategy
+            TextOptions.among(locals()),
+            validation_fraction=validation_fraction,
+            stopping_strategy=stopping_strategy,
+            streaming=streaming,
+            shuffle_buffer=shuffle_buffer,
         )
         require_at_least(
             1,
@@ -202,11 +218,14 @@ class VisionInstructionDataModule(SourcedDataModule):
     def example_batch(self) -> dict[str, Any]:
         """Returns the model's inputs for the shortest training record with images, with noise for its images.
 
-        Nothing is read: this is for those who need to see what passes through a model, and not what data says.
+        Nothing is read: this is for those who need to see what passes through a model, and not what data says. Of data
+        that are streamed it is one short question.
 
         Raises:
             ConfigurationError: The training data is not set up.
         """
+        if self._stream is not None:
+            return example_of_collator(self._collator("train"))
         encoded = self._prepared_split("train")
         rows = enumerate(zip(encoded["images"], encoded["tokens"], strict=True))
         index = min(rows, key=lambda row: (row[1][0] == 0, row[1][1]))[0]
@@ -220,10 +239,7 @@ class VisionInstructionDataModule(SourcedDataModule):
 
     @override
     def _encoded(self, split: str, source: Source, records: Dataset, numbers: Sequence[int] | None) -> Dataset:
-        reader = ImageReader(
-            folder_of(source.path), self.max_image_pixels, self.max_image_bytes, self.resize_longest_side
-        )
-        images = RecordImages(records, source.path, reader, numbers)
+        images = RecordImages(records, source.path, self._reader_of(source.path), numbers)
         self._images[split].append(images)
         counts, missing = images.survey()
         if missing and not self.skip_broken_images:
@@ -248,6 +264,15 @@ class VisionInstructionDataModule(SourcedDataModule):
         )
         return encoded.select([place for place, index in enumerate(encoded["index"]) if index not in missing])
 
+    def _reader_of(self, path: str) -> ImageReader:
+        """What reads the images of a source."""
+        return ImageReader(folder_of(path), self.max_image_pixels, self.max_image_bytes, self.resize_longest_side)
+
+    @override
+    def _make_stream(self, **options: Any) -> VisionStream:
+        encoder, collate = self._record_encoder(), self._collator("train")
+        return VisionStream(self._sources["train"], encoder, collate, reader_of=self._reader_of, **options)
+
     def _record_encoder(self) -> VisionRecordEncoder:
         if self._encoder is None:
             self._encoder = VisionRecordEncoder(
@@ -271,8 +296,9 @@ class VisionInstructionDataModule(SourcedDataModule):
             skip_broken_images=self.skip_broken_images,
         )
 
-    def _loader_options(self, split: str, batch_size: int) -> dict[str, Any]:
-        return {**super()._loader_options(split, batch_size), "report": self._report_left_out}
+    @override
+    def _worker_options(self) -> dict[str, Any]:
+        return {**super()._worker_options(), "report": self._report_left_out}
 
     def _report_left_out(self, reasons: list[str]) -> None:
         for reason in reasons:

@@ -196,8 +196,6 @@ class InstructionDataModule(SourcedDataModule):
         )
 
     def _dataset(self, split: str) -> Any:
-        if split == "train" and self._stream is not None:
-            return None
         prepared = self._prepared_split(split)
         unread = {"index", "tokens", "target_tokens", "truncated", "end_ids", PART}
         return prepared.remove_columns([name for name in prepared.column_names if name in unread])

@@ -36,6 +36,8 @@ class SourcedDataModule(SupervisedDataModule):
         ConfigurationError: An argument has a value that cannot work, or two contradict each other.
     """
 
+    _stream_loader: type[StreamLoader] = StreamLoader
+
     def __init__(
         self,
         options: TextOptions,
@@ -132,14 +134,15 @@ class SourcedDataModule(SupervisedDataModule):
     def _prepare_splits(self, splits: Sequence[str]) -> None:
         super()._prepare_splits([split for split in splits if not (self.streaming and split == "train")])
         if self.streaming and "train" in splits and "train" in self._sources and self._stream is None:
-            self._stream = RecordStream(
-                self._sources["train"],
-                self._record_encoder(),
-                self._collator("train"),
+            self._stream = self._make_stream(
                 buffer=self.shuffle_buffer if self.options.shuffle else 1,
                 seed=self.options.seed,
                 stopping_strategy=self.stopping_strategy,
             )
+
+    def _make_stream(self, **options: Any) -> RecordStream:
+        """The batches of training data that are read as they are needed."""
+        return RecordStream(self._sources["train"], self._record_encoder(), self._collator("train"), **options)
 
     @override
     def require_model_takes(self, limits: Limits, max_new_tokens: int) -> None:
@@ -155,11 +158,10 @@ class SourcedDataModule(SupervisedDataModule):
         self._stream.share(self.batch_size, **self._processes())
         self._keep_plan(self._stream.plan)
         self._stream.lengths.update(self._lengths_to_resume)
-        options = self._loader_options("train", self.batch_size)
-        return StreamLoader(
+        return self._stream_loader(
             self._stream,
             processed_batches=None if self.trainer is None else self._processed_batches,
-            **{name: options[name] for name in ("num_workers", "pin_memory", "generator")},
+            **self._worker_options(),
         )
 
     @override

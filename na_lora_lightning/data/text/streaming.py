@@ -73,11 +73,20 @@ class RecordStream(IterableDataset[Any]):
         ]
         self._forms = []
         for source, read in zip(sources, self._readers, strict=True):
-            first = next(read(), None)
-            if first is None:
+            record = next(read(), None)
+            if record is None:
                 raise DataError(f"the data {source.path!r} has no records; give data with at least one record.")
+            first = self._first_of(record, source)
             self._forms.append(recognise(first, source.path, source.format, needs_completion=True))
             report_format(self._forms[-1], first, source.path)
+
+    def _first_of(self, record: dict[str, Any], source: Source) -> dict[str, Any]:
+        """What of the first record of a source its format is told by.
+
+        Raises:
+            DataError: The source is none of this sort of data.
+        """
+        return record
 
     def share(self, batch_size: int, num_replicas: int = 1, rank: int = 0, **_: Any) -> None:
         """Says what a batch is.
@@ -164,7 +173,8 @@ class RecordStream(IterableDataset[Any]):
             form=self._forms[item["source"]],
         )
         if self.limits is not None:
-            require_token(max(encoded["input_ids"], default=0), number, source, self.encoder.tokenizer, self.limits)
+            ids = encoded["input_ids" if "input_ids" in encoded else "text_ids"]
+            require_token(max(ids, default=0), number, source, self.encoder.tokenizer, self.limits)
         self._tokenised += 1
         self._long += encoded["truncated"]
         if encoded["truncated"] and not self._has_warned:
