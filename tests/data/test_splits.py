@@ -46,7 +46,6 @@ def test_the_same_records_have_the_same_place_in_the_cache() -> None:
         {"loss_on": "all"},
         {"too_long": "error"},
     ],
-    ids=str,
 )
 def test_a_change_has_another(changed: dict[str, Any]) -> None:
     assert encoded(**changed)[0] != encoded()[0]
