@@ -23,8 +23,7 @@ _REMEDY = "cannot be {value!r}; '--help' shows what it takes."
 _SENTENCES = (
     (
         r"[Oo]ption '(?P<name>streaming|shuffle_buffer)' is not accepted",
-        "the class given for {key!r} has no option {name!r}, which InstructionDataModule alone has, for texts; leave "
-        "it out.",
+        "the class given for {key!r} has no option {name!r}, which data for language models alone have; leave it out.",
     ),
     (
         r"[Oo]ption '(?P<name>validation_fraction|stopping_strategy)' is not accepted",

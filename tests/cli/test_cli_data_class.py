@@ -144,12 +144,12 @@ def test_text_is_the_default_and_can_be_named(
             [],
             "the option 'data.batch_size' cannot be 'x'; '-",
         ),
-        (None, ["--data", VISION, "--data.streaming", "true"], "'data' has no option 'streaming', which Instr"),
+        (None, ["--data", VISION, "--data.streaming", "true"], "group_by_length=True needs all training data before"),
         (None, ["--data", LABELLED, "--data.validation_fraction", "0.1"], "'validation_fraction', which data for"),
         (
             None,
             ["--data", LABELLED, "--data.streaming", "true"],
-            "'data' has no option 'streaming', which InstructionDataModule alone has, for texts; leave it out",
+            "'data' has no option 'streaming', which data for language models alone have; leave it out.",
         ),
         *(
             (None, ["--data", LABELLED, "--data.train", mixed], ", and must be one source, as data for language models")

@@ -37,12 +37,12 @@ def data(base: str, folder: Path, **options: Any) -> InstructionDataModule:
     return InstructionDataModule(base, **{**settings, **options})
 
 
-def new_module(base: str, **options: Any) -> NALoRALightningModule:
+def new_module(base: str, lr: float = 2e-2, **options: Any) -> NALoRALightningModule:
     seed_everything(0, verbose=False)
     return NALoRALightningModule(
         base,
         **{"lora": LoRAOptions(r=8, alpha=16, dropout=0.1), "new_tokens": NEW, **options},
-        optimizer=partial(torch.optim.AdamW, lr=2e-2, weight_decay=0.1),
+        optimizer=partial(torch.optim.AdamW, lr=lr, weight_decay=0.1),
         schedule=ScheduleOptions(name="constant", warmup_fraction=0.0),
         evaluation=EvaluationOptions(max_new_tokens=8),
     )
@@ -67,11 +67,11 @@ def test_new_tokens_are_learned_and_said(tmp_path: Path, make: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(base)
     # Of so small a head the logits would be next to nothing.
     for weight in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
-        weight.data *= 8
+        weight.data *= 16
     model.save_pretrained(base)
-    module = fitted(base, tmp_path, 100, lora=LoRAOptions(r=8))
-    # It began at about ln 66.
-    assert float(module.trainer.callback_metrics["train/loss"]) < 1.5
+    module = fitted(base, tmp_path, 120, lora=LoRAOptions(r=8), lr=1e-2)
+    # It began at about ln 66, and ends below 0.4.
+    assert float(module.trainer.callback_metrics["train/loss"]) < 1.0
     assert module.trainer.predict(module, data(base, tmp_path)) == [["<think>2</think>3"]]
     speaker = Speaker(str(tmp_path / "adapter"), None, "auto", torch.device("cpu"))
     said: list[str] = []
