@@ -13,9 +13,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, Features, List, Value
 from module_helpers import byte_tokenizer, write_jsonl
 from PIL import Image
 from tiny_models import (
@@ -247,6 +249,31 @@ def write_vision_records(folder: Path, count: int) -> str:
     """Writes numbered records with their pictures, and returns their file."""
     write_pictures(folder / "pictures", count)
     return write_jsonl(folder / "data.jsonl", numbered_vision_records(count))
+
+
+def write_vision_sources(folder: Path, count: int) -> dict[str, dict[str, str]]:
+    """The same records as a file, as Parquet, saved with images of their own, and as a folder of images.
+
+    Returns:
+        The columns to name of each source.
+    """
+    source = write_vision_records(folder / "files", count)
+    rows = numbered_vision_records(count)
+    texts = {name: [row[name] for row in rows] for name in ("prompt", "completion")}
+    paths = [str(folder / "files" / row["image"]) for row in rows]
+    text_features = {"prompt": Value("string"), "completion": Value("string")}
+    one = Dataset.from_dict({"image": paths, **texts}, features=Features({"image": datasets.Image(), **text_features}))
+    one.to_parquet(str(folder / "one.parquet"))
+    features = Features({"pictures": List(datasets.Image()), **text_features})
+    several = Dataset.from_dict({"pictures": [[path] for path in paths], **texts}, features=features)
+    # Saving to disk puts the files into the data.
+    several.save_to_disk(str(folder / "several"))
+    images = folder / "folder" / "train"
+    write_pictures(images, count)
+    metadata = [{"file_name": f"{number}.png", **row} for number, row in enumerate(rows)]
+    write_jsonl(images / "metadata.jsonl", [{k: v for k, v in row.items() if k != "image"} for row in metadata])
+    plain: dict[str, dict[str, str]] = {source: {}, str(folder / "one.parquet"): {}, str(folder / "folder"): {}}
+    return {**plain, str(folder / "several"): {"images": "pictures"}}
 
 
 @pytest.fixture(scope="module", name="vlm")

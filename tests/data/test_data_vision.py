@@ -8,10 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, Features, List, Value
+from datasets import Dataset, DatasetDict
 from module_helpers import private_dataset_cache, write_jsonl  # noqa: F401
 from PIL import Image
 from torch.nn.functional import cross_entropy
@@ -26,6 +25,7 @@ from vision_helpers import (  # noqa: F401
     vlm_folders,
     write_pictures,
     write_vision_records,
+    write_vision_sources,
 )
 
 from na_lora_lightning.arguments import EvaluationOptions
@@ -244,26 +244,12 @@ def test_record_without_images_beside_others(vlm: Vlm, tmp_path: Path) -> None:
 
 
 def test_every_source_gives_the_same_batches(vlm: Vlm, tmp_path: Path) -> None:
-    source = write_vision_records(tmp_path / "files", 4)
-    rows = numbered_vision_records(4)
+    sources = write_vision_sources(tmp_path, 4)
+    source, rows = next(iter(sources)), numbered_vision_records(4)
+    embedded = [{"bytes": (tmp_path / "files" / row["image"]).read_bytes(), "path": None} for row in rows]
     texts = {name: [row[name] for row in rows] for name in ("prompt", "completion")}
-    paths = [str(tmp_path / "files" / row["image"]) for row in rows]
-    text_features = {"prompt": Value("string"), "completion": Value("string")}
-    one = Dataset.from_dict({"image": paths, **texts}, features=Features({"image": datasets.Image(), **text_features}))
-    features = Features({"pictures": List(datasets.Image()), **text_features})
-    several = Dataset.from_dict({"pictures": [[path] for path in paths], **texts}, features=features)
-    embedded = [{"bytes": Path(path).read_bytes(), "path": None} for path in paths]
-    one.to_parquet(str(tmp_path / "one.parquet"))
-    # Saving to disk puts the files into the data.
-    several.save_to_disk(str(tmp_path / "several"))
     DatasetDict({"train": Dataset.from_dict({"image": embedded, **texts})}).save_to_disk(str(tmp_path / "bytes"))
-    folder = tmp_path / "folder" / "train"
-    write_pictures(folder, 4)
-    metadata = [{"file_name": f"{number}.png", **row} for number, row in enumerate(rows)]
-    write_jsonl(folder / "metadata.jsonl", [{k: v for k, v in row.items() if k != "image"} for row in metadata])
-    sources: dict[str, dict[str, str]] = {source: {}, f"{source}:train[:100%]": {}, str(tmp_path / "one.parquet"): {}}
-    sources |= {str(tmp_path / "several"): {"images": "pictures"}, str(tmp_path / "bytes"): {}}
-    sources |= {str(tmp_path / "folder"): {}}
+    sources |= {f"{source}:train[:100%]": {}, str(tmp_path / "bytes"): {}}
     batches = []
     for name, columns in sources.items():
         datamodule = module_of(vlm("qwen2_vl"), train=name, columns=columns, batch_size=4)

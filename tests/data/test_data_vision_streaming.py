@@ -6,9 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
-from datasets import Dataset, Features, List, Value
 from module_helpers import private_dataset_cache, write_jsonl  # noqa: F401
 from test_data import RecordingModule, SaveAt, trainer
 from vision_helpers import (  # noqa: F401
@@ -17,6 +15,7 @@ from vision_helpers import (  # noqa: F401
     vlm_folders,
     write_pictures,
     write_vision_records,
+    write_vision_sources,
 )
 
 from na_lora_lightning.data import VisionInstructionDataModule
@@ -46,23 +45,8 @@ def batches_of(datamodule: VisionInstructionDataModule) -> list[dict[str, Any]]:
 
 
 def test_every_source_gives_the_batches_of_plain_data(vlm: Vlm, tmp_path: Path) -> None:
-    source = write_vision_records(tmp_path / "files", 5)
-    rows = numbered_vision_records(5)
-    texts = {name: [row[name] for row in rows] for name in ("prompt", "completion")}
-    paths = [str(tmp_path / "files" / row["image"]) for row in rows]
-    text_features = {"prompt": Value("string"), "completion": Value("string")}
-    one = Dataset.from_dict({"image": paths, **texts}, features=Features({"image": datasets.Image(), **text_features}))
-    features = Features({"pictures": List(datasets.Image()), **text_features})
-    several = Dataset.from_dict({"pictures": [[path] for path in paths], **texts}, features=features)
-    one.to_parquet(str(tmp_path / "one.parquet"))
-    several.save_to_disk(str(tmp_path / "several"))
-    folder = tmp_path / "folder" / "train"
-    write_pictures(folder, 5)
-    metadata = [{"file_name": f"{number}.png", **row} for number, row in enumerate(rows)]
-    write_jsonl(folder / "metadata.jsonl", [{k: v for k, v in row.items() if k != "image"} for row in metadata])
-    sources: dict[str, dict[str, str]] = {source: {}, str(tmp_path / "one.parquet"): {}}
-    sources |= {str(tmp_path / "several"): {"images": "pictures"}, str(tmp_path / "folder"): {}}
-    plain = batches_of(streamed(vlm("qwen2_vl"), source, streaming=False, shuffle=False))
+    sources = write_vision_sources(tmp_path, 5)
+    plain = batches_of(streamed(vlm("qwen2_vl"), next(iter(sources)), streaming=False, shuffle=False))
     assert [len(batch["labels"]) for batch in plain] == [2, 2, 1]
     for name, columns in sources.items():
         assert batches_of(streamed(vlm("qwen2_vl"), name, columns=columns, shuffle=False)) == plain, name
